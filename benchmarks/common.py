@@ -1,0 +1,150 @@
+"""What every claim script shares: fair comparisons, and the evidence files they end in.
+
+A claim script compares with `interleave`, after a correctness gate, and ends with `write_evidence`:
+benchmarks/results/<hardware>/<claim>.json. `render.py` turns those files into the tables and curves of the
+docs.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eco_llm.files import write_json
+from eco_llm.perf import environment
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class GateError(Exception):
+    """The two sides do not compute the same thing, so their speeds may not be compared."""
+
+
+def require_close(a: float, b: float, *, relative: float, what: str = "loss") -> None:
+    """The correctness gate of a comparison: raise GateError unless |a - b| <= relative · |a|."""
+    if not abs(a - b) <= relative * abs(a):  # also refuses NaN
+        raise GateError(f"{what} differs: A {a!r}, B {b!r}, allowed {relative:g} relative; no speed is reported")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Paired samples of A and B, lower being better (seconds, bytes)."""
+
+    a: list[float]
+    b: list[float]
+    median_a: float
+    median_b: float
+    ratio: float
+    """median A / median B: above 1, B is that many times faster (or smaller)."""
+    ratio_low: float
+    """Ends of the bootstrap 95% interval of the ratio of medians, rounds resampled as pairs."""
+    ratio_high: float
+
+    def summary(self) -> dict[str, float | int]:
+        """The `summary` of an A/B evidence file."""
+        numbers = asdict(self)
+        del numbers["a"], numbers["b"]
+        return {**numbers, "rounds": len(self.a)}
+
+    def samples(self) -> list[dict[str, float | int]]:
+        """The `samples` of an A/B evidence file: one entry a round."""
+        return [{"round": i, "a": a, "b": b} for i, (a, b) in enumerate(zip(self.a, self.b, strict=True))]
+
+
+def interleave(
+    a: Callable[[], float], b: Callable[[], float], rounds: int, *, warmup: int = 1, resamples: int = 10_000
+) -> Comparison:
+    """Measure A B A B … in one process, so that drift (heat, clocks, neighbours) falls on both alike.
+
+    Args:
+        a, b: each does its work once and returns its measure (see `seconds_of`); both must be positive.
+        rounds: pairs measured, at least 2.
+        warmup: pairs run before and thrown away.
+        resamples: bootstrap draws.
+    """
+    if rounds < 2:
+        raise ValueError("a comparison needs at least 2 rounds: one pair has no spread")
+    for _ in range(warmup):
+        a()
+        b()
+    pairs = np.array([(a(), b()) for _ in range(rounds)], dtype=np.float64)
+    if not (np.isfinite(pairs).all() and (pairs > 0).all()):
+        raise ValueError("a measure is zero, negative or not finite")
+    median_a, median_b = np.median(pairs, axis=0)
+    draws = np.random.default_rng(0).integers(rounds, size=(resamples, rounds))
+    medians = np.median(pairs[draws], axis=1)  # [resamples, 2]
+    low, high = np.percentile(medians[:, 0] / medians[:, 1], [2.5, 97.5])
+    return Comparison(
+        a=pairs[:, 0].tolist(),
+        b=pairs[:, 1].tolist(),
+        median_a=float(median_a),
+        median_b=float(median_b),
+        ratio=float(median_a / median_b),
+        ratio_low=float(low),
+        ratio_high=float(high),
+    )
+
+
+def seconds_of(work: Callable[[], object], synchronize: Callable[[], object] | None = None) -> Callable[[], float]:
+    """A measure for `interleave`: host seconds of `work`, the device being idle before and after.
+
+    Pass `torch.cuda.synchronize` for work on a GPU; without it only the launching would be timed.
+    """
+
+    def measure() -> float:
+        if synchronize is not None:
+            synchronize()
+        start = time.perf_counter()
+        work()
+        if synchronize is not None:
+            synchronize()
+        return time.perf_counter() - start
+
+    return measure
+
+
+def hardware_slug(env: dict[str, Any]) -> str:
+    """Folder name of the measured hardware: `nvidia-h200`, or `cpu-2c-amd` for a run on the CPU.
+
+    Raises:
+        ValueError: the run was on a GPU that could not be identified.
+    """
+    if not env["device"].startswith("cuda"):
+        return f"cpu-{env['cpu']['logical_cores']}c-{env['cpu']['vendor']}"
+    if env["gpu"] is None:
+        raise ValueError("the run was on a GPU, but neither torch nor NVML says which: import torch first")
+    return re.sub(r"[^a-z0-9]+", "-", env["gpu"]["name"].lower()).strip("-")
+
+
+def write_evidence(claim: str, payload: dict[str, Any], *, device: str = "cpu", results: Path = RESULTS) -> Path:
+    """Write `payload` with its environment as results/<hardware>/<claim>.json, atomically; return the path.
+
+    Args:
+        claim: the file's name: lower-case letters, digits, `-` and `_`.
+        payload: `summary` (a dict of numbers) and `samples` (a non-empty list: the raw measurements), and
+            whatever else the claim needs.
+        device: what was measured on, `cpu` or `cuda[:N]`.
+
+    Raises:
+        ValueError: no raw samples, a reserved key, a bad name, or a number that is NaN or infinite.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", claim):
+        raise ValueError(f"claim {claim!r}: use lower-case letters, digits, - and _")
+    if not isinstance(payload.get("samples"), list) or not payload["samples"]:
+        raise ValueError(f"claim {claim!r} has no raw samples: evidence without them proves nothing")
+    if not isinstance(payload.get("summary"), dict) or not payload["summary"]:
+        raise ValueError(f"claim {claim!r} has no summary")
+    if reserved := {"claim", "environment", "command", "hardware"} & set(payload):
+        raise ValueError(f"claim {claim!r}: {sorted(reserved)} are filled in here")
+    env = environment.collect(device)
+    hardware = hardware_slug(env)
+    path = results / hardware / f"{claim}.json"
+    head = {"claim": claim, "hardware": hardware, "command": env["command"], "environment": env}
+    write_json(path, head | payload)
+    return path

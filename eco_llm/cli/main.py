@@ -1,0 +1,76 @@
+"""`eco_train`: expand arguments files, pick the command, turn outcomes into exit codes.
+
+Nothing heavy is imported here, so that `--help` and every refusal are instant; each command imports what it
+needs after its arguments have been accepted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from eco_llm.cli.args_file import expand
+from eco_llm.errors import UserError
+from eco_llm.version import __version__
+
+# name → (module with `run(args) -> exit code`, one line of help)
+COMMANDS = {
+    "train": ("eco_llm.cli.train", "train a SigmaLLM (the default command)"),
+    "sample": ("eco_llm.cli.sample", "continue a prompt with a trained model"),
+    "evaluate": ("eco_llm.cli.evaluate", "validation loss and bits per byte of a checkpoint"),
+    "data": ("eco_llm.cli.data", "prepare or inspect a tokenised corpus"),
+    "doctor": ("eco_llm.cli.doctor", "check that this machine can train, and say what to fix"),
+}
+
+EXIT_CODES = """exit codes:
+  0 done    1 crash (see errors/ in the run)    2 bad input    3 out of memory
+  4 stopped: non-finite loss    130, 143 interrupted (a checkpoint was saved)"""
+
+
+def _overview() -> str:
+    lines = ["usage: eco_train [COMMAND] [@FILE] [--args-file FILE] [FLAGS]", "", "commands:"]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [
+        "",
+        "examples:",
+        "  eco_train @presets/quickstart_cpu.txt            a small model on any machine, in minutes",
+        "  eco_train @train_sigma_args.txt --steps 2000     the default GPU profile; later flags win",
+        "  eco_train sample --run runs/quickstart_cpu --prompt 'def '",
+        "  eco_train COMMAND --help                         every flag of a command",
+        "",
+        EXIT_CODES,
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code (see EXIT_CODES)."""
+    try:
+        args = expand(sys.argv[1:] if argv is None else argv)
+        if args[:1] in (["--help"], ["-h"], ["help"]):
+            print(_overview())
+            return 0
+        if args[:1] == ["--version"]:
+            print(f"eco_train {__version__}")
+            return 0
+        command = "train"
+        if args and not args[0].startswith("-"):
+            command, *args = args
+            if command not in COMMANDS:
+                raise UserError(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
+        code: int = import_module(COMMANDS[command][0]).run(args)
+        return code
+    except UserError as error:
+        print(f"eco_train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `eco_train sample | head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("eco_train: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

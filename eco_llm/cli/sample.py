@@ -1,0 +1,37 @@
+"""`eco_train sample`: continue a prompt with a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from eco_llm.cli.parse import parse
+from eco_llm.config import RuntimeConfig, SampleConfig
+from eco_llm.runtime import set_cache_dirs
+from eco_llm.training.run_directory import RunDirectory
+
+
+def run(args: Sequence[str]) -> int:
+    """Load the run's model and print the prompt with its continuation."""
+    config = parse(SampleConfig, args, prog="eco_train sample", description="Continue a prompt with a trained model.")
+    config.validate()
+    run_directory = RunDirectory(Path(config.run))
+    run_directory.saved_config()  # refuses a folder that holds no run, before torch is imported
+    set_cache_dirs()
+
+    from eco_llm.runtime import Runtime
+    from eco_llm.training.trained import continue_text, load
+
+    trained = load(run_directory, Runtime.detect(RuntimeConfig(device=config.device)), step=config.step)
+    print(
+        continue_text(
+            trained,
+            config.prompt,
+            config.tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed,
+        )
+    )
+    return 0

@@ -1,0 +1,43 @@
+"""`eco_train train` (the default command)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eco_llm.cli.parse import parse
+from eco_llm.config import TrainConfig, to_dict
+from eco_llm.data.sources import check_sources
+from eco_llm.runtime import set_cache_dirs
+from eco_llm.training.run_directory import RunDirectory
+
+DESCRIPTION = "Train a SigmaLLM. Flags may come from @FILE or --args-file FILE; later ones override earlier ones."
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Command line of `eco_train train`."""
+
+    config: TrainConfig = field(default_factory=TrainConfig)
+    print_config: bool = False
+    """Print every setting as JSON and stop."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Refuse what cannot work, cheapest check first and without torch; then train."""
+    command = parse(TrainCommand, args, prog="eco_train train", description=DESCRIPTION)
+    config = command.config
+    config.validate()
+    if command.print_config:
+        print(json.dumps(to_dict(config), indent=1))
+        return 0
+    check_sources(config.data, seq_len=config.training.seq_len)
+    RunDirectory(Path(config.training.output_dir)).check(config)
+    set_cache_dirs()  # before torch
+
+    from eco_llm.training.launch import train
+
+    return int(train(config, command=sys.argv))

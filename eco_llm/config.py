@@ -1,0 +1,503 @@
+"""Every setting and its default, as frozen dataclasses. The only place a default lives.
+
+Torch-free on purpose: `--help`, `--print-config` and every refusal of bad input come from here and must be
+instant. Field names are flag names (`d_model` is `--d-model`); field docstrings are the flags' help. `validate`
+methods raise `UserError` with one line that names the flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from eco_llm.errors import UserError
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_range(config: object, **limits: tuple[float, float]) -> None:
+    """Every named field lies in its closed range; NaN never does."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if not (low <= value <= high):  # also refuses NaN
+            raise UserError(f"{_flag(name)} must be between {low:g} and {high:g}, got {value:g}")
+
+
+@dataclass(frozen=True)
+class SigmaConfig:
+    """Model: the shape of a SigmaLLM."""
+
+    d_model: int = 768
+    """Model width D."""
+    n_layers: int = 18
+    """Number of blocks; each is a mixer and an MLP."""
+    n_heads: int = 12
+    """Heads of an MLA mixer; D must divide by it, and D / heads is the head width (at most 128)."""
+    mamba_ratio: int = 5
+    """Mamba blocks in each group of the mixer pattern."""
+    attention_ratio: int = 1
+    """MLA blocks that close each group of the mixer pattern (0: pure Mamba)."""
+    mamba_expand: int = 2
+    """Mamba inner width as a multiple of D."""
+    mamba_head_dim: int = 64
+    """SSM head width P in channels; the inner width must divide by it."""
+    mamba_state_dim: int = 128
+    """SSM state size N per head."""
+    mamba_conv_width: int = 4
+    """Taps of the causal depthwise convolution."""
+    mamba_chunk: Literal["auto", 64, 128, 256] = "auto"
+    """SSD chunk length; auto follows the measured tile policy, a number pins it."""
+    kv_latent_dim: int = 256
+    """Width of the MLA latent from which keys and values are expanded."""
+    q_latent_dim: int = 0
+    """Width of the MLA query latent; 0 projects queries directly from D."""
+    rope_head_dim: int = 32
+    """Part of each MLA head that carries rotary position; even and smaller than the head width."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    mlp_hidden_dim: int = 0
+    """SwiGLU hidden width; 0 means 8/3 of D, rounded up to a multiple of 64."""
+    vocab_size: int = 32_768
+    """Vocabulary V: rows of the embedding, and the size of a tokenizer trained here."""
+    tie_embeddings: bool = True
+    """Share one matrix between the embedding and the output head."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    loss_chunk_tokens: int = 2048
+    """Tokens whose logits exist at one time in the chunked loss; memory is this times V."""
+
+    @property
+    def head_dim(self) -> int:
+        """MLA head width, channels (the same for queries, keys and values)."""
+        return self.d_model // self.n_heads
+
+    @property
+    def mamba_inner_dim(self) -> int:
+        """H·P = expand·D, channels."""
+        return self.mamba_expand * self.d_model
+
+    @property
+    def mamba_n_heads(self) -> int:
+        """SSM heads H."""
+        return self.mamba_inner_dim // self.mamba_head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        """SwiGLU hidden width, channels."""
+        return self.mlp_hidden_dim or -(-8 * self.d_model // (3 * 64)) * 64
+
+    @property
+    def mixer_pattern(self) -> tuple[Literal["mamba", "mla"], ...]:
+        """The mixer of every block, first to last: `mamba_ratio` Mambas, then `attention_ratio` MLAs, repeated."""
+        group = self.mamba_ratio + self.attention_ratio
+        return tuple("mamba" if i % group < self.mamba_ratio else "mla" for i in range(self.n_layers))
+
+    def validate(self) -> None:
+        """Raise UserError for a shape that cannot be built."""
+        _check_range(
+            self,
+            d_model=(8, 65_536),
+            n_layers=(1, 1024),
+            n_heads=(1, 1024),
+            mamba_ratio=(0, 1024),
+            attention_ratio=(0, 1024),
+            mamba_expand=(1, 16),
+            mamba_head_dim=(1, 1024),
+            mamba_state_dim=(1, 1024),
+            mamba_conv_width=(2, 16),
+            kv_latent_dim=(1, 65_536),
+            q_latent_dim=(0, 65_536),
+            rope_head_dim=(2, 128),
+            rope_theta=(1.0, 1e12),
+            mlp_hidden_dim=(0, 1_048_576),
+            vocab_size=(257, 4_194_304),
+            norm_eps=(1e-12, 1e-1),
+            loss_chunk_tokens=(1, 1_048_576),
+        )
+        if self.mamba_ratio + self.attention_ratio == 0:
+            raise UserError("--mamba-ratio and --attention-ratio are both 0: there would be no mixer")
+        if "mla" in self.mixer_pattern:
+            if self.d_model % self.n_heads:
+                raise UserError(f"--d-model {self.d_model} is not divisible by --n-heads {self.n_heads}")
+            if self.head_dim > 128:
+                raise UserError(
+                    f"--d-model {self.d_model} / --n-heads {self.n_heads} gives heads of width {self.head_dim};"
+                    " the limit is 128"
+                )
+            if self.rope_head_dim % 2 or self.rope_head_dim >= self.head_dim:
+                raise UserError(
+                    f"--rope-head-dim {self.rope_head_dim} must be even and smaller than the head width"
+                    f" {self.head_dim} (--d-model / --n-heads)"
+                )
+        if "mamba" in self.mixer_pattern and self.mamba_inner_dim % self.mamba_head_dim:
+            raise UserError(
+                f"--mamba-expand {self.mamba_expand} × --d-model {self.d_model} is not divisible by"
+                f" --mamba-head-dim {self.mamba_head_dim}"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data: what text is read and how it becomes tokens."""
+
+    data: tuple[str, ...] = ("stdlib",)
+    """Corpus: `stdlib` (this Python's standard library), `python-env` (all installed packages' sources),
+    `hf:NAME`, or files, directories and globs (.txt .md .py .jsonl[.gz|.zst] .parquet)."""
+    text_field: str = "text"
+    """Field of .jsonl and .parquet records, and of `hf:` data sets, that holds the text."""
+    tokenizer: str = "train"
+    """`train` trains a byte-level BPE of --vocab-size on the corpus; otherwise a tokenizer.json file."""
+    val_fraction: float = 0.01
+    """Share of documents held out for validation, chosen by document hash."""
+    data_cache: str = ".data_cache"
+    """Folder of prepared data sets, keyed by content."""
+
+    def validate(self) -> None:
+        """Raise UserError for settings no corpus can satisfy; files are checked by `data.sources`."""
+        if not self.data or any(not d.strip() for d in self.data):
+            raise UserError("--data needs at least one corpus: stdlib, python-env, hf:NAME or a path")
+        if not self.text_field:
+            raise UserError("--text-field is empty")
+        _check_range(self, val_fraction=(0.0001, 0.5))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer: rule and learning-rate schedule."""
+
+    optimizer: Literal["c3o", "adamw", "muon"] = "c3o"
+    """Update rule; adamw and muon are PyTorch's, for comparison."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices (never on norms, biases or SSM scalars)."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    grad_clip: float = 1.0
+    """Gradient clip threshold; 0 is off."""
+    grad_clip_mode: Literal["norm", "value"] = "norm"
+    """Clip the global norm, or clamp each element (the report's)."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine to the end; or stable, then a linear decay (WSD); or constant."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up (capped at a tenth of --steps)."""
+    decay_fraction: float = 0.2
+    """Share of --steps that WSD spends decaying."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of --lr."""
+
+    def validate(self) -> None:
+        """Raise UserError for values outside what the update rules allow."""
+        _check_range(
+            self,
+            lr=(0.0, 100.0),
+            weight_decay=(0.0, 100.0),
+            beta1=(0.0, 0.9999),
+            beta2=(0.0, 0.99999),
+            eps=(1e-30, 1.0),
+            grad_clip=(0.0, 1e9),
+            warmup_steps=(0, 10_000_000),
+            decay_fraction=(0.0, 1.0),
+            min_lr_ratio=(0.0, 1.0),
+        )
+
+
+@dataclass(frozen=True)
+class C3OConfig:
+    """C3O: settings of the report's optimizer."""
+
+    c3o_trust_radius: float = 0.1
+    """Cap on an update's norm as a share of its tensor's norm; 0 is off."""
+    c3o_trust_norm_refresh_drift: float = 0.0
+    """Margin under which a tensor's exact update norm may be skipped (0.0: always exact)."""
+    c3o_trust_norm_refresh_steps: int = 16
+    """Most steps a cached parameter norm may be used for."""
+    c3o_credit_gain: float = 0.0
+    """Strength of the block credit that scales updates; 0 is off."""
+    c3o_state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Storage of the two moments."""
+
+    def validate(self) -> None:
+        """Raise UserError for values outside the rule's definition."""
+        _check_range(
+            self,
+            c3o_trust_radius=(0.0, 1e6),
+            c3o_trust_norm_refresh_drift=(0.0, 0.99),
+            c3o_trust_norm_refresh_steps=(1, 1_000_000),
+            c3o_credit_gain=(0.0, 100.0),
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training: batch, length, run directory, checkpoints."""
+
+    output_dir: str = "runs/sigma_main"
+    """Run directory; a run found there is resumed."""
+    resume: bool = True
+    """Continue from the newest checkpoint; --no-resume sets an earlier run aside and starts anew."""
+    steps: int = 1000
+    """Optimizer steps in the whole run."""
+    batch_size: int = 4
+    """Sequences B in one forward pass."""
+    seq_len: int = 512
+    """Tokens T in one sequence."""
+    grad_accum: int = 1
+    """Forward and backward passes in one optimizer step."""
+    seed: int = 0
+    """Seed of initialisation, shuffling and sampling."""
+    save_interval: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_interval: int = 10
+    """Steps between progress lines."""
+    eval_interval: int = 250
+    """Steps between validations; the last step is always validated. 0 is never."""
+    eval_batches: int = 16
+    """Batches in one validation."""
+    max_bad_steps: int = 5
+    """Steps in a row with a NaN or infinite loss or gradient before training stops."""
+    sample_tokens: int = 128
+    """Tokens of the sample printed at the end; 0 prints none."""
+    sample_prompt: str = "def "
+    """Start of that sample."""
+
+    def validate(self) -> None:
+        """Raise UserError for impossible counts."""
+        big = 1_000_000_000
+        _check_range(
+            self,
+            steps=(1, big),
+            batch_size=(1, 65_536),
+            seq_len=(1, 1_048_576),
+            grad_accum=(1, 65_536),
+            seed=(0, 2**63 - 1),
+            save_interval=(1, big),
+            keep_checkpoints=(1, 10_000),
+            log_interval=(1, big),
+            eval_interval=(0, big),
+            eval_batches=(1, 1_000_000),
+            max_bad_steps=(1, big),
+            sample_tokens=(0, 65_536),
+        )
+        if not self.output_dir.strip():
+            raise UserError("--output-dir is empty")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Runtime: device and compilation."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of matrix products; auto is bf16 on CUDA and fp32 on CPU. Weights stay fp32."""
+    torch_compile: Literal["auto", "on", "off"] = "auto"
+    """Compile each block (`--torch-compile`, `--no-torch-compile`); auto is what measured faster."""
+
+    def validate(self) -> None:
+        """Raise UserError for a device name that is none."""
+        kind, _, index = self.device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdecimal())):
+            raise UserError(f"--device {self.device!r} is not one of auto, cpu, cuda, cuda:N")
+
+
+@dataclass(frozen=True)
+class PerfConfig:
+    """Perf: a measured window of steps and its profile."""
+
+    perf_profile_enable: bool = False
+    """Measure a window and write perf/baseline_throughput.json."""
+    perf_warmup_steps: int = 10
+    """Steps left out before the window."""
+    perf_measure_steps: int = 20
+    """Steps in the window."""
+    perf_profiler_steps: int = 0
+    """Steps traced by torch.profiler after the window; 0 is none."""
+    perf_device_time_mode: Literal["auto", "events", "host"] = "auto"
+    """Phase clock: CUDA events, the host's, or events where there is a GPU."""
+    perf_sync_boundaries: bool = False
+    """Synchronise the device at every phase boundary: exact host times, slower steps."""
+
+    def validate(self) -> None:
+        """Raise UserError for impossible counts."""
+        big = 1_000_000
+        _check_range(
+            self,
+            perf_warmup_steps=(0, big),
+            perf_measure_steps=(1, big),
+            perf_profiler_steps=(0, 10_000),
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything `eco_train train` can be told."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    model: SigmaConfig = field(default_factory=SigmaConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    c3o: C3OConfig = field(default_factory=C3OConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    perf: PerfConfig = field(default_factory=PerfConfig)
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting, or pair of settings, that cannot work."""
+        for group in dataclasses.fields(self):
+            getattr(self, group.name).validate()
+        t, p = self.training, self.perf
+        tokens = t.batch_size * t.seq_len
+        if tokens > 2**31:
+            raise UserError(f"--batch-size × --seq-len is {tokens} tokens; the limit is {2**31}")
+        if p.perf_profile_enable and p.perf_warmup_steps + p.perf_measure_steps > t.steps:
+            raise UserError(
+                f"--perf-warmup-steps {p.perf_warmup_steps} + --perf-measure-steps {p.perf_measure_steps}"
+                f" exceed --steps {t.steps}"
+            )
+
+
+# Settings that may change when a run is resumed: none of them changes what is learned from the same steps,
+# except `steps` itself, which moves the end of the schedule and is announced.
+FREE_ON_RESUME = frozenset(
+    {
+        "output_dir", "resume", "steps", "save_interval", "keep_checkpoints", "log_interval", "eval_interval",
+        "eval_batches", "max_bad_steps", "sample_tokens", "sample_prompt", "data_cache", "device", "torch_compile",
+        *(f.name for f in dataclasses.fields(PerfConfig)),
+    }
+)  # fmt: skip
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """One flat {field name: value} dictionary; names are unique across groups."""
+    flat: dict[str, Any] = {}
+    for group in dataclasses.fields(config):
+        flat.update(dataclasses.asdict(getattr(config, group.name)))
+    return flat
+
+
+def to_dict(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Nested plain dictionary, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(raw: dict[str, Any], *, source: str) -> TrainConfig:
+    """Rebuild a TrainConfig that `to_dict` made.
+
+    Raises:
+        UserError: `source` (the file's name, for the message) has a missing, unknown or mistyped entry.
+    """
+    groups: dict[str, Any] = {}
+    for group in dataclasses.fields(TrainConfig):
+        cls = group.default_factory  # type: ignore[misc]
+        values = raw.get(group.name)
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: no section {group.name!r}")
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"{source}: unknown setting {unknown[0]!r} in {group.name!r}")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        groups[group.name] = cls(**values)  # type: ignore[misc]
+    return TrainConfig(**groups)
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings, other than those free on resume, in which two configurations differ: {name: (old, new)}."""
+    a, b = flatten(old), flatten(new)
+    return {k: (a[k], b[k]) for k in b if k not in FREE_ON_RESUME and a[k] != b[k]}
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Everything `eco_train sample` can be told."""
+
+    run: str = "runs/sigma_main"
+    """Run directory of the trained model."""
+    prompt: str = "def "
+    """Text to continue."""
+    tokens: int = 200
+    """Most tokens to add; an end-of-text token ends sooner."""
+    temperature: float = 0.8
+    """Randomness: 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Choose among this many likeliest tokens; 0 is all."""
+    top_p: float = 0.95
+    """Choose among the likeliest tokens that together reach this probability; 1 is all."""
+    seed: int = 0
+    """Seed of the choice."""
+    step: int = 0
+    """Checkpoint to use; 0 is the newest."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+    def validate(self) -> None:
+        """Raise UserError for values outside their range."""
+        _check_range(
+            self,
+            tokens=(1, 1_000_000),
+            temperature=(0.0, 100.0),
+            top_k=(0, 4_194_304),
+            top_p=(1e-6, 1.0),
+            seed=(0, 2**63 - 1),
+            step=(0, 1_000_000_000),
+        )
+        RuntimeConfig(device=self.device).validate()
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Everything `eco_train evaluate` can be told."""
+
+    run: str = "runs/sigma_main"
+    """Run directory of the trained model."""
+    step: int = 0
+    """Checkpoint to use; 0 is the newest."""
+    batches: int = 0
+    """Batches of the validation split to score; 0 is all of it."""
+    batch_size: int = 0
+    """Sequences in a batch; 0 is the run's."""
+    seq_len: int = 0
+    """Tokens in a sequence; 0 is the run's."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    json: bool = False
+    """Print one JSON object instead of a sentence."""
+
+    def validate(self) -> None:
+        """Raise UserError for values outside their range."""
+        _check_range(
+            self,
+            step=(0, 1_000_000_000),
+            batches=(0, 1_000_000_000),
+            batch_size=(0, 65_536),
+            seq_len=(0, 1_048_576),
+        )
+        RuntimeConfig(device=self.device).validate()
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Everything `eco_train data prepare` and `eco_train data inspect` can be told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    vocab_size: int = SigmaConfig.vocab_size
+    """Size of a tokenizer trained here."""
+    path: str = ""
+    """`inspect` only: a prepared data set's folder, instead of the one the data flags name."""
+    verify: bool = False
+    """`inspect` only: read every shard and check its checksum."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+    def validate(self) -> None:
+        """Raise UserError for settings that cannot work."""
+        self.data.validate()
+        _check_range(self, vocab_size=(257, 4_194_304))

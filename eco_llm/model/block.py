@@ -1,0 +1,44 @@
+"""A block: two sub-layers, each `x + f(x)` with f = (norm → mixer) or (norm → MLP)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from eco_llm.config import SigmaConfig
+from eco_llm.model.mamba import Mamba, MambaCache
+from eco_llm.model.mla import MLA, MLACache
+from eco_llm.model.mlp import SwiGLU
+from eco_llm.model.norm import RMSNorm
+
+LayerCache = MambaCache | MLACache
+
+
+class Block(nn.Module):
+    """x += mixer(norm(x)); x += mlp(norm(x)). `mix` and `feed` are the two f's, pure functions of x."""
+
+    def __init__(self, config: SigmaConfig, mixer: Literal["mamba", "mla"]) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer: Mamba | MLA = Mamba(config) if mixer == "mamba" else MLA(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.mixer(self.mixer_norm(x))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.mlp(self.mlp_norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = x + self.mix(x)
+        return x + self.feed(x)
+
+    def extend(self, x: Tensor, cache: LayerCache) -> Tensor:
+        """`forward` for the next T tokens after those in `cache`, which takes them in."""
+        x = x + self.mixer.extend(self.mixer_norm(x), cache)  # type: ignore[arg-type]  # built for this mixer
+        return x + self.feed(x)

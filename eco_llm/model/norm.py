@@ -1,0 +1,24 @@
+"""RMSNorm with float32 statistics and the type of its input kept."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467).
+
+    Statistics are float32 inside the kernel. The weight is cast to the type of x, not x to the weight's: PyTorch's
+    fused kernel needs both alike, and casting `dim` numbers is free.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> the same shape and type."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

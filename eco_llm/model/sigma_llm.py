@@ -1,0 +1,183 @@
+"""SigmaLLM: the whole model on one screen.
+
+- Mamba-2 and MLA mixers in a 5 : 1 pattern (--mamba-ratio, --attention-ratio); SwiGLU after each
+- pre-norm RMSNorm, no biases but the convolution's and dt's, rotary positions in MLA only
+- one matrix for embedding and head, or two (--tie-embeddings)
+- the loss never builds [B·T, V] logits; generation keeps a fixed Mamba state and a small MLA latent a token
+- float32 weights; under autocast products are bf16 and the residual stream stays float32: each of 2·layers
+  small updates would otherwise be rounded to the 8 bits of the large sum (Mamba-2 does the same)
+
+Shape legend: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eco_llm.config import SigmaConfig
+from eco_llm.model.block import Block, LayerCache
+from eco_llm.model.mamba import Mamba
+from eco_llm.model.norm import RMSNorm
+from eco_llm.ops.cross_entropy import linear_cross_entropy
+from eco_llm.ops.ssd import choose_chunk
+
+IGNORE = -100  # target of a token that does not count in the loss
+
+
+@dataclass
+class Cache:
+    """State of generation for a batch of sequences, one entry a block; changed in place."""
+
+    layers: list[LayerCache]
+
+
+class SigmaLLM(nn.Module):
+    """Decoder-only language model. `config` must pass `SigmaConfig.validate` (checked: UserError)."""
+
+    def __init__(self, config: SigmaConfig) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixer_pattern)
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        # A tied head is no module of its own, so that the matrix is counted, decayed and saved once.
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    # ---- training -----------------------------------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids [B, T] int64 -> logits [B, T, V]."""
+        return F.linear(self.hidden(input_ids), self.head_weight)
+
+    def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, float32 scalar: targets [B, T] are the tokens that follow input_ids [B, T].
+
+        Targets of -100 do not count; if none counts, the loss is 0.
+        """
+        return self._cross_entropy(input_ids, targets, "mean")
+
+    def loss_sum(self, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy in nats and the number of targets that count: two scalars on the device."""
+        return self._cross_entropy(input_ids, targets, "sum"), (targets != IGNORE).sum()
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """input_ids [B, T] -> normalised hidden states [B, T, D], what the head reads."""
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.final_norm(x)
+
+    def _cross_entropy(self, input_ids: Tensor, targets: Tensor, reduction: Any) -> Tensor:
+        return linear_cross_entropy(
+            self.hidden(input_ids).flatten(0, 1), self.head_weight, targets.flatten(),
+            chunk_tokens=self.config.loss_chunk_tokens, ignore_index=IGNORE, reduction=reduction,
+        )  # fmt: skip
+
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))  # ModuleList forgets what it holds
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    # ---- generation ---------------------------------------------------------------------------------------
+
+    def init_cache(self, batch_size: int, max_tokens: int) -> Cache:
+        """An empty cache for `batch_size` sequences of at most `max_tokens`, prompt included.
+
+        It lives where the weights do, in the type their products have now (the autocast type, if on).
+        """
+        weight = self.embedding.weight
+        device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
+            dtype = torch.get_autocast_dtype(device.type)
+        return Cache([b.mixer.init_cache(batch_size, max_tokens, device, dtype) for b in self._blocks()])
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """Read T ≥ 1 tokens [B, T] into the cache; logits [B, V] for the token after the last."""
+        x = self.embedding(input_ids)
+        for block, layer in zip(self._blocks(), cache.layers, strict=True):
+            x = block.extend(x, layer)
+        return F.linear(self.final_norm(x[:, -1]), self.head_weight)
+
+    def step(self, token_ids: Tensor, cache: Cache) -> Tensor:
+        """Read one token a sequence [B]; logits [B, V] for the next."""
+        return self.prefill(token_ids[:, None], cache)
+
+    # ---- parameters, initialisation, counts ---------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise all weights from torch's default generator: the same seed gives the same model.
+
+        Matrices: normal of deviation 0.02, and 0.02 / sqrt(2·layers) where a product enters the residual stream,
+        so that its variance does not grow with depth (GPT-2). Norms 1. Convolution: PyTorch's default, as the
+        Mamba-2 reference. A, dt, D: `Mamba.reset_ssm_parameters`.
+        """
+        into_residual = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, into_residual if name.endswith((".out_proj", ".mlp.down")) else 0.02)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, nn.Conv1d):
+                module.reset_parameters()
+            elif isinstance(module, Mamba):
+                module.reset_ssm_parameters()
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Two optimizer groups: matrices (embedding and head included) decay; norms, biases, A_log, dt_bias, D and the
+        convolution, which has three axes, do not. Keys: `params`, `weight_decay`, `name`."""
+        parameters = list(self.parameters())
+        return [
+            {"params": [p for p in parameters if p.ndim == 2], "weight_decay": weight_decay, "name": "decay"},
+            {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0, "name": "no_decay"},
+        ]
+
+    def num_parameters(self, embedding: bool = True) -> int:
+        """Trainable numbers, a tied matrix once; without `embedding`, the token embedding and the head are left out."""
+        total = sum(p.numel() for p in self.parameters())
+        if embedding:
+            return total
+        return total - self.embedding.weight.numel() - (0 if self.head is None else self.head.weight.numel())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Training FLOPs (forward + backward = 3 × forward) for each of `seq_len` tokens.
+
+        Counts multiply and add of the products that the mathematics needs, forward, for one token:
+
+            every linear layer and the head        2 · inputs · outputs
+            Mamba, chunk of L tokens               4·H·P·N (state in and out) + L·(N + H·P) (causal half inside)
+            MLA, T tokens                          2·T·h·d (causal half of q·k and p·v)
+
+        Left out, being under 1%: norms, activations, the convolution, decays, the pass of states between chunks.
+        """
+        config = self.config
+        chunk = min(choose_chunk(seq_len, config.mamba_chunk), seq_len)
+        inner, state = config.mamba_inner_dim, config.mamba_state_dim
+        linear = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        forward = 2 * (linear + config.vocab_size * config.d_model)
+        mamba_blocks = config.mixer_pattern.count("mamba")
+        forward += mamba_blocks * (4 * inner * state + chunk * (state + inner))
+        forward += (config.n_layers - mamba_blocks) * 2 * seq_len * config.d_model
+        return 3 * forward
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile every block in place with torch.compile, for static shapes.
+
+        Blocks of a kind share one compiled graph, so this costs two compilations, not one a layer; names in the
+        state dict do not change. Generation (`prefill`, `step`) stays uncompiled.
+        """
+        for block in self.blocks:
+            block.compile(dynamic=False, backend=backend)

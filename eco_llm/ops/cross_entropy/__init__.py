@@ -1,0 +1,71 @@
+"""Fused linear + cross-entropy. Maths: README.md beside this file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eco_llm.ops.cross_entropy.chunked import linear_cross_entropy_chunked
+from eco_llm.ops.cross_entropy.reference import linear_cross_entropy_reference
+
+__all__ = ["linear_cross_entropy"]
+
+Backend = Literal["auto", "reference", "chunked"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+# Compiling the loop over chunks would unroll it, for no gain: it is made of large matrix products.
+@torch.compiler.disable
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_tokens: int,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Cross-entropy of softmax(hidden · weightᵀ) against `targets`, in nats.
+
+    Products run in the autocast type if autocast is on, else in the type of `hidden`; softmax, sums and dWeight are
+    float32 (float64 for float64 products) in every case. No host sync.
+
+    Args:
+        hidden: [M, D].
+        weight: [V, D], the head; cast once if its type differs.
+        targets: [M] int64; `ignore_index` marks tokens that do not count.
+        chunk_tokens: tokens whose logits exist at one time; peak memory is about chunk_tokens · V · 8 bytes.
+        reduction: `mean` over the tokens that count (0 if none does), their `sum`, or `none`, one value a token
+            (0 if ignored). The chunked backend gives `none` no gradient.
+        backend: `reference` builds all [M, V] logits; `chunked` never does; `auto` is `chunked`.
+
+    Returns:
+        A scalar, or [M] for `none`; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend or reduction, `chunk_tokens` below 1, a gradient
+            asked of chunked `none`.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"need hidden [M, D] and weight [V, D], got {hidden.shape} and {weight.shape}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"need targets [M] = [{hidden.shape[0]}], got {targets.shape}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}; known: mean, sum, none")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    if backend == "reference":
+        return linear_cross_entropy_reference(hidden, weight, targets, ignore_index, reduction)
+    if backend not in ("auto", "chunked"):
+        raise ValueError(f"unknown cross-entropy backend {backend!r}; known: auto, reference, chunked")
+
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    compute_dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return linear_cross_entropy_chunked(
+            hidden, weight, targets, ignore_index, reduction, chunk_tokens, compute_dtype
+        )

@@ -1,0 +1,29 @@
+"""Tile policy: how many tokens of a sequence one SSD chunk holds. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# (shortest sequence of the row, chunk), first match from the bottom up. 256 is allowed only for T ≥ 1024.
+# Edit the table when a measurement on a GPU says so, and name the evidence here. On CPU (docs/model.md, "Speed") 256
+# loses at every length and 64 gains a few percent of a step over 128: not enough to leave the report's 128.
+CHUNK_TABLE: tuple[tuple[int, int], ...] = ((1, 128), (1024, 128))
+
+
+def choose_chunk(seq_len: int, pinned: Literal["auto"] | int = "auto") -> int:
+    """SSD chunk length, in tokens, for sequences of `seq_len` tokens.
+
+    Args:
+        seq_len: T ≥ 1.
+        pinned: `"auto"` follows `CHUNK_TABLE`; a positive number is returned as it is.
+
+    Raises:
+        ValueError: `seq_len` or `pinned` is not positive.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be at least 1, got {seq_len}")
+    if pinned != "auto":
+        if pinned < 1:
+            raise ValueError(f"chunk must be at least 1, got {pinned}")
+        return pinned
+    return next(chunk for shortest, chunk in reversed(CHUNK_TABLE) if seq_len >= shortest)

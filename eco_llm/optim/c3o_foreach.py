@@ -1,0 +1,366 @@
+"""C3O for many tensors at once: the same rule in a number of launches that does not grow with the tensors.
+
+Moments live in an `Arena`: one padded buffer [blocks, BLOCK] per moment, in which every tensor starts at a block of
+its own; `state[param]["exp_avg"]` is a view of it. A scalar per tensor or per block (bias correction, credit, trust
+scale) then becomes one broadcast over rows, and only operations that mix in parameters or gradients, which are not
+ours to lay out, are `torch._foreach_*` lists. A `Bucket` is a run of neighbours in one arena that step together.
+
+Accesses to memory, per element and step (16-bit or 32-bit words; fp32 moments, no credit, no clip):
+    m <- lerp(m, g) 3;  v <- b2 v 2;  v += (1-b2) g² 3;  sqrt 2;  · + broadcast 2;  m / · 3;  + λθ 3;  |d|, |θ| 2;
+    · scale 2;  θ - · 3;  together 25, of which the trust region is 2 and weight decay 3. A step that may be
+    skipped (`skip_step`) adds 8: candidates for m and v are built in the work buffer and committed by `where`.
+
+A device flag cannot save these norms their two accesses: without a kernel of our own a launch is issued or not by
+Python, before the flag is known. Here `may_skip` decides, counts and keeps its bounds exactly as a kernel must, and
+the scale it implies is the one applied; the time is saved only by the kernel that reads the flag.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eco_llm.optim.c3o_reference import unknown_update_norm
+from eco_llm.optim.grads import tensor_norms
+from eco_llm.optim.norm_skip import NormCache, Slack, may_skip, next_cache, update_norm_bound
+from eco_llm.optim.rounding import FIRST_MOMENT, SECOND_MOMENT, dithered_bfloat16
+from eco_llm.optim.rule import BLOCK, Rule, block_count, compute_dtype
+
+StateMap = dict[Tensor, dict[str, Any]]
+
+BUCKET_ELEMENTS = {"cpu": 2**20}
+"""Most elements in a bucket of several tensors, by device type; it bounds the work buffers (4 MiB each on a CPU,
+where larger buckets measured no faster and smaller ones slower)."""
+_BUCKET_ELEMENTS_DEFAULT = 2**25
+
+
+class Arena:
+    """Moments and caches of tensors alike in device, dtype, state dtype and group, laid out back to back.
+
+    Values already in `state` (a checkpoint, the for-loop's) are copied in; `state` then holds views of the arena.
+    """
+
+    def __init__(self, params: Sequence[Tensor], rule: Rule, state: StateMap) -> None:
+        self.params = list(params)
+        self.device, self.param_dtype, self.state_dtype = params[0].device, params[0].dtype, rule.state_dtype
+        self.dtype = compute_dtype(params[0], rule.state_dtype)
+        self.blocks = [block_count(p.numel()) for p in params]
+        self.first = [0]
+        for b in self.blocks:
+            self.first.append(self.first[-1] + b)
+        rows = self.first[-1]
+        self.exp_avg = torch.zeros(rows, BLOCK, dtype=self.state_dtype, device=self.device)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        self.step = torch.zeros(len(params), dtype=torch.float32, device=self.device)
+        self.credit: Tensor | None = None
+        self.cache: NormCache | None = None
+        for i, p in enumerate(params):
+            self._adopt(state[p], "exp_avg", self.view(self.exp_avg, i))
+            self._adopt(state[p], "exp_avg_sq", self.view(self.exp_avg_sq, i))
+            self._adopt(state[p], "step", self.step[i])
+
+    @staticmethod
+    def _adopt(state: dict[str, Any], name: str, home: Tensor) -> None:
+        if name in state:
+            home.copy_(state[name])
+        state[name] = home
+
+    def view(self, rows: Tensor, i: int, start: int = 0) -> Tensor:
+        """Tensor i's elements, shaped as the parameter, in a buffer whose row 0 is the arena's row `start`."""
+        p, first = self.params[i], self.first[i] - start
+        return rows.view(-1)[first * BLOCK : first * BLOCK + p.numel()].view(p.shape)
+
+    def require(self, rule: Rule, state: StateMap) -> bool:
+        """Create the caches of features that are on; True if there was something to create."""
+        credit, cache = rule.has_credit and self.credit is None, rule.may_skip_norms and self.cache is None
+        if credit:
+            self.credit = torch.zeros(self.first[-1], dtype=self.dtype, device=self.device)
+            for i, p in enumerate(self.params):
+                self._adopt(state[p], "credit", self.credit[self.first[i] : self.first[i + 1]])
+        if cache:
+            zeros = torch.zeros(len(self.params), dtype=self.dtype, device=self.device)
+            self.cache = NormCache(unknown_update_norm(self.step.to(self.dtype)), zeros, self.step * 0)
+            for i, p in enumerate(self.params):
+                for name, values in self.cache._asdict().items():
+                    self._adopt(state[p], name, values[i])
+        return credit or cache
+
+
+class Workspace:
+    """Scratch rows of one device and dtype, shared by the buckets that step one after another; never zeroed."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._rows = 0
+        self._buffers: dict[str, Tensor] = {}
+
+    def reserve(self, rows: int) -> None:
+        """Make every buffer at least `rows` long; called before any is handed out."""
+        self._rows = max(self._rows, rows)
+
+    def rows(self, name: str, rows: int) -> Tensor:
+        """The buffer `name`, cut to [rows, BLOCK]; contents are whatever the last user left."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(self._rows, BLOCK, dtype=self._dtype, device=self._device)
+        return self._buffers[name][:rows]
+
+
+class Bucket:
+    """Tensors first..last-1 of an arena: views of their state, and the constants that their step needs."""
+
+    def __init__(self, arena: Arena, first: int, last: int, group: dict[str, Any], workspace: Workspace) -> None:
+        self.group, self.arena, self.workspace = group, arena, workspace
+        self.params = arena.params[first:last]
+        self._span = (first, last)
+        start, stop = arena.first[first], arena.first[last]
+        self.rows = stop - start
+        workspace.reserve(self.rows)
+        self.exp_avg, self.exp_avg_sq = arena.exp_avg[start:stop], arena.exp_avg_sq[start:stop]
+        self.step = arena.step[first:last]
+        self.exp_avg_views = [arena.view(arena.exp_avg, i) for i in range(first, last)]
+        self.exp_avg_sq_views = [arena.view(arena.exp_avg_sq, i) for i in range(first, last)]
+        self.credit = None if arena.credit is None else arena.credit[start:stop]
+        self.cache = None if arena.cache is None else NormCache(*(x[first:last] for x in arena.cache))
+
+        device, dtype = arena.device, arena.dtype
+        counts = arena.blocks[first:last]
+        owners = [i for i, count in enumerate(counts) for _ in range(count)]
+        self.owner = torch.tensor(owners, device=device)
+        self.block_counts = torch.tensor(counts, dtype=dtype, device=device)
+        self.sqrt_n = torch.tensor([p.numel() ** 0.5 for p in self.params], dtype=dtype, device=device)
+        self.position = torch.arange(BLOCK, device=device)
+        self.zero = torch.zeros((), dtype=dtype, device=device)
+        self.slack = Slack.of(arena.state_dtype, arena.param_dtype, dtype)
+        self.cosines = torch.empty(self.rows, dtype=dtype, device=device)
+        self.cosine_views = list(self.cosines.split(counts))
+        self._work: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+    def work(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        """Scratch `name`: [rows, BLOCK], and one view of it a tensor. Padding holds leftovers."""
+        if name not in self._work:
+            rows = self.workspace.rows(name, self.rows)
+            first, last = self._span
+            start = self.arena.first[first]
+            self._work[name] = (rows, [self.arena.view(rows, i, start) for i in range(first, last)])
+        return self._work[name]
+
+
+def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Tensor | None) -> Tensor:
+    """One C3O step of a bucket, in place on its parameters and state.
+
+    Args:
+        grads: one a parameter, already unscaled and clipped; not modified.
+        rule: the bucket's group, now.
+        skip_step: None, or a 0-dim bool on the device; True leaves every bit of parameters and state alone,
+            whatever the gradients hold.
+
+    Returns:
+        float32 [4]: tensors whose norm was skipped, was exact, whose cap bound, and the sum over tensors of
+        |Δ| / max(|θ|, floor); zeros with no cap.
+    """
+    dtype = bucket.arena.dtype
+    if any(g.dtype != dtype for g in grads):
+        grads = _cast(bucket, "grad", grads)
+    params = bucket.params
+    if bucket.arena.param_dtype != dtype:
+        params = _cast(bucket, "param", params)
+
+    t = bucket.step + 1
+    bias1, bias2 = bias_correction(rule.beta1, t.to(dtype)), bias_correction(rule.beta2, t.to(dtype))
+    factor = _credit_factors(bucket, grads, rule, skip_step) if rule.has_credit else None
+
+    m, root, root_views = _update_moments(bucket, grads, rule, t, skip_step)
+    # s (m/bias1) / (sqrt(v/bias2) + eps) = m / (sqrt(v) · gain + shift): one broadcast for correction and credit.
+    gain, shift = (bias1 / bias2.sqrt())[bucket.owner], (rule.eps * bias1)[bucket.owner]
+    if factor is not None:
+        gain, shift = gain / factor, shift / factor
+    torch.addcmul(shift[:, None], root, gain[:, None], out=root)
+    d, d_views = torch.div(m, root, out=root), root_views
+    if rule.weight_decay:
+        torch._foreach_add_(d_views, params, alpha=rule.weight_decay)
+
+    scale, stats = _trust(bucket, params, d_views, t, bias1, bias2, rule, skip_step)
+    if skip_step is not None:
+        scale = torch.where(skip_step, 0.0, scale)
+        if m is not bucket.exp_avg:  # a candidate, so it may hold the bad gradient
+            d.masked_fill_(skip_step, 0.0)
+    # 0 + x·0 is +0 for either sign of x, and θ - (+0) is θ in every bit, -0 included.
+    torch.addcmul(bucket.zero, d, scale[bucket.owner][:, None], out=d)
+    torch._foreach_sub_(params, d_views)
+    if params is not bucket.params:
+        torch._foreach_copy_(bucket.params, params)
+    _commit(bucket.step, t, skip_step)
+    return stats
+
+
+def bias_correction(beta: float, t: Tensor) -> Tensor:
+    """1 - beta^t for t >= 1, accurate also where beta^t is close to 1."""
+    return -torch.expm1(t * (math.log(beta) if beta > 0 else -math.inf))
+
+
+def _cast(bucket: Bucket, name: str, tensors: list[Tensor]) -> list[Tensor]:
+    _, views = bucket.work(name)
+    torch._foreach_copy_(views, tensors)
+    return views
+
+
+def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:
+    # where, not arithmetic: NaN * 0 is NaN.
+    if skip_step is None:
+        old.copy_(new)
+    else:
+        torch.where(skip_step, old, new.to(old.dtype), out=old)
+
+
+def _update_moments(
+    bucket: Bucket, grads: list[Tensor], rule: Rule, t: Tensor, skip_step: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Advance both moments; return m and sqrt(v), [rows, BLOCK] in the compute type, the latter as scratch with views."""
+    m, v = bucket.exp_avg, bucket.exp_avg_sq
+    root, root_views = bucket.work("update")
+    if bucket.arena.state_dtype == bucket.arena.dtype:
+        if skip_step is None:
+            torch._foreach_lerp_(bucket.exp_avg_views, grads, 1 - rule.beta1)
+            v.mul_(rule.beta2)
+            torch._foreach_addcmul_(bucket.exp_avg_sq_views, grads, grads, value=1 - rule.beta2)
+        else:
+            root.copy_(m)
+            torch._foreach_lerp_(root_views, grads, 1 - rule.beta1)
+            torch.where(skip_step, m, root, out=m)
+            torch.mul(v, rule.beta2, out=root)
+            torch._foreach_addcmul_(root_views, grads, grads, value=1 - rule.beta2)
+            torch.where(skip_step, v, root, out=v)
+        return m, torch.sqrt(v, out=root), root_views
+
+    # Moments stored in a narrower type: the update and this step's direction use the unrounded values.
+    wide, wide_views = bucket.work("moment")
+    wide.copy_(m)
+    torch._foreach_lerp_(wide_views, grads, 1 - rule.beta1)
+    _commit(m, _stored(wide, bucket, t, FIRST_MOMENT), skip_step)
+    root.copy_(v)
+    root.mul_(rule.beta2)
+    torch._foreach_addcmul_(root_views, grads, grads, value=1 - rule.beta2)
+    _commit(v, _stored(root, bucket, t, SECOND_MOMENT), skip_step)
+    return wide, root.sqrt_(), root_views
+
+
+def _stored(x: Tensor, bucket: Bucket, t: Tensor, stream: int) -> Tensor:
+    if bucket.arena.state_dtype != torch.bfloat16:
+        return x
+    return dithered_bfloat16(x, bucket.position, t[bucket.owner][:, None], stream)
+
+
+def _credit_factors(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Tensor | None) -> Tensor:
+    """Advance the credit average and return every block's factor s, [rows]."""
+    assert bucket.credit is not None
+    dtype = bucket.arena.dtype
+    g, g_views = bucket.work("credit_grad")
+    g.zero_()  # padding would otherwise hold another bucket's elements
+    torch._foreach_copy_(g_views, grads)
+    u, _ = bucket.work("update")
+    bias2 = bias_correction(rule.beta2, bucket.step.to(dtype).clamp(min=1))
+    u.copy_(bucket.exp_avg_sq)
+    # A positive factor common to a tensor leaves cosines alone, so the first moment needs no correction.
+    u.sqrt_().add_((rule.eps * bias2.sqrt())[bucket.owner][:, None])
+    torch.div(bucket.exp_avg.to(dtype), u, out=u)
+    g_sq, u_sq = torch.linalg.vector_norm(g, dim=1).square_(), torch.linalg.vector_norm(u, dim=1).square_()
+    norms = (g_sq * u_sq).sqrt_()
+    dots = g.mul_(u).sum(1)
+    # Shifted to [0, 2], so that a multi-tensor 1-norm is the sum over each tensor's blocks: deterministic, one launch.
+    torch.add(torch.where(norms > 0, dots / norms, 0.0), 1.0, out=bucket.cosines).clamp_(min=0.0)
+    means = torch.stack(torch._foreach_norm(bucket.cosine_views, 1)) / bucket.block_counts
+    centred = bucket.cosines - means[bucket.owner]
+    average = torch.lerp(bucket.credit, centred, 1 - rule.credit_beta)
+    _commit(bucket.credit, average, skip_step)
+    return average.mul_(rule.credit_gain).exp_().clamp_(rule.credit_min, rule.credit_max)
+
+
+def _trust(
+    bucket: Bucket,
+    params: list[Tensor],
+    d_views: list[Tensor],
+    t: Tensor,
+    bias1: Tensor,
+    bias2: Tensor,
+    rule: Rule,
+    skip_step: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """lr times the trust region's factor, [tensors]; and the step's statistics (see `foreach_step`)."""
+    if not rule.has_trust:
+        return rule.lr * torch.ones_like(bucket.sqrt_n), torch.zeros(4, dtype=torch.float32, device=t.device)
+    dtype = bucket.arena.dtype
+    theta_norm, d_norm = tensor_norms(params, dtype), tensor_norms(d_views, dtype)
+    weight = torch.maximum(theta_norm, rule.trust_floor * bucket.sqrt_n)
+    limit, delta_norm = rule.trust_radius * weight, rule.lr * d_norm
+    scale = torch.where(delta_norm > limit, limit / delta_norm, 1.0)
+    skip = torch.zeros_like(scale, dtype=torch.bool)
+    if rule.may_skip_norms:
+        assert bucket.cache is not None
+        bound = update_norm_bound(bucket.cache.update_norm, t, bias1, bias2, bucket.sqrt_n, rule, bucket.slack)
+        skip = may_skip(bound, bucket.cache, bucket.sqrt_n, rule)
+        scale = torch.where(skip, 1.0, scale)
+        new = next_cache(skip, bound, bucket.cache, d_norm, theta_norm, scale, rule, bucket.slack)
+        for old, value in zip(bucket.cache, new, strict=True):
+            _commit(old, value, skip_step)
+    ratio = torch.where(weight > 0, delta_norm * scale / weight, 0.0)
+    stats = torch.stack([skip, ~skip, scale < 1, ratio]).sum(1, dtype=torch.float32)
+    return rule.lr * scale, stats
+
+
+class Plan:
+    """The arenas of an optimizer and the buckets of one set of parameters with gradients."""
+
+    def __init__(self) -> None:
+        self.arenas: list[Arena] = []
+        self._place: dict[int, tuple[Arena, int]] = {}
+
+    def __len__(self) -> int:
+        """Parameters that have a place in an arena."""
+        return len(self._place)
+
+    def buckets(
+        self, groups: Sequence[tuple[dict[str, Any], Rule, list[Tensor]]], state: StateMap
+    ) -> list[Bucket]:
+        """Buckets that cover the given parameters of each group, building arenas for those that have none yet."""
+        workspaces: dict[tuple[torch.device, torch.dtype], Workspace] = {}
+        result = []
+        for group, rule, params in groups:
+            self._adopt([p for p in params if id(p) not in self._place], rule, state)
+            for arena, members in self._by_arena(params):
+                arena.require(rule, state)
+                workspace = workspaces.setdefault((arena.device, arena.dtype), Workspace(arena.device, arena.dtype))
+                result += [Bucket(arena, a, b, group, workspace) for a, b in _runs(arena, members)]
+        return result
+
+    def _adopt(self, params: list[Tensor], rule: Rule, state: StateMap) -> None:
+        kinds: dict[Any, list[Tensor]] = {}
+        for p in params:
+            # One list off the multi-tensor path's layout would drag its whole bucket off it.
+            kinds.setdefault((p.device, p.dtype, p.is_contiguous()), []).append(p)
+        for members in kinds.values():
+            arena = Arena(members, rule, state)
+            self.arenas.append(arena)
+            self._place |= {id(p): (arena, i) for i, p in enumerate(members)}
+
+    def _by_arena(self, params: list[Tensor]) -> list[tuple[Arena, list[int]]]:
+        found: dict[int, tuple[Arena, list[int]]] = {}
+        for p in params:
+            arena, i = self._place[id(p)]
+            found.setdefault(id(arena), (arena, []))[1].append(i)
+        return list(found.values())
+
+
+def _runs(arena: Arena, members: list[int]) -> list[tuple[int, int]]:
+    """Half-open runs of consecutive tensors among `members` (ascending), each within the bucket's size."""
+    limit = BUCKET_ELEMENTS.get(arena.device.type, _BUCKET_ELEMENTS_DEFAULT) // BLOCK
+    runs: list[tuple[int, int]] = []
+    for i in members:
+        if runs and runs[-1][1] == i and arena.first[i + 1] - arena.first[runs[-1][0]] <= limit:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    return runs

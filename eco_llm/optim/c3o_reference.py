@@ -1,0 +1,130 @@
+"""C3O for one tensor: DESIGN's rule line by line. Slow, obvious, and the judge of the foreach path.
+
+Shapes follow the parameter's, except `credit` [blocks] and the 0-dim step, norms and age. Nothing reads a device
+value on the host, so this path too can run where synchronising is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from eco_llm.optim.norm_skip import NormCache, Slack, may_skip, next_cache, update_norm_bound
+from eco_llm.optim.rounding import FIRST_MOMENT, SECOND_MOMENT, dithered_bfloat16
+from eco_llm.optim.rule import BLOCK, Rule, block_count, compute_dtype
+
+State = dict[str, Any]
+
+
+def init_state(param: Tensor, rule: Rule, state: State) -> None:
+    """Create what the rule needs and `state` lacks: zero moments, and caches only where their feature is on."""
+    dtype = compute_dtype(param, rule.state_dtype)
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros(param.shape, dtype=rule.state_dtype, device=param.device)
+    if rule.has_credit and "credit" not in state:
+        state["credit"] = torch.zeros(block_count(param.numel()), dtype=dtype, device=param.device)
+    if rule.may_skip_norms and "update_norm" not in state:
+        state["update_norm"] = unknown_update_norm(state["step"].to(dtype))
+        state["param_norm"] = torch.zeros((), dtype=dtype, device=param.device)
+        state["norm_age"] = torch.zeros((), dtype=torch.float32, device=param.device)
+
+
+def unknown_update_norm(step: Tensor) -> Tensor:
+    """The only bound on |u| for moments whose history was not watched: none, or 0 before the first step."""
+    return torch.where(step > 0, float("inf"), torch.zeros_like(step))
+
+
+def block_cosines(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> / (|a| |b|) of every block of two equally shaped tensors: [blocks]; 0 where either norm is 0."""
+    fill = block_count(a.numel()) * BLOCK - a.numel()
+    a = pad(a.reshape(-1), (0, fill)).view(-1, BLOCK)
+    b = pad(b.reshape(-1), (0, fill)).view(-1, BLOCK)
+    norms = (a.square().sum(1) * b.square().sum(1)).sqrt()
+    return torch.where(norms > 0, (a * b).sum(1) / norms, 0.0)
+
+
+def per_element(blocks: Tensor, like: Tensor) -> Tensor:
+    """Spread one value a block over the elements of a tensor shaped as `like`."""
+    return blocks.repeat_interleave(BLOCK)[: like.numel()].view(like.shape)
+
+
+def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_step: Tensor | None) -> Tensor:
+    """One C3O step of one tensor, in place on `param` and `state`.
+
+    Args:
+        param: the tensor θ, floating point, any strides, at least one element.
+        grad: its gradient, already unscaled and clipped; not modified.
+        state: what `init_state` made.
+        skip_step: None, or a 0-dim bool on the parameter's device; True leaves every bit of θ and the state alone,
+            whatever the gradient holds.
+
+    Returns:
+        float32 [4]: norm skipped, norm exact, cap bound (each 0 or 1), |Δ| / max(|θ|, floor); zeros with no cap.
+    """
+    dtype = compute_dtype(param, rule.state_dtype)
+    theta, g = param.to(dtype), grad.to(dtype)
+    m, v = state["exp_avg"].to(dtype), state["exp_avg_sq"].to(dtype)
+    new: State = {}
+
+    # Credit of the direction that the OLD moments point in. Before the first step it is 0 whatever the correction.
+    s: Tensor | float = 1.0
+    if rule.has_credit:
+        t_old = state["step"].to(dtype).clamp(min=1)
+        u_old = (m / (1 - rule.beta1**t_old)) / ((v / (1 - rule.beta2**t_old)).sqrt() + rule.eps)
+        h = block_cosines(g, u_old)
+        new["credit"] = rule.credit_beta * state["credit"] + (1 - rule.credit_beta) * (h - h.mean())
+        s = (rule.credit_gain * new["credit"]).exp().clamp(rule.credit_min, rule.credit_max)
+        s = per_element(s, param)
+
+    t = state["step"] + 1
+    new["step"] = t
+    m = rule.beta1 * m + (1 - rule.beta1) * g
+    v = rule.beta2 * v + (1 - rule.beta2) * g * g
+    new["exp_avg"] = _stored(m, state["exp_avg"].dtype, t, FIRST_MOMENT)
+    new["exp_avg_sq"] = _stored(v, state["exp_avg_sq"].dtype, t, SECOND_MOMENT)
+
+    bias1, bias2 = 1 - rule.beta1 ** t.to(dtype), 1 - rule.beta2 ** t.to(dtype)
+    u = (m / bias1) / ((v / bias2).sqrt() + rule.eps)
+    d = s * u + rule.weight_decay * theta
+
+    stats = torch.zeros(4, dtype=torch.float32, device=param.device)
+    scale: Tensor | float = 1.0
+    if rule.has_trust:
+        sqrt_n = torch.full((), param.numel() ** 0.5, dtype=dtype, device=param.device)
+        theta_norm, d_norm = torch.linalg.vector_norm(theta), torch.linalg.vector_norm(d)
+        weight = torch.maximum(theta_norm, rule.trust_floor * sqrt_n)
+        limit, delta_norm = rule.trust_radius * weight, rule.lr * d_norm
+        scale = torch.where(delta_norm > limit, limit / delta_norm, 1.0)
+        skip = torch.zeros((), dtype=torch.bool, device=param.device)
+        if rule.may_skip_norms:
+            slack = Slack.of(rule.state_dtype, param.dtype, dtype)
+            cache = NormCache(state["update_norm"], state["param_norm"], state["norm_age"])
+            bound = update_norm_bound(cache.update_norm, t, bias1, bias2, sqrt_n, rule, slack)
+            skip = may_skip(bound, cache, sqrt_n, rule)
+            scale = torch.where(skip, 1.0, scale)
+            new |= next_cache(skip, bound, cache, d_norm, theta_norm, scale, rule, slack)._asdict()
+        ratio = torch.where(weight > 0, delta_norm * scale / weight, 0.0)
+        stats = torch.stack([skip, ~skip, scale < 1, ratio]).to(torch.float32)
+
+    theta = theta - rule.lr * scale * d
+    _commit(param, theta.to(param.dtype), skip_step)
+    for name, value in new.items():
+        _commit(state[name], value.to(state[name].dtype), skip_step)
+    return stats
+
+
+def _stored(x: Tensor, dtype: torch.dtype, step: Tensor, stream: int) -> Tensor:
+    if dtype != torch.bfloat16:
+        return x.to(dtype)
+    position = torch.arange(x.numel(), device=x.device) % BLOCK
+    return dithered_bfloat16(x, position.view(x.shape), step, stream)
+
+
+def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:
+    # where, not arithmetic: NaN * 0 is NaN.
+    old.copy_(new if skip_step is None else torch.where(skip_step, old, new))

@@ -1,0 +1,106 @@
+"""Where a process runs: rank, world size, device, compute type, compiler caches. The one place that asks.
+
+The cache half is torch-free and must run before torch is imported: Triton and Inductor read their folders from
+the environment at import. The device half imports torch when called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eco_llm.config import RuntimeConfig
+from eco_llm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Row S13: whether compiling the blocks measured faster, by device type. Evidence:
+# benchmarks/results/*/compile_on_off.json; the table is in docs/configuration.md.
+COMPILE_PAYS = {"cpu": False, "cuda": True}
+
+
+def set_cache_dirs(root: Path | None = None) -> None:
+    """Keep compiled kernels between runs in `.runtime_cache/` (row S12); the usual variables override.
+
+    Relative to the current directory, like every path a user gives. Call before importing torch.
+    """
+    base = (root or Path.cwd()) / ".runtime_cache"
+    os.environ.setdefault("TRITON_CACHE_DIR", str(base / "triton"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's place in the world and how it computes."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    compile: bool
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes the run directory."""
+        return self.rank == 0
+
+    @staticmethod
+    def detect(config: RuntimeConfig) -> Runtime:
+        """Resolve `auto` settings against this machine.
+
+        Raises:
+            UserError: the named device does not exist, cannot compute in the named type, or several processes
+                were launched (data parallel training is not built yet; two silent copies would be worse).
+        """
+        import torch
+
+        world_size = os.environ.get("WORLD_SIZE") or "1"
+        if world_size != "1":
+            raise UserError(f"{world_size} processes were launched (WORLD_SIZE); this version trains on one device")
+        name = config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise UserError(f"--device {config.device!r} is not one of auto, cpu, cuda, cuda:N") from None
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError(
+                    f"--device {config.device}: this PyTorch sees no CUDA device; `eco_train doctor` says why"
+                )
+            # From the name: torch.device keeps 8 bits of an index, and takes cuda:256 for cuda:0.
+            index = int(name[5:]) if name.startswith("cuda:") else torch.cuda.current_device()
+            if index >= torch.cuda.device_count():
+                raise UserError(f"--device {config.device}: there are {torch.cuda.device_count()} CUDA devices")
+            device = torch.device("cuda", index)
+            if config.dtype == "bf16" and not torch.cuda.is_bf16_supported():
+                raise UserError("--dtype bf16: this GPU cannot compute in bfloat16; use --dtype fp32")
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(config.dtype)
+        if dtype is None:
+            bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = torch.bfloat16 if bf16 else torch.float32
+        wanted = {"on": True, "off": False}.get(config.torch_compile)
+        return Runtime(device, dtype, COMPILE_PAYS[device.type] if wanted is None else wanted)
+
+    def setup(self, seed: int) -> None:
+        """Seed every generator and pick the matrix-product modes; call once, before the model is built."""
+        import torch
+
+        torch.manual_seed(seed)  # also seeds every CUDA device
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            # fp32 products that are left under bf16 compute (optimizer, norms) need no full fp32 multiplier.
+            torch.backends.cuda.matmul.allow_tf32 = self.compute_dtype != torch.float32
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context for forward passes: autocast to bf16, or nothing for fp32."""
+        import torch
+
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)

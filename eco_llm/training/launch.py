@@ -1,0 +1,275 @@
+"""From accepted settings to a finished run: every part is built here, in the order in which it can refuse.
+
+Nothing is written to the run directory until everything that can refuse has been asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eco_llm.config import SigmaConfig, TrainConfig, flatten, to_dict
+from eco_llm.data.loader import TokenLoader, evaluation_batches
+from eco_llm.data.order import require_length
+from eco_llm.data.prepare import prepare
+from eco_llm.data.progress import make_progress
+from eco_llm.data.shards import PreparedData
+from eco_llm.errors import UserError
+from eco_llm.model.sigma_llm import SigmaLLM
+from eco_llm.optim.factory import build_optimizer
+from eco_llm.optim.update import Update
+from eco_llm.perf.device_counters import DeviceCounters, memory_stats
+from eco_llm.perf.environment import collect as collect_environment
+from eco_llm.perf.phases import PhaseTimer
+from eco_llm.runtime import Runtime
+from eco_llm.training import checkpoint
+from eco_llm.training.crash import write_crash_report
+from eco_llm.training.evaluation import Validation, evaluate
+from eco_llm.training.hooks.base import Hook
+from eco_llm.training.hooks.metrics_file import MetricsFile
+from eco_llm.training.hooks.perf_window import PerfFiles
+from eco_llm.training.hooks.progress import ProgressDisplay
+from eco_llm.training.hooks.tensorboard import TensorBoard
+from eco_llm.training.outcome import NonFiniteLoss, Outcome, is_out_of_memory
+from eco_llm.training.run_directory import RunDirectory
+from eco_llm.training.sigma_trainer import SigmaTrainer
+from eco_llm.training.trained import TrainedModel, continue_text, newest_good
+
+
+def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
+    """Run `eco_train train` with settings that passed `validate`; show progress; return how it ended.
+
+    Raises:
+        UserError: the device, the corpus, the run directory or their combination does not allow it.
+    """
+    run = RunDirectory(Path(config.training.output_dir))
+    run.check(config)
+    runtime = Runtime.detect(config.runtime)
+    PhaseTimer(runtime.device, config.perf.perf_device_time_mode)  # refuses a clock the device does not have
+
+    data = prepare(config.data, config.model.vocab_size, progress=make_progress())
+    require_length(data.manifest.splits["train"].tokens, config.training.seq_len, "train")
+    shape = resolve_shape(config, data)
+    run.open()
+    try:
+        return _Launch(run, config, shape, runtime, data, command).go()
+    finally:
+        run.close()
+
+
+def resolve_shape(config: TrainConfig, data: PreparedData) -> SigmaConfig:
+    """The model's shape, its vocabulary made to fit a given tokenizer (rounded up to a multiple of 64)."""
+    if config.data.tokenizer == "train":
+        return config.model  # the tokenizer was trained to --vocab-size; a small corpus may leave rows unused
+    return dataclasses.replace(config.model, vocab_size=-(-data.tokenizer.vocab_size // 64) * 64)
+
+
+class _Launch:
+    """One training, from an open run directory to its outcome."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: TrainConfig,
+        shape: SigmaConfig,
+        runtime: Runtime,
+        data: PreparedData,
+        command: Sequence[str],
+    ) -> None:
+        self.run, self.config, self.shape, self.runtime, self.data = run, config, shape, runtime, data
+        self.command = list(command)
+        self.display = ProgressDisplay(config.training.log_interval)
+        self.say = self.display.on_message
+
+    def go(self) -> Outcome:
+        start = self.run.check(self.config)  # again, now that nobody else can change it
+        if start == "set aside":
+            self.say(f"an earlier run was set aside in {self.run.set_aside()}")
+        checkpoint.discard_partial(self.run.checkpoints)
+        saved = newest_good(self.run, with_optimizer=True, say=self.say) if start == "resume" else None
+        try:
+            trainer, hooks = self._build(saved)
+        except Exception as error:
+            if isinstance(error, UserError):
+                raise
+            return self._crashed(error, step=saved.step if saved else 0, last_record=None)
+        return self._fit(trainer, hooks, saved)
+
+    # -- building ------------------------------------------------------------------------------------------
+
+    def _build(self, saved: checkpoint.Checkpoint | None) -> tuple[SigmaTrainer, list[Hook]]:
+        t, runtime, data = self.config.training, self.runtime, self.data
+        runtime.setup(t.seed)
+        with torch.device(runtime.device):
+            self.model = SigmaLLM(self.shape)
+        groups = self.model.parameter_groups(self.config.optimizer.weight_decay)
+        optimizer = build_optimizer(groups, self.config.optimizer, self.config.c3o, runtime.device)
+        update = Update(optimizer, self.config.optimizer)
+        on_cuda = runtime.device.type == "cuda"
+        loader = TokenLoader(
+            data, "train", batch_size=t.batch_size, seq_len=t.seq_len, seed=t.seed,
+            rank=runtime.rank, world_size=runtime.world_size, pin_memory=on_cuda,
+        )  # fmt: skip
+        if runtime.compile:
+            self.model.compile_blocks()
+
+        def validate() -> Validation:
+            batches = evaluation_batches(
+                data, batch_size=t.batch_size, seq_len=t.seq_len, max_batches=t.eval_batches, pin_memory=on_cuda
+            )
+            per_token = data.manifest.splits["val"].bytes_per_token
+            return evaluate(self.model, batches, runtime, bytes_per_token=per_token)
+
+        perf = self.config.perf
+        timer = PhaseTimer(runtime.device, perf.perf_device_time_mode, perf.perf_sync_boundaries)
+        self.counters = DeviceCounters(runtime.device)
+        self._record_settings(saved)
+        first_step = (saved.step if saved else 0) + 1
+        moved = self.run.rewind_metrics(first_step - 1)
+        if moved:
+            self.say(f"{moved} logged steps after the checkpoint will be done again (kept: metrics.superseded.jsonl)")
+        self.run.perf.mkdir(exist_ok=True)
+        hooks: list[Hook] = [
+            MetricsFile(self.run.metrics_file),
+            TensorBoard(self.run.tensorboard, first_step),
+            PerfFiles(
+                perf, self.run.perf, timer, device=runtime.device,
+                tokens_per_step=t.batch_size * t.seq_len * t.grad_accum,
+                environment=collect_environment(str(runtime.device), self.command), say=self.say,
+            ),
+            self.display,
+        ]  # fmt: skip
+        trainer = SigmaTrainer(
+            training=t, optimizer=self.config.optimizer, runtime=runtime, model=self.model, update=update,
+            loader=loader, timer=timer, validate=validate, checkpoints=self.run.checkpoints, hooks=hooks,
+            probe=self._probe, resume_from=saved,
+        )  # fmt: skip
+        self.loader = loader
+        return trainer, hooks
+
+    def _probe(self) -> dict[str, Any]:
+        reading = self.counters.read()
+        return {"gpu_util_percent": reading.gpu_util_percent, "gpu_power_watts": reading.gpu_power_watts}
+
+    def _record_settings(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Write config.json, or add this resume to it."""
+        manifest = self.data.manifest
+        entry = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": self.command}
+        if saved is not None:
+            content = self.run.saved()
+            before, now = flatten(self.run.saved_config()), flatten(self.config)
+            changed = {k: [before[k], now[k]] for k in now if before[k] != now[k]}
+            content["resumed"] = [*content.get("resumed", []), {**entry, "step": saved.step, "changed": changed}]
+            content["config"] = to_dict(self.config)
+            if "steps" in changed:
+                self.say(
+                    f"--steps {before['steps']} → {now['steps']}: the learning-rate schedule is that of the new length"
+                )
+        else:
+            content = {
+                "config": to_dict(self.config),
+                "resolved": {
+                    "vocab_size": self.shape.vocab_size,
+                    "parameters": self.model.num_parameters(),
+                    "flops_per_token": self.model.flops_per_token(self.config.training.seq_len),
+                    "device": str(self.runtime.device),
+                    "compute_dtype": str(self.runtime.compute_dtype).removeprefix("torch."),
+                    "torch_compile": self.runtime.compile,
+                    "torch": torch.__version__,
+                    "data_fingerprint": manifest.fingerprint(),
+                    "data_folder": str(self.data.path),
+                },
+                "started": entry,
+                "resumed": [],
+            }
+            self.data.tokenizer.save(self.run.tokenizer_file)
+        self.run.write_config(content)
+
+    def _summary(self, saved: checkpoint.Checkpoint | None) -> str:
+        s, t = self.shape, self.config.training
+        train = self.data.manifest.splits["train"]
+        mixers = s.mixer_pattern
+        what = (
+            f"SigmaLLM {self.model.num_parameters() / 1e6:.1f}M parameters: {s.n_layers} blocks"
+            f" ({mixers.count('mamba')} Mamba, {mixers.count('mla')} MLA), D {s.d_model}, V {s.vocab_size}"
+        )
+        how = (
+            f"{self.runtime.device}, {str(self.runtime.compute_dtype).removeprefix('torch.')},"
+            f" {'compiled' if self.runtime.compile else 'not compiled'}; {self.config.optimizer.optimizer};"
+            f" {t.batch_size} × {t.seq_len} tokens × {t.grad_accum} a step"
+        )
+        epochs = t.steps * t.batch_size * t.seq_len * t.grad_accum / train.tokens
+        text = f"data: {train.tokens:,} training tokens, {train.bytes_per_token:.2f} bytes/token; the run is {epochs:.2f} epochs"
+        begin = f"resuming after step {saved.step} of {t.steps}" if saved else f"run directory: {self.run.path}"
+        skips = self.data.manifest.skips
+        lines = [what, how, text, *([f"data skipped: {skips.summary()}"] if skips.total else []), begin]
+        return "\n".join(lines)
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def _fit(self, trainer: SigmaTrainer, hooks: list[Hook], saved: checkpoint.Checkpoint | None) -> Outcome:
+        t = self.config.training
+        self.say(self._summary(saved))
+        if trainer.step >= t.steps:
+            for hook in hooks:
+                hook.on_end()
+            self.loader.close()
+            self.say(f"nothing to do: step {trainer.step} was the last; raise --steps to train on, or use --no-resume")
+            self._sample(trainer.step)
+            return Outcome.DONE
+        try:
+            with self.counters, self.loader:
+                outcome = trainer.fit()
+        except NonFiniteLoss as error:
+            self._report_crash(error, trainer.step, trainer.last_record)
+            self.say(f"stopped: {error}")
+            return Outcome.NOT_FINITE
+        except Exception as error:
+            return self._crashed(error, trainer.step + 1, trainer.last_record)
+        if outcome is not Outcome.DONE:
+            self.say(f"interrupted after step {trainer.step}; saved. The same command resumes")
+            return outcome
+        self._finish(trainer)
+        return outcome
+
+    def _finish(self, trainer: SigmaTrainer) -> None:
+        memory = memory_stats(self.runtime.device)
+        peak = memory.get("gpu_memory_peak_gib") or memory["process_peak_rss_gib"]
+        peak_text = f"; peak memory {peak:.2f} GiB" if peak is not None else ""
+        self.say(
+            f"done: {trainer.step} steps, {trainer.skipped_steps} skipped{peak_text}; run directory {self.run.path}"
+        )
+        self._sample(trainer.step)
+
+    def _sample(self, step: int) -> None:
+        t = self.config.training
+        if not t.sample_tokens:
+            return
+        manifest = self.data.manifest
+        self.model.eval()
+        trained = TrainedModel(
+            self.model, self.data.tokenizer, self.config, self.runtime, step, manifest.fingerprint(), self.data.path
+        )
+        self.say(f"--- sample, from {t.sample_prompt!r} ---")
+        self.say(continue_text(trained, t.sample_prompt, t.sample_tokens, seed=t.seed))
+
+    def _crashed(self, error: Exception, step: int, last_record: dict[str, Any] | None) -> Outcome:
+        """Leave a crash report, say so, and choose the exit code."""
+        path = self._report_crash(error, step, last_record)
+        first_line = next(iter(str(error).splitlines()), "")
+        self.say(f"crashed in step {step}: {type(error).__name__}: {first_line}")
+        self.say(f"crash report: {path}")
+        if is_out_of_memory(error):
+            self.say("out of memory: lower --batch-size (with --grad-accum to keep the tokens a step) or --seq-len")
+            return Outcome.OUT_OF_MEMORY
+        return Outcome.CRASHED
+
+    def _report_crash(self, error: Exception, step: int, last_record: dict[str, Any] | None) -> Path:
+        return write_crash_report(
+            self.run.errors, error, step=step, last_record=last_record, config=to_dict(self.config)
+        )

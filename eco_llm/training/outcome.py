@@ -1,0 +1,36 @@
+"""How a run can end, and what the shell is told."""
+
+from __future__ import annotations
+
+import enum
+import re
+
+# What PyTorch says when it runs out without its own exception type: the CPU allocator (Linux and macOS; Windows), the
+# CUDA runtime, driver and Triton, and the workspaces of cuBLAS and cuDNN.
+_OUT_OF_MEMORY = re.compile(
+    r"(can't allocate|not enough) memory|out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+
+
+class Outcome(enum.IntEnum):
+    """Exit codes of `eco_train train` (2 is bad input, and never reaches the trainer)."""
+
+    DONE = 0
+    CRASHED = 1
+    OUT_OF_MEMORY = 3
+    NOT_FINITE = 4
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class NonFiniteLoss(Exception):
+    """Too many steps in a row had a NaN or infinite loss or gradient; the weights are those before them."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for CUDA's exception and for the plain RuntimeError of other allocators."""
+    import torch
+
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

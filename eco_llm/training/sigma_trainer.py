@@ -1,0 +1,202 @@
+"""The training loop.
+
+One turn: fetch, forward, backward, update, clear (the core step, in `step.py`), then whatever is due: validation,
+checkpoint. Numbers that live on the device reach the log some steps later; nothing here waits for them. What
+happens to a step's numbers is the hooks' affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eco_llm.config import OptimizerConfig, TrainingConfig
+from eco_llm.data.loader import TokenLoader
+from eco_llm.model.sigma_llm import SigmaLLM
+from eco_llm.optim.schedule import lr_at
+from eco_llm.optim.update import Update
+from eco_llm.perf.phases import PhaseTimer, StepTimes
+from eco_llm.runtime import Runtime
+from eco_llm.training import checkpoint
+from eco_llm.training.evaluation import Validation
+from eco_llm.training.hooks.base import Hook
+from eco_llm.training.outcome import NonFiniteLoss, Outcome
+from eco_llm.training.scalars import AsyncScalars
+from eco_llm.training.signals import StopRequest
+from eco_llm.training.step import TrainStep, flat_scalars
+
+
+class SigmaTrainer:
+    """Trains one model in one process.
+
+    Args:
+        validate: scores the model; called every `eval_interval` steps and after the last one.
+        checkpoints: folder for checkpoints.
+        probe: further numbers for each record (device counters); must be quick and never wait for the device.
+        resume_from: the checkpoint to continue, or None to start at step 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        training: TrainingConfig,
+        optimizer: OptimizerConfig,
+        runtime: Runtime,
+        model: SigmaLLM,
+        update: Update,
+        loader: TokenLoader,
+        timer: PhaseTimer,
+        validate: Callable[[], Validation],
+        checkpoints: Path,
+        hooks: Sequence[Hook],
+        probe: Callable[[], dict[str, Any]] = dict,
+        resume_from: checkpoint.Checkpoint | None = None,
+    ) -> None:
+        self._training, self._optimizer, self._runtime = training, optimizer, runtime
+        self._model, self._update, self._loader, self._timer = model, update, loader, timer
+        self._validate, self._checkpoints, self._hooks, self._probe = validate, checkpoints, hooks, probe
+        self._step = TrainStep(model, update, loader, runtime, timer, training.grad_accum)
+        self._scalars = AsyncScalars(runtime.device)
+        self._waiting: dict[int, dict[str, Any]] = {}  # step → what is known of its record so far
+        self._saved_step: int | None = None
+        self._bad_steps_in_a_row = 0
+        self.skipped_steps = 0
+        self.step = 0
+        self.last_record: dict[str, Any] | None = None
+        if resume_from is not None:
+            self._restore(resume_from)
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def fit(self) -> Outcome:
+        """Train to the last step, or to a signal; save; return how it ended.
+
+        Raises:
+            NonFiniteLoss: `max_bad_steps` steps in a row could not be applied. The last regular checkpoints
+                stay: the newest weights are the suspects.
+            Exception: whatever broke a step, after the records that had arrived were written.
+        """
+        last = self._training.steps
+        try:
+            with StopRequest() as stop:
+                for hook in self._hooks:
+                    hook.on_start(self.step + 1, last)
+                while self.step < last and stop.outcome is None:
+                    self._turn(self.step + 1)
+                outcome = stop.outcome or Outcome.DONE
+                self._drain()
+                if self._saved_step != self.step:
+                    self._save()
+                return outcome
+        except Exception:
+            # A dead device cannot be asked for the records under way; the crash itself is what must be reported.
+            with contextlib.suppress(Exception):
+                self._drain()
+            raise
+        finally:
+            for hook in self._hooks:
+                hook.on_end()
+
+    def _turn(self, step: int) -> None:
+        self._timer.begin_step(step)
+        if self._is_save_due():  # here, so that the cost is inside a step and the step saved has its record written
+            self._drain()
+            self._save()
+        for hook in self._hooks:
+            hook.on_step(step)
+        lr = lr_at(step - 1, config=self._optimizer, total_steps=self._training.steps)
+        self._update.set_lr(lr)
+        output = self._step.run()
+        self._timer.mark_core_end()
+        self.step = step
+
+        names, metrics = self._update.metrics_tensor()
+        self._scalars.push(step, ("loss", "grad_norm", "applied", *names), flat_scalars(output, metrics))
+        record = self._waiting[step] = {"step": step, "lr": lr, **self._probe()}
+        if self._is_validation_due():
+            result = self._validate()
+            record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
+        self._timer.end_step()
+        self._deliver(self._timer.collect(), self._scalars.collect())
+
+    def _is_save_due(self) -> bool:
+        return self.step != self._saved_step and self.step > 0 and self.step % self._training.save_interval == 0
+
+    def _is_validation_due(self) -> bool:
+        interval = self._training.eval_interval
+        return interval > 0 and (self.step % interval == 0 or self.step == self._training.steps)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimizer step, all micro-batches."""
+        t = self._training
+        return t.batch_size * t.seq_len * t.grad_accum
+
+    # -- records -------------------------------------------------------------------------------------------
+
+    def _deliver(self, times: list[StepTimes], scalars: list[tuple[int, dict[str, float]]]) -> None:
+        """Complete records with what has arrived and hand them out in step order."""
+        for t in times:
+            self._waiting[t.step] |= dataclasses.asdict(t) | {
+                "core_tokens_per_s": self.tokens_per_step / t.core_step_time_s,
+                "effective_tokens_per_s": self.tokens_per_step / t.step_time_s,
+            }
+        for step, values in scalars:
+            self._waiting[step] |= values
+        while self._waiting:
+            record = next(iter(self._waiting.values()))
+            if "loss" not in record or "step_time_s" not in record:
+                break
+            del self._waiting[record["step"]]
+            self._emit(record)
+        if self._bad_steps_in_a_row >= self._training.max_bad_steps:
+            raise NonFiniteLoss(
+                f"{self._bad_steps_in_a_row} steps in a row had a non-finite loss or gradient and were not applied."
+                " Lower --lr, raise --warmup-steps, or look at the data; earlier checkpoints are intact"
+            )
+
+    def _emit(self, record: dict[str, Any]) -> None:
+        applied = bool(record.pop("applied"))
+        self._bad_steps_in_a_row = 0 if applied else self._bad_steps_in_a_row + 1
+        self.skipped_steps += not applied
+        record["tokens"] = record["step"] * self.tokens_per_step
+        record["skipped_steps"] = self.skipped_steps
+        self.last_record = record
+        for hook in self._hooks:
+            hook.on_record(record)
+
+    def _drain(self) -> None:
+        """Wait for the device and deliver every record."""
+        self._deliver(self._timer.flush(), self._scalars.flush())
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Write a checkpoint of the current step, whose record must have been delivered."""
+        checkpoint.save(
+            self._checkpoints,
+            self.step,
+            model=self._model.state_dict(),
+            optimizer=self._update.state_dict(),
+            trainer={
+                "loader": self._loader.state_dict(),
+                "random": checkpoint.random_state(),
+                "skipped_steps": self.skipped_steps,
+            },
+            keep=self._training.keep_checkpoints,
+        )
+        self._saved_step = self.step
+        for hook in self._hooks:
+            hook.on_checkpoint(self.step)
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        assert saved.optimizer is not None  # loaded with_optimizer
+        self._model.load_state_dict(saved.model)
+        self._update.load_state_dict(saved.optimizer)
+        self._loader.load_state_dict(saved.trainer["loader"])
+        checkpoint.set_random_state(saved.trainer["random"])
+        self.skipped_steps = saved.trainer["skipped_steps"]
+        self.step = self._saved_step = saved.step

@@ -1,0 +1,186 @@
+"""render: tables and curves follow the evidence, staleness is noticed, markers cannot rot unseen."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("benchmarks_render", ROOT / "benchmarks" / "render.py")
+assert spec is not None
+assert spec.loader is not None
+render = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(render)
+
+
+def run_evidence(claim: str = "train_tiny", steps: int = 50, **summary: Any) -> dict[str, Any]:
+    return {
+        "claim": claim,
+        "command": "eco_train @x",
+        "environment": {
+            "date": "2026-11-20T10:00:00+00:00", "commit": "0123456789abcdef", "dirty": True,
+            "source_sha256": "f" * 64,
+        },
+        "summary": {
+            "parameters": 1_234_567, "steps": steps, "tokens": 102_400, "final_train_loss": 3.14159,
+            "final_val_loss": 3.3, "val_bits_per_byte": 1.5, "core_tokens_per_s": 2000.4,
+            "effective_tokens_per_s": 1900.0, "peak_memory_gib": None, "wall_seconds": 51.2, **summary,
+        },
+        "samples": [
+            {"step": i, "loss": 8.0 / (1 + i / 10), "val_loss": 4.0 if i % 25 == 0 else None}
+            for i in range(1, steps + 1)
+        ],
+    }  # fmt: skip
+
+
+def ratio_evidence() -> dict[str, Any]:
+    summary = {
+        "median_a": 0.012345, "median_b": 0.01, "ratio": 1.2345, "ratio_low": 1.2, "ratio_high": 1.27,
+        "rounds": 20,
+    }  # fmt: skip
+    samples = [{"round": 0, "a": 1.0, "b": 1.0}]
+    environment = run_evidence()["environment"] | {"commit": None, "dirty": None}
+    return {"claim": "fast_op", "environment": environment, "summary": summary, "samples": samples}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    for hardware, evidence in (("cpu-2c-amd", run_evidence()), ("nvidia-h200", ratio_evidence())):
+        folder = tmp_path / "benchmarks" / "results" / hardware
+        folder.mkdir(parents=True)
+        (folder / f"{evidence['claim']}.json").write_text(json.dumps(evidence), encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(
+        "# é\n<!-- evidence:train_*/*/summary -->\nold\n<!-- /evidence -->\nafter\n", encoding="utf-8"
+    )
+    (tmp_path / "docs" / "op.md").write_text(
+        "<!-- evidence:fast_op/nvidia-h200/ratio -->\n<!-- /evidence -->\n", encoding="utf-8"
+    )
+    return tmp_path
+
+
+def main(site: Path, *flags: str) -> int:
+    code: int = render.main(["--root", str(site), *flags])
+    return code
+
+
+def test_renders_then_is_fresh_then_notices_every_kind_of_staleness(
+    site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (site / "README.md").read_text(encoding="utf-8")
+    assert main(site, "--check") == 1
+    assert (site / "README.md").read_text(encoding="utf-8") == before, "--check changed a file"
+    assert "stale: README.md" in capsys.readouterr().err
+    assert main(site) == 0
+    assert main(site, "--check") == 0
+
+    page = site / "docs" / "op.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("1.234", "9.999"), encoding="utf-8")
+    assert main(site, "--check") == 1
+    assert main(site) == 0
+
+    evidence = site / "benchmarks" / "results" / "cpu-2c-amd" / "train_tiny.json"
+    evidence.write_text(json.dumps(run_evidence(final_val_loss=2.0)), encoding="utf-8")
+    assert main(site, "--check") == 1
+    assert main(site) == 0
+
+    curve = site / "docs" / "img" / "train_tiny_cpu-2c-amd.svg"
+    curve.unlink()
+    assert main(site, "--check") == 1
+    assert main(site) == 0
+
+    orphan = curve.with_name("gone_cpu.svg")
+    orphan.write_text(curve.read_text(encoding="utf-8"), encoding="utf-8")
+    drawing = curve.with_name("drawn_by_hand.svg")
+    drawing.write_text("<svg/>", encoding="utf-8")
+    assert main(site, "--check") == 1
+    assert main(site) == 0
+    assert not orphan.exists()
+    assert drawing.exists()
+    assert main(site, "--check") == 0
+
+
+def test_tables_hold_the_evidences_numbers(site: Path) -> None:
+    main(site)
+    readme = (site / "README.md").read_text(encoding="utf-8")
+    assert readme.startswith("# é\n")
+    assert readme.endswith("<!-- /evidence -->\nafter\n")
+    assert "old" not in readme
+    row = next(line for line in readme.splitlines() if "`train_tiny`" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "`train_tiny`", "cpu-2c-amd", "1,234,567", "50", "102,400", "3.142", "3.300", "1.500", "2,000", "1,900", "–",
+        "51", "2026-11-20", "01234567+",
+    ]  # fmt: skip
+    op = (site / "docs" / "op.md").read_text(encoding="utf-8")
+    assert "| `fast_op` | nvidia-h200 | 0.01235 | 0.01 | 1.234 | 1.200 – 1.270 | 20 | 2026-11-20 |" in op
+    assert "source ffffffff" in op
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- evidence:nothing/cpu/summary -->\n<!-- /evidence -->\n", "no such file"),
+        ("<!-- evidence:train_tiny/*/pie -->\n<!-- /evidence -->\n", "unknown table"),
+        ("<!-- evidence:fast_op/*/summary -->\n<!-- /evidence -->\n", "'parameters'"),
+        ("<!-- evidence:train_tiny/*/summary -->\n", "not closed"),
+        ("<!-- evidence:train_tiny/summary -->\n<!-- /evidence -->\n", "malformed"),
+    ],
+)
+def test_broken_markers_are_errors(site: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    (site / "docs" / "bad.md").write_text(text, encoding="utf-8")
+    assert main(site, "--check") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_curve_is_well_formed_inside_its_frame_and_says_what_it_shows() -> None:
+    item = run_evidence(claim="train_tiny") | {"hardware": "cpu-2c-amd"}
+    svg = render.loss_curve(item)
+    root = ET.fromstring(svg)
+    space = {"s": "http://www.w3.org/2000/svg"}
+    texts = {element.text for element in root.iterfind(".//s:text", space)}
+    assert {"train_tiny on cpu-2c-amd", "step", "loss, nats per token", "train", "validation"} <= texts
+    assert "prefers-color-scheme: dark" in svg
+    lines = root.findall(".//s:polyline", space)
+    assert [line.get("class") for line in lines] == ["train", "val"]
+    for line, count in zip(lines, (50, 2), strict=True):
+        points = [tuple(map(float, p.split(","))) for p in (line.get("points") or "").split()]
+        assert len(points) == count
+        assert all(64 <= x <= 696 and 56 <= y <= 328 for x, y in points)
+        assert points == sorted(points)  # left to right
+    first, last = (lines[0].get("points") or "").split()[0], (lines[0].get("points") or "").split()[-1]
+    assert float(first.split(",")[1]) < float(last.split(",")[1]), "a falling loss is drawn downwards"
+
+
+def test_curve_without_validation_and_with_one_or_many_points() -> None:
+    many = run_evidence(steps=10_000) | {"hardware": "x"}
+    for sample in many["samples"]:
+        del sample["val_loss"]
+    root = ET.fromstring(render.loss_curve(many))
+    lines = root.findall(".//{http://www.w3.org/2000/svg}polyline")
+    assert [line.get("class") for line in lines] == ["train"]
+    assert len((lines[0].get("points") or "").split()) == 400
+    ET.fromstring(render.loss_curve(run_evidence(steps=1) | {"hardware": "x"}))
+
+
+def test_ticks_are_round_and_enclose() -> None:
+    assert render._ticks(0.3, 9.7, 6) == [0, 2, 4, 6, 8, 10]
+    assert render._ticks(1, 200, 8) == [0, 50, 100, 150, 200]
+    for low, high in ((3.1, 3.1), (0.0, 0.0), (1e-3, 2e-3), (-5, 1e6)):
+        ticks = render._ticks(low, high, 6)
+        assert ticks[0] <= low <= high <= ticks[-1]
+        assert ticks[0] < ticks[-1]
+
+
+def test_this_repositorys_pages_are_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "render.py"), "--check"], capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,52 @@
+"""SwiGLU and RMSNorm against their formulas written out, and by finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from eco_llm.config import SigmaConfig
+from eco_llm.model.mlp import SwiGLU
+from eco_llm.model.norm import RMSNorm
+
+
+def make(kind: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    torch.manual_seed(0)
+    module = SwiGLU(SigmaConfig(d_model=8, mlp_hidden_dim=10)) if kind == "mlp" else RMSNorm(8, 1e-3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    return module.to(dtype)
+
+
+def test_swiglu_formula() -> None:
+    mlp = make("mlp")
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    gate, up = mlp.gate_up.weight[:10], mlp.gate_up.weight[10:]
+    g = x @ gate.t()
+    torch.testing.assert_close(mlp(x), (g / (1 + torch.exp(-g)) * (x @ up.t())) @ mlp.down.weight.t())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str
+)
+def test_rmsnorm_formula_and_type(dtype: torch.dtype, tolerance: float) -> None:
+    norm = make("norm", torch.float32)
+    x = (0.05 * torch.randn(2, 3, 8)).to(dtype)  # small, so that epsilon counts
+    wide = x.double()
+    want = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
+    got = norm(x)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "norm"])
+def test_gradients_by_finite_differences(kind: str) -> None:
+    module = make(kind)
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(function, (torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True), *values))

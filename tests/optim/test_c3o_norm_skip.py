@@ -1,0 +1,150 @@
+"""The norm skip: its bounds always hold, its flags are counted, and it never changes an update."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optim_cases import bits, parameters, run
+from torch import nn
+
+from eco_llm.optim.c3o import C3O
+
+
+def directions(optimizer: C3O, p: nn.Parameter, b1: float, b2: float, eps: float) -> torch.Tensor:
+    """u_t from the stored moments."""
+    s = optimizer.state[p]
+    t = float(s["step"])
+    return (s["exp_avg"] / (1 - b1**t)) / ((s["exp_avg_sq"] / (1 - b2**t)).sqrt() + eps)
+
+
+def adversarial(kind: str, t: int, u: torch.Tensor | None, shape: torch.Size, gen: torch.Generator) -> torch.Tensor:
+    """Gradients that try to make |u_t| large: aligned with u, huge after long quiet, geometric, sparse, random."""
+    noise = torch.randn(shape, generator=gen, dtype=torch.float64)
+    if kind == "aligned":
+        return noise if u is None else torch.sign(u) * noise.abs() * 10.0 ** float(noise.reshape(-1)[0])
+    if kind == "spike":
+        return noise * (1e6 if t % 7 == 6 else 1e-9)
+    if kind == "growing":
+        return noise.abs() * 3.0**t
+    if kind == "fading":
+        return noise.abs() * 0.2**t
+    if kind == "zeros":
+        return noise * (t % 3 == 0)
+    return noise
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    kinds=st.lists(
+        st.sampled_from(["aligned", "spike", "growing", "fading", "zeros", "noise"]), min_size=1, max_size=12
+    ),
+    b1=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
+    b2=st.sampled_from([0.0, 0.5, 0.95, 0.999]),
+    eps=st.sampled_from([1e-12, 1e-8, 1e-2]),
+    lr=st.floats(1e-6, 0.3),
+    decay=st.sampled_from([0.0, 0.1, 2.0]),
+    radius=st.sampled_from([1e-3, 0.1, 3.0]),
+    gain=st.sampled_from([0.0, 30.0]),
+    drift=st.sampled_from([1e-6, 0.1]),
+    foreach=st.booleans(),
+)
+def test_bounds_hold_and_skips_are_right(
+    seed: int, kinds: list[str], b1: float, b2: float, eps: float, lr: float, decay: float, radius: float,
+    gain: float, drift: float, foreach: bool,
+) -> None:  # fmt: skip
+    gen = torch.Generator().manual_seed(seed)
+    params = [nn.Parameter(torch.randn(s, generator=gen, dtype=torch.float64)) for s in ((6, 7), (4097,), ())]
+    options = {
+        "lr": lr, "betas": (b1, b2), "eps": eps, "weight_decay": decay, "trust_radius": radius, "credit_gain": gain,
+        "state_dtype": torch.float64,
+    }  # fmt: skip
+    optimizer = C3O(params, trust_norm_refresh_drift=drift, trust_norm_refresh_steps=4, foreach=foreach, **options)
+    exact_params = [nn.Parameter(p.detach().clone()) for p in params]
+    exact = C3O(exact_params, foreach=foreach, **options)
+    for t, kind in enumerate(kinds * 2):
+        for p, q in zip(params, exact_params, strict=True):
+            u = directions(optimizer, p, b1, b2, eps) if t else None
+            p.grad = adversarial(kind, t, u, p.shape, gen)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        exact.step()
+        for p, q in zip(params, exact_params, strict=True):
+            s = optimizer.state[p]
+            assert float(directions(optimizer, p, b1, b2, eps).norm()) <= float(s["update_norm"]) * (1 + 1e-12)
+            assert float(s["param_norm"]) <= float(p.detach().norm()) * (1 + 1e-12)
+            assert torch.equal(p, q)  # a wrongly skipped cap would show here
+        counts = optimizer.metrics()
+        assert counts["c3o_trust_norm_skipped"] + counts["c3o_trust_norm_exact"] == len(params)
+
+
+def test_bound_is_tight_enough_to_skip() -> None:
+    """Without this, a bound of infinity would pass every test above."""
+    params = parameters()
+    optimizer = C3O(
+        params, lr=1e-4, trust_norm_refresh_drift=0.1, trust_norm_refresh_steps=4, state_dtype=torch.float64
+    )
+    skipped = []
+    for i in range(12):
+        run(optimizer, params, 1, start=i)
+        skipped.append(optimizer.metrics()["c3o_trust_norm_skipped"])
+    # The first step knows no |θ|, then the cache serves 4 steps and the fifth measures.
+    full = max(skipped)
+    assert full >= 6
+    assert [s == full for s in skipped] == [False] + [True] * 4 + [False] + [True] * 4 + [False] + [True]
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_skip_equals_exact_bit_for_bit(foreach: bool) -> None:
+    for dtype, state in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2):
+        exact, skipping = parameters(dtype), parameters(dtype)
+        a = C3O(exact, lr=1e-3, state_dtype=state, foreach=foreach)
+        b = C3O(skipping, lr=1e-3, state_dtype=state, foreach=foreach, trust_norm_refresh_drift=0.02)
+        total = 0.0
+        for i in range(10):
+            run(a, exact, 1, start=i)
+            run(b, skipping, 1, start=i)
+            total += b.metrics()["c3o_trust_norm_skipped"]
+        assert total > 10
+        assert bits([p.detach() for p in exact]) == bits([p.detach() for p in skipping])
+
+
+def test_drift_zero_never_skips_and_binding_cap_is_never_skipped() -> None:
+    params = parameters()
+    optimizer = C3O(params, state_dtype=torch.float64)
+    run(optimizer, params, 3)
+    assert optimizer.metrics()["c3o_trust_norm_skipped"] == 0
+    assert "update_norm" not in optimizer.state[params[0]]
+
+    params = parameters()
+    binding = C3O(params, lr=0.5, trust_radius=1e-3, trust_norm_refresh_drift=1e-6, state_dtype=torch.float64)
+    for i in range(5):
+        run(binding, params, 1, start=i)
+        assert binding.metrics()["c3o_trust_norm_skipped"] == 0
+        assert binding.metrics()["c3o_trust_capped"] >= 8
+
+
+def test_bounds_hold_for_rounded_moments_and_weights() -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = C3O(
+        params, lr=3e-3, betas=(0.9, 0.999), trust_norm_refresh_drift=0.01, state_dtype=torch.bfloat16, foreach=True
+    )
+    for i in range(60):
+        run(optimizer, params, 1, start=i)
+        for p in params:
+            if p.numel():
+                s = optimizer.state[p]
+                assert float(p.detach().double().norm()) >= float(s["param_norm"])
+
+
+def test_turning_the_skip_on_later_starts_from_no_knowledge() -> None:
+    params = parameters()
+    optimizer = C3O(params, lr=1e-4, state_dtype=torch.float64)
+    run(optimizer, params, 3)
+    optimizer.param_groups[0]["trust_norm_refresh_drift"] = 0.1
+    run(optimizer, params, 1, start=3)
+    assert optimizer.metrics()["c3o_trust_norm_skipped"] == 0
+    run(optimizer, params, 1, start=4)
+    assert optimizer.metrics()["c3o_trust_norm_skipped"] > 0
