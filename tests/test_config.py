@@ -131,7 +131,12 @@ def test_shape_rules_of_a_mixer_bind_only_where_it_is_used() -> None:
 
 def test_the_reports_perf_run_is_accepted() -> None:
     with_settings(
-        TrainConfig(), steps=3, perf_profile_enable=True, perf_warmup_steps=1, perf_measure_steps=2, perf_profiler_steps=2
+        TrainConfig(),
+        steps=3,
+        perf_profile_enable=True,
+        perf_warmup_steps=1,
+        perf_measure_steps=2,
+        perf_profiler_steps=2,
     ).validate()
 
 

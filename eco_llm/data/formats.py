@@ -120,13 +120,13 @@ def _open_lines(path: Path) -> Iterator[IO[bytes]]:
     kind = extension(path)
     try:
         if kind == ".jsonl.gz":
-            with gzip.open(path, "rb") as stream:
-                yield stream
+            with io.BufferedReader(gzip.GzipFile(path, "rb"), _CHUNK_BYTES) as unzipped:
+                yield unzipped
         elif kind == ".jsonl.zst":
             import pyarrow as pa
 
-            with pa.input_stream(str(path), compression="zstd") as raw, io.BufferedReader(raw, _CHUNK_BYTES) as b:
-                yield b
+            with pa.input_stream(str(path), compression="zstd") as raw, io.BufferedReader(raw, _CHUNK_BYTES) as lines:
+                yield lines
         else:
             with path.open("rb") as stream:
                 yield stream

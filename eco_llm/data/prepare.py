@@ -17,7 +17,7 @@ import secrets
 import shutil
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +50,12 @@ _STALE_SECONDS = 86_400  # a temporary folder this old was left by a killed proc
 
 
 def prepare(
-    config: DataConfig, vocab_size: int, *, progress: Progress | None = None, repair: bool = False
+    config: DataConfig,
+    vocab_size: int,
+    *,
+    progress: Progress | None = None,
+    repair: bool = False,
+    accept: Callable[[Manifest], None] = lambda manifest: None,
 ) -> PreparedData:
     """The prepared data set of a corpus, made now or found in `config.data_cache`.
 
@@ -60,6 +65,7 @@ def prepare(
     Args:
         vocab_size: size of a tokenizer trained here; a `--tokenizer` file brings its own.
         progress: where to show progress; None is nowhere.
+        accept: raises what is to be raised if the set does not suit the caller; a set just made is then not kept.
         repair: read and verify a cached set, and make it again if it is damaged, instead of raising.
 
     Raises:
@@ -72,14 +78,17 @@ def prepare(
     target = cache / key
     if target.exists():
         try:
-            return open_prepared(target, verify=repair)
+            data = open_prepared(target, verify=repair)
         except UserError:
             if not repair:
                 raise
             shutil.rmtree(target)
+        else:
+            accept(data.manifest)
+            return data
     shown = progress or NoProgress()
     try:
-        return _make(config, vocab_size, given, key, target, shown)
+        return _make(config, vocab_size, given, key, target, shown, accept)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"--data-cache {cache}: cannot be written: {error.strerror}") from error
@@ -101,7 +110,13 @@ def cache_key(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None) 
 
 
 def _make(
-    config: DataConfig, vocab_size: int, given: Tokenizer | None, key: str, target: Path, progress: Progress
+    config: DataConfig,
+    vocab_size: int,
+    given: Tokenizer | None,
+    key: str,
+    target: Path,
+    progress: Progress,
+    accept: Callable[[Manifest], None],
 ) -> PreparedData:
     """Scan, train the tokenizer, encode into a temporary folder, and rename it into place."""
     progress.start("reading the corpus", None)
@@ -112,13 +127,14 @@ def _make(
         scan.sample.clear()
     else:
         tokenizer = given
+    new_folders = [f for f in (target.parent, *target.parent.parents) if not f.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target.parent)
     temporary = target.parent / f".tmp-{key}-{os.getpid()}-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
         progress.start("encoding", scan.total_bytes)
-        _encode(config, tokenizer, scan, key, temporary, progress)
+        accept(_encode(config, tokenizer, scan, key, temporary, progress))
         sync_folder(temporary)
         try:
             temporary.rename(target)
@@ -129,6 +145,9 @@ def _make(
         sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in new_folders:  # a refusal leaves no trace; folders in use by now stay
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     return open_prepared(target)
 
 
@@ -217,8 +236,10 @@ class _Part(NamedTuple):
     text: str | None
 
 
-def _encode(config: DataConfig, tokenizer: Tokenizer, scan: _Scan, key: str, folder: Path, progress: Progress) -> None:
-    """Write tokenizer, shards and, last, the manifest."""
+def _encode(
+    config: DataConfig, tokenizer: Tokenizer, scan: _Scan, key: str, folder: Path, progress: Progress
+) -> Manifest:
+    """Write tokenizer, shards and, last, the manifest; return it."""
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {name: SplitWriter(folder, name, dtype, tokenizer.eot_id) for name in SPLITS}
     try:
@@ -256,6 +277,7 @@ def _encode(config: DataConfig, tokenizer: Tokenizer, scan: _Scan, key: str, fol
         skips=scan.skips,
     )
     write_synced(folder / MANIFEST, manifest.to_json().encode("utf-8"))
+    return manifest
 
 
 def _parts(config: DataConfig, scan: _Scan) -> Iterator[_Part]:

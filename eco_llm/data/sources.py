@@ -242,12 +242,13 @@ def _glob_files(pattern: Path, skips: Skips) -> Iterator[SourceFile]:
     recursive = "**" in pattern.parts  # then the files below a matching folder match by themselves
     # Path.glob takes no absolute pattern and does not pass hidden files over.
     matches = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
-    for match in sorted(matches, key=lambda m: Path(m).as_posix()):
-        path = Path(match)
+    for path in sorted(map(Path, matches), key=lambda p: p.as_posix() + "/" * p.is_dir()):
         name = path.relative_to(fixed).as_posix() if fixed.parts else path.as_posix()
         if path.is_dir():
             if not recursive:
                 yield from _folder_files(path, name, skips)
+        elif "__pycache__" in path.parts:
+            skips.add(reason.HIDDEN, name)
         elif extension(path) is None:
             skips.add(reason.OTHER_TYPE, name)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,8 +115,7 @@ class C3O(Optimizer):
 
     def _forget_layout(self) -> None:
         """Drop everything derived from parameters and state; the next step rebuilds it."""
-        self.found_inf: Tensor | None = None
-        self.grad_scale: Tensor | None = None
+        # found_inf and grad_scale are not set here: a gradient scaler tells by their absence that it owns them.
         self.grad_norm: Tensor | None = None
         self._plan = Plan()
         self._buckets: list[Bucket] = []
@@ -164,7 +163,7 @@ class C3O(Optimizer):
     # ---- the step ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Advance every parameter that has a gradient. No host sync, once the state exists.
 
         Args:
@@ -181,7 +180,7 @@ class C3O(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         norm, self.grad_norm = self.grad_norm, None
-        found_inf = getattr(self, "found_inf", None)  # a gradient scaler deletes it after its step
+        found_inf = getattr(self, "found_inf", None)  # set by the caller, or not there at all
         skip_step = None if found_inf is None else found_inf.reshape(()) != 0
         if skip_step is not None and skip_step.device.type == "cpu" and self._read_flag_on_cpu:
             if skip_step:  # host memory: reading it waits for nothing
@@ -198,23 +197,24 @@ class C3O(Optimizer):
         if not any(params for _, _, params in groups):
             return loss
 
-        bulk = [g for g in groups if g[0]["foreach"] is not False]
-        single = [g for g in groups if g[0]["foreach"] is False]
-        buckets = self._bucketed(bulk)
+        buckets = self._bucketed([g for g in groups if g[0]["foreach"] is not False])
         rules = {id(group): rule for group, rule, _ in groups}
-        work = [([p.grad for p in b.params], rules[id(b.group)], True) for b in buckets]
-        work += [([p.grad], rule, False) for _, rule, params in single for p in params]
-        self._prepare_gradients(work, norm)
+        bulk = [_Part(_gradients(b.params), rules[id(b.group)], True) for b in buckets]
+        tensors = [
+            (p, _Part([p.grad], rule, False))
+            for group, rule, params in groups
+            if group["foreach"] is False
+            for p in params
+        ]
+        self._prepare_gradients(bulk + [part for _, part in tensors], norm)
 
-        stats, trusted = [], 0
-        for bucket, (grads, rule, _) in zip(buckets, work, strict=False):
-            stats.append(foreach_step(bucket, grads, rule, _on(skip_step, grads[0])))
-            trusted += len(grads) * rule.has_trust
-        for _, rule, params in single:
-            for p in params:
-                init_state(p, rule, self.state[p])
-                stats.append(reference_step(p, p.grad, self.state[p], rule, _on(skip_step, p)))
-                trusted += rule.has_trust
+        stats = []
+        for bucket, part in zip(buckets, bulk, strict=True):
+            stats.append(foreach_step(bucket, part.grads, part.rule, _on(skip_step, part.grads[0])))
+        for p, part in tensors:
+            init_state(p, part.rule, self.state[p])
+            stats.append(reference_step(p, part.grads[0], self.state[p], part.rule, _on(skip_step, p)))
+        trusted = sum(len(params) for _, rule, params in groups if rule.has_trust)
         self._record(stats, trusted, skip_step)
         return loss
 
@@ -232,19 +232,19 @@ class C3O(Optimizer):
             self._buckets_key = (len(self.state), *key[1:])
         return self._buckets
 
-    def _prepare_gradients(self, work: list[tuple[list[Tensor], Rule, bool]], norm: Tensor | None) -> None:
+    def _prepare_gradients(self, parts: list[_Part], norm: Tensor | None) -> None:
         """Unscale and clip, in place, in lists that share device, dtype and group."""
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             inverse = scale.reshape(()).double().reciprocal()
-            for grads, _, _ in work:
-                scale_(grads, _on(inverse, grads[0]))
+            for part in parts:
+                scale_(part.grads, _on(inverse, part.grads[0]))
         self._clip_groups, self._clip_scale = 0, None
-        if any(rule.clips_norm for _, rule, _ in work) and norm is None:
-            norm = global_norm(list(chain.from_iterable(grads for grads, _, _ in work)))
         factors: dict[float, Tensor] = {}
-        for grads, rule, bulk in work:
+        for grads, rule, bulk in parts:
             if rule.clips_norm:
+                if norm is None:
+                    norm = global_norm(list(chain.from_iterable(part.grads for part in parts)))
                 if rule.grad_clip not in factors:
                     factors[rule.grad_clip] = clip_factor(norm, rule.grad_clip)
                 self._clip_scale = factors[rule.grad_clip]
@@ -274,9 +274,7 @@ class C3O(Optimizer):
         """
         device = self.param_groups[0]["params"][0].device if self._stats is None else self._stats.device
         stats = torch.zeros(5, device=device) if self._stats is None else self._stats
-        counts = [
-            torch.full((1,), float(n), device=stats.device) for n in (len(self._buckets), self._clip_groups)
-        ]
+        counts = [torch.full((1,), float(n), device=stats.device) for n in (len(self._buckets), self._clip_groups)]
         return (*_STATS, _COUNTS[2], *_COUNTS[:2]), torch.cat([stats, *counts])
 
     def metrics(self) -> dict[str, float]:
@@ -292,6 +290,18 @@ class C3O(Optimizer):
         """
         names, values = self.metrics_tensor()
         return dict(zip(names, values.tolist(), strict=True))
+
+
+class _Part(NamedTuple):
+    """Gradients that are prepared by one call: a bucket's, or one tensor's in the for-loop path."""
+
+    grads: list[Tensor]
+    rule: Rule
+    bulk: bool
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [g for p in params if (g := p.grad) is not None]
 
 
 def _dtype_name(dtype: torch.dtype | str) -> str:

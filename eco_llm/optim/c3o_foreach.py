@@ -33,8 +33,8 @@ from eco_llm.optim.rule import BLOCK, Rule, block_count, compute_dtype
 StateMap = dict[Tensor, dict[str, Any]]
 
 BUCKET_ELEMENTS = {"cpu": 2**20}
-"""Most elements in a bucket of several tensors, by device type; it bounds the work buffers (4 MiB each on a CPU,
-where larger buckets measured no faster and smaller ones slower)."""
+"""Most elements in a bucket of several tensors, by device type; it bounds the work buffers (4 MiB each
+on a CPU, 128 MiB elsewhere, or the largest tensor) and is large enough to hide a bucket's scalar work."""
 _BUCKET_ELEMENTS_DEFAULT = 2**25
 
 
@@ -219,7 +219,7 @@ def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:
 def _update_moments(
     bucket: Bucket, grads: list[Tensor], rule: Rule, t: Tensor, skip_step: Tensor | None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Advance both moments; return m and sqrt(v), [rows, BLOCK] in the compute type, the latter as scratch with views."""
+    """Advance both moments; return m, and sqrt(v) as scratch with its views; [rows, BLOCK], compute type."""
     m, v = bucket.exp_avg, bucket.exp_avg_sq
     root, root_views = bucket.work("update")
     if bucket.arena.state_dtype == bucket.arena.dtype:
@@ -322,9 +322,7 @@ class Plan:
         """Parameters that have a place in an arena."""
         return len(self._place)
 
-    def buckets(
-        self, groups: Sequence[tuple[dict[str, Any], Rule, list[Tensor]]], state: StateMap
-    ) -> list[Bucket]:
+    def buckets(self, groups: Sequence[tuple[dict[str, Any], Rule, list[Tensor]]], state: StateMap) -> list[Bucket]:
         """Buckets that cover the given parameters of each group, building arenas for those that have none yet."""
         workspaces: dict[tuple[torch.device, torch.dtype], Workspace] = {}
         result = []

@@ -50,7 +50,7 @@ def block_cosines(a: Tensor, b: Tensor) -> Tensor:
 
 def per_element(blocks: Tensor, like: Tensor) -> Tensor:
     """Spread one value a block over the elements of a tensor shaped as `like`."""
-    return blocks.repeat_interleave(BLOCK)[: like.numel()].view(like.shape)
+    return blocks[:, None].expand(-1, BLOCK).reshape(-1)[: like.numel()].view(like.shape)
 
 
 def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_step: Tensor | None) -> Tensor:
@@ -78,8 +78,8 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
         u_old = (m / (1 - rule.beta1**t_old)) / ((v / (1 - rule.beta2**t_old)).sqrt() + rule.eps)
         h = block_cosines(g, u_old)
         new["credit"] = rule.credit_beta * state["credit"] + (1 - rule.credit_beta) * (h - h.mean())
-        s = (rule.credit_gain * new["credit"]).exp().clamp(rule.credit_min, rule.credit_max)
-        s = per_element(s, param)
+        factors = (rule.credit_gain * new["credit"]).exp().clamp(rule.credit_min, rule.credit_max)
+        s = per_element(factors, param)
 
     t = state["step"] + 1
     new["step"] = t

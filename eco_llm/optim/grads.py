@@ -5,20 +5,18 @@ Clipping changes the gradients in place, as `torch.nn.utils.clip_grad_norm_` doe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 _NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
-def tensor_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def tensor_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """2-norms of tensors of one device and dtype, accumulated in `dtype`: shape [len(tensors)]."""
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
 
 
-def global_norm(grads: Sequence[Tensor]) -> Tensor:
+def global_norm(grads: list[Tensor]) -> Tensor:
     """2-norm of all gradients together: 0-dim, float32 (float64 if a gradient is), on the first one's device.
 
     Raises:
@@ -45,13 +43,13 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + _NORM_EPS)).clamp_(max=1.0)
 
 
-def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
+def scale_(grads: list[Tensor], factor: Tensor) -> None:
     """Multiply gradients of one device and dtype by a 0-dim device tensor, in place."""
     # Cast first: a float32 factor would push a bfloat16 list off the one-launch path.
     torch._foreach_mul_(grads, factor.to(grads[0].dtype))
 
 
-def clamp_(grads: Sequence[Tensor], limit: float) -> bool:
+def clamp_(grads: list[Tensor], limit: float) -> bool:
     """Clamp every element of gradients of one device and dtype to [-limit, limit], in place; NaN stays.
 
     The multi-tensor clamp is not part of every PyTorch: `_foreach_clamp_` where it exists, else its two halves, else

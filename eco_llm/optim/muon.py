@@ -56,7 +56,7 @@ class MuonWithAdamW(Optimizer):
         self._bind()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both rules; returns the closure's loss, or None."""
         loss = None
         if closure is not None:

@@ -61,11 +61,12 @@ def may_skip(bound: Tensor, cache: NormCache, sqrt_n: Tensor, rule: Rule) -> Ten
     """True where the cap provably does not bind, with the margin `trust_norm_refresh_drift` to spare.
 
     lr (s_max U + λ|θ|) <= (1 - drift) r max(|θ|, F) follows from lr s_max U <= κ max(L, F), where
-    κ = (1 - drift) r - lr λ must not be negative and F = trust_floor sqrt(n). NaN compares false: not skipped.
+    κ = (1 - drift) r - lr λ must not be negative and F = trust_floor sqrt(n). A negative κ compares false, because
+    lr > 0 then and U >= β_t sqrt(n) > 0; so does NaN.
     """
     room = (1 - rule.trust_norm_refresh_drift) * rule.trust_radius - rule.lr * rule.weight_decay
     weight = torch.maximum(cache.param_norm, rule.trust_floor * sqrt_n)
-    skip = rule.lr * rule.credit_range[1] * bound <= room * weight  # a negative room fails unless both are 0
+    skip = rule.lr * rule.credit_range[1] * bound <= room * weight
     return skip & (cache.norm_age <= rule.trust_norm_refresh_steps)
 
 

@@ -64,7 +64,7 @@ class Update:
             try:
                 optimizer.step()
             finally:
-                optimizer.found_inf = None
+                del optimizer.found_inf
         elif applied:  # the one host read
             self.optimizer.step()
         return UpdateResult(norm, applied)

@@ -18,7 +18,7 @@ from eco_llm.data.loader import TokenLoader, evaluation_batches
 from eco_llm.data.order import require_length
 from eco_llm.data.prepare import prepare
 from eco_llm.data.progress import make_progress
-from eco_llm.data.shards import PreparedData
+from eco_llm.data.shards import Manifest, PreparedData
 from eco_llm.errors import UserError
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
@@ -52,8 +52,10 @@ def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
     runtime = Runtime.detect(config.runtime)
     PhaseTimer(runtime.device, config.perf.perf_device_time_mode)  # refuses a clock the device does not have
 
-    data = prepare(config.data, config.model.vocab_size, progress=make_progress())
-    require_length(data.manifest.splits["train"].tokens, config.training.seq_len, "train")
+    def accept(manifest: Manifest) -> None:
+        require_length(manifest.splits["train"].tokens, config.training.seq_len, "train")
+
+    data = prepare(config.data, config.model.vocab_size, progress=make_progress(), accept=accept)
     shape = resolve_shape(config, data)
     run.open()
     try:
@@ -204,7 +206,10 @@ class _Launch:
             f" {t.batch_size} × {t.seq_len} tokens × {t.grad_accum} a step"
         )
         epochs = t.steps * t.batch_size * t.seq_len * t.grad_accum / train.tokens
-        text = f"data: {train.tokens:,} training tokens, {train.bytes_per_token:.2f} bytes/token; the run is {epochs:.2f} epochs"
+        text = (
+            f"data: {train.tokens:,} training tokens, {train.bytes_per_token:.2f} bytes/token;"
+            f" the run is {epochs:.2f} epochs"
+        )
         begin = f"resuming after step {saved.step} of {t.steps}" if saved else f"run directory: {self.run.path}"
         skips = self.data.manifest.skips
         lines = [what, how, text, *([f"data skipped: {skips.summary()}"] if skips.total else []), begin]

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from eco_llm.config import TrainConfig, differences, from_dict
 from eco_llm.errors import UserError
-from eco_llm.files import fsync_dir, write_json
+from eco_llm.files import fsync_dir, replacing, write_json
 
 FORMAT = 1
 _OURS = (
@@ -115,11 +115,11 @@ class RunDirectory:
         return "resume"
 
     def _content(self) -> set[str]:
-        """Names here, without what stays when a run is set aside and what a crash in `write_json` leaves."""
+        """Names here, without what stays when a run is set aside and what a crash in `files.replacing` leaves."""
         if not self.path.exists():
             return set()
         names = {p.name for p in self.path.iterdir()}
-        return {n for n in names if n not in _KEPT_IN_PLACE and not (n.startswith(".") and n.endswith(".tmp"))}
+        return {n for n in names if n not in _KEPT_IN_PLACE and not n.startswith(".tmp-")}
 
     def _check_writable(self) -> None:
         place = self.path
@@ -218,13 +218,8 @@ class RunDirectory:
             fsync_dir(self.path)
         kept = _whole_lines(keep)
         if kept != log:
-            temporary = self.metrics_file.with_name(".metrics.jsonl.tmp")
-            with temporary.open("wb") as f:
-                f.write(kept)
-                f.flush()
-                os.fsync(f.fileno())
-            temporary.replace(self.metrics_file)
-            fsync_dir(self.path)
+            with replacing(self.metrics_file) as temporary:
+                temporary.write_bytes(kept)
         return len(move)
 
 

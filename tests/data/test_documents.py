@@ -18,6 +18,6 @@ def test_pieces_join_to_the_text_and_do_not_depend_on_the_chunks(text: str, limi
 
 
 def test_a_piece_ends_before_an_unindented_line_then_at_any_line_then_anywhere() -> None:
-    assert list(cut(["a\nb\n  c\n  d"], 9)) == ["a\n", "b\n  c\n", "  d"]
+    assert list(cut(["a\nb\n  c\n  d"], 9)) == ["a\n", "b\n  c\n  d"]
     assert list(cut(["  a\n  b\n  c"], 9)) == ["  a\n  b\n", "  c"]
     assert list(cut(["abcdefgh"], 3)) == ["abc", "def", "gh"]

@@ -11,7 +11,7 @@ from eco_llm.ops.ssd import choose_chunk, ssd, ssd_step
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Largest relative error of any output or gradient, as a share of its largest element. bf16: 8 bits,
 # rounded twice on the way; dA sums such errors over all tokens.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
 

@@ -97,7 +97,7 @@ def test_cap_holds_the_update_at_the_radius() -> None:
     p.grad = torch.randn_like(p)
     optimizer = C3O([p], lr=1.0, trust_radius=0.01, state_dtype=torch.float64)
     optimizer.step()
-    assert (before - p).norm() / before.norm() == pytest.approx(0.01, rel=1e-12)
+    assert ((before - p).norm() / before.norm()).item() == pytest.approx(0.01, rel=1e-12)
     assert optimizer.metrics()["c3o_trust_capped"] == 1
     assert optimizer.metrics()["c3o_update_to_weight"] == pytest.approx(0.01)
 

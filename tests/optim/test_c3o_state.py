@@ -190,15 +190,15 @@ def test_sparse_and_complex_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lr", -1.0), ("lr", float("nan")), ("lr", torch.zeros(2)), ("betas", (1.0, 0.9)), ("betas", (0.9, -0.1)), ("eps", 0.0),
-        ("weight_decay", float("inf")), ("trust_radius", -1.0), ("trust_floor", float("nan")),
+        ("lr", -1.0), ("lr", float("nan")), ("lr", torch.zeros(2)), ("betas", (1.0, 0.9)), ("betas", (0.9, -0.1)),
+        ("eps", 0.0), ("weight_decay", float("inf")), ("trust_radius", -1.0), ("trust_floor", float("nan")),
         ("trust_norm_refresh_drift", 1.0), ("trust_norm_refresh_steps", 0), ("credit_gain", -1.0),
         ("credit_min", 0.0), ("credit_max", 0.5), ("credit_beta", 1.0), ("grad_clip", float("nan")),
         ("grad_clip_mode", "both"), ("state_dtype", torch.float16),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=name.replace("credit_m", "credit_m")):
+    with pytest.raises(ValueError, match=name):
         C3O([nn.Parameter(torch.zeros(2))], **{name: value})
     with pytest.raises(ValueError, match=name):
         C3O([{"params": [nn.Parameter(torch.zeros(2))], name: value}])
@@ -246,9 +246,7 @@ def test_rounding_is_unbiased_over_steps_and_within_one_unit() -> None:
 @pytest.mark.parametrize("on_host", [True, False], ids=["host-flag", "device-flag"])
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES, ids=str)
-def test_found_inf_changes_no_bit(
-    dtype: torch.dtype, state_dtype: torch.dtype, foreach: bool, on_host: bool
-) -> None:
+def test_found_inf_changes_no_bit(dtype: torch.dtype, state_dtype: torch.dtype, foreach: bool, on_host: bool) -> None:
     params = parameters(dtype)
     with torch.no_grad():
         params[1].view(-1)[:2] = torch.tensor([0.0, -0.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_cosine_hits_peak_middle_and_minimum() -> None:
 def test_wsd_is_flat_then_linear_to_the_minimum() -> None:
     r = rates(100, schedule="wsd")
     assert r[9:80] == [2.0] * 71
-    drops = [a - b for a, b in zip(r[79:], r[80:], strict=False)]
+    drops = [a - b for a, b in itertools.pairwise(r[79:])]
     assert drops == pytest.approx([1.8 / 20] * 20)
     assert r[99] == pytest.approx(0.2)
 

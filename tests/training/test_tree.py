@@ -70,7 +70,9 @@ TREES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.lists(inner, max_size=4).map(tuple)
-        | st.dictionaries(st.sampled_from(["", "a", "b", "a.b", "a#2", "0", "."]) | st.integers(0, 2), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["", "a", "b", "a.b", "a#2", "0", "."]) | st.integers(0, 2), inner, max_size=4
+        )
     ),
     max_leaves=20,
 )
@@ -143,7 +145,9 @@ def test_an_ordered_dictionary_is_a_dictionary_in_order() -> None:
     assert list(through_json(OrderedDict(z=1, a=2)).items()) == [("z", 1), ("a", 2)]
 
 
-@pytest.mark.parametrize("value", [b"bytes", {1, 2}, object(), torch.float32, complex(1), torch.device("cpu"), range(3)])
+@pytest.mark.parametrize(
+    "value", [b"bytes", {1, 2}, object(), torch.float32, complex(1), torch.device("cpu"), range(3)]
+)
 def test_what_needs_pickle_is_refused_by_path(value: Any) -> None:
     with pytest.raises(TypeError, match=r"'a\.0\.b'.*" + type(value).__name__):
         split_tensors({"a": [{"b": value}]}, {})

@@ -39,7 +39,7 @@ def ssd_chunked(
     """Shapes as in `eco_llm.ops.ssd.ssd`; `state` [B, H, P, N] or None for zeros.
 
     Decays, their sums inside a chunk and the scan over chunks are float32 (float64 for float64 x); the matrix
-    products take operands in the type of x.
+    products take operands in the type of x, each rounded once, after it has been multiplied by its decays.
     """
     batch, time, heads, width = x.shape
     groups, state_size = B.shape[2:]
@@ -62,13 +62,13 @@ def ssd_chunked(
 
     # 1. Inside a chunk (the diagonal blocks): attention with scores C·B weighted by the decay.
     scores = (C @ B.mT).unsqueeze(3)  # b c g 1 l s
-    weights = scores * _decay_between(cum.permute(0, 1, 3, 4, 2)).to(x.dtype)  # b c g r l s
-    du = u * dt.to(x.dtype).unsqueeze(-1)
+    weights = (scores * _decay_between(cum.permute(0, 1, 3, 4, 2))).to(x.dtype)  # b c g r l s
+    du = (u * dt.unsqueeze(-1)).to(x.dtype)
     y = (weights @ du.permute(0, 1, 3, 4, 2, 5)).permute(0, 1, 4, 2, 3, 5)  # b c l g r p
 
     # 2. What each chunk alone would leave in the state. Heads of a group share B: one wide product.
-    to_end = torch.exp(cum[:, :, -1:] - cum).to(x.dtype)  # b c l g r
-    weighted = (du * to_end.unsqueeze(-1)).transpose(2, 3).flatten(4)  # b c g l (r p)
+    dt_to_end = dt * torch.exp(cum[:, :, -1:] - cum)  # b c l g r
+    weighted = (u * dt_to_end.unsqueeze(-1)).to(x.dtype).transpose(2, 3).flatten(4)  # b c g l (r p)
     local = (B.mT @ weighted).to(wide)  # b c g n (r p)
     local = local.unflatten(-1, (per_group, width)).transpose(3, 4)  # b c g r n p
 

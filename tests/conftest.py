@@ -1,0 +1,60 @@
+"""Shared fixtures: one small real corpus, and a run so small that a test can train it many times."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: test workers share two cores, and one thread each is fastest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TINY = (
+    "--d-model 32 --n-layers 3 --mamba-ratio 2 --attention-ratio 1 --n-heads 2 --kv-latent-dim 16 --rope-head-dim 8"
+    " --mamba-head-dim 16 --mamba-state-dim 8 --vocab-size 300 --batch-size 2 --seq-len 24 --warmup-steps 2"
+    " --eval-batches 2 --sample-tokens 0 --device cpu --no-torch-compile --log-interval 1"
+)
+"""Flags of a model of some 30,000 parameters; every part of the real one is in it."""
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a dozen real Python files, some 200 kB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    for name in (
+        "ast",
+        "bisect",
+        "calendar",
+        "cmd",
+        "copy",
+        "csv",
+        "glob",
+        "heapq",
+        "json/decoder",
+        "json/encoder",
+        "shlex",
+    ):
+        target = folder / f"{name.replace('/', '_')}.py"
+        target.write_text((stdlib / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One prepared copy of the corpus for every test of a session."""
+    return tmp_path_factory.mktemp("cache") / "data"
+
+
+@pytest.fixture
+def tiny_flags(corpus: Path, data_cache: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """`tiny_flags("--steps 4", run="name")`: the flags of a tiny run in this test's folder."""
+
+    def flags(more: str = "", run: str = "run") -> list[str]:
+        places = ["--data", str(corpus), "--data-cache", str(data_cache), "--output-dir", str(tmp_path / run)]
+        return [*TINY.split(), *places, *more.split()]
+
+    return flags

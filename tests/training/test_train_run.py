@@ -1,0 +1,390 @@
+"""Whole runs of the tiny model through the command line: what must hold whatever happens to a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eco_llm.cli.main import main
+from eco_llm.model.sigma_llm import SigmaLLM
+from eco_llm.training import checkpoint
+from eco_llm.training.hooks.base import Hook
+from eco_llm.training.sigma_trainer import SigmaTrainer
+
+Flags = Callable[..., list[str]]
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records(run)]
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    """Weights, optimizer, cursor and generators are equal, bit for bit."""
+    first, second = checkpoint.load(a), checkpoint.load(b)
+    assert first.step == second.step
+    assert_same_tree(first.model, second.model)
+    assert_same_tree(first.optimizer, second.optimizer)
+    assert_same_tree(first.trainer, second.trainer)
+
+
+def assert_same_tree(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_tree(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_tree(x, y)
+    else:
+        assert a == b
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM) -> None:
+    """The process gets a real signal in the middle of the next step."""
+    turn = SigmaTrainer._turn
+
+    def turn_with_signal(self: SigmaTrainer, number_of_step: int) -> None:
+        if number_of_step == step:
+            signal.raise_signal(number)
+        turn(self, number_of_step)
+
+    monkeypatch.setattr(SigmaTrainer, "_turn", turn_with_signal)
+
+
+def test_a_run_leaves_everything_it_promises(tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = tiny_flags("--steps 6 --save-interval 2 --eval-interval 3 --keep-checkpoints 2 --sample-tokens 5")
+    assert main(flags) == 0
+    run = tmp_path / "run"
+    rows = records(run)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    for r in rows:
+        for name in ("data", "forward", "backward", "opt_step", "zero_grad", "optim", "train"):
+            assert r[f"phase_{name}_s"] >= 0
+        assert r["phase_optim_s"] == pytest.approx(
+            r["phase_backward_s"] + r["phase_opt_step_s"] + r["phase_zero_grad_s"]
+        )
+        assert r["phase_train_s"] == pytest.approx(r["phase_forward_s"] + r["phase_optim_s"])
+        assert r["core_step_time_s"] <= r["step_time_s"]
+        assert r["core_tokens_per_s"] == pytest.approx(48 / r["core_step_time_s"])
+        assert r["effective_tokens_per_s"] == pytest.approx(48 / r["step_time_s"])
+        assert r["gpu_util_percent"] is None  # no GPU: unknown, not zero
+        assert r["tokens"] == 48 * r["step"]
+        assert {"c3o_foreach_groups", "c3o_grad_clip_foreach_groups", "c3o_trust_norm_skipped"} <= r.keys()
+    assert [r["step"] for r in rows if "val_loss" in r] == [3, 6]
+    assert all(0 < r["val_bits_per_byte"] < 10 for r in rows if "val_loss" in r)
+    assert [p.name for p in checkpoint.listing(run / "checkpoints")] == ["step_00000004", "step_00000006"]
+    assert json.loads((run / "config.json").read_text())["config"]["training"]["steps"] == 6
+    assert list((run / "tb").glob("events.*"))
+    bottlenecks = json.loads((run / "perf" / "window_10m_bottlenecks.json").read_text())
+    assert bottlenecks["steps"] == 6
+    assert not (run / "perf" / "baseline_throughput.json").exists()
+    assert not (run / "errors").exists()
+    out = capsys.readouterr().out
+    assert "validation loss" in out
+    assert "sample, from 'def '" in out
+
+
+def test_phases_add_up_to_the_core_step(tiny_flags: Flags, tmp_path: Path) -> None:
+    assert main(tiny_flags("--steps 8 --batch-size 8 --seq-len 96 --eval-interval 0")) == 0
+    rows = records(tmp_path / "run")[2:]
+    phases = sum(r["phase_data_s"] + r["phase_train_s"] for r in rows)
+    core = sum(r["core_step_time_s"] for r in rows)
+    assert phases == pytest.approx(core, rel=0.02)
+
+
+def test_the_seed_decides_everything(tiny_flags: Flags, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert main(tiny_flags(f"--steps 3 --eval-interval 0 --seed {seed}", run=name)) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_the_model_learns(tiny_flags: Flags, tmp_path: Path) -> None:
+    assert main(tiny_flags("--steps 40 --lr 1e-2 --eval-interval 0 --save-interval 1000")) == 0
+    curve = [loss for _, loss, _ in losses(tmp_path / "run")]
+    assert sum(curve[-5:]) / 5 < curve[0] - 0.7
+
+
+@pytest.mark.parametrize("optimizer", ["c3o", "adamw", "muon"])
+def test_stopping_and_resuming_changes_nothing(
+    optimizer: str, tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2N steps at once, and N steps, a signal, a resume and N steps: equal bit for bit."""
+    settings = f"--steps 8 --save-interval 3 --eval-interval 2 --optimizer {optimizer} --grad-accum 2"
+    assert main(tiny_flags(settings, run="whole")) == 0
+    with monkeypatch.context() as patched:
+        stop_after(4, patched)
+        assert main(tiny_flags(settings, run="parts")) == 143
+    assert checkpoint.step_of(checkpoint.listing(tmp_path / "parts" / "checkpoints")[-1]) == 4
+    assert main(tiny_flags(settings, run="parts")) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_same_checkpoint(
+        tmp_path / "whole" / "checkpoints" / "step_00000008", tmp_path / "parts" / "checkpoints" / "step_00000008"
+    )
+
+
+def test_a_killed_run_resumes_from_its_checkpoint_to_the_same_end(tiny_flags: Flags, tmp_path: Path) -> None:
+    settings = "--steps 60 --save-interval 10 --eval-interval 0"
+    assert main(tiny_flags(settings, run="whole")) == 0
+    process = subprocess.Popen([sys.executable, "-m", "eco_llm", *tiny_flags(settings, run="killed")])
+    run = tmp_path / "killed"
+    deadline = time.monotonic() + 120
+    while len(checkpoint.listing(run / "checkpoints")) < 1 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    killed_at = records(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0
+    assert 10 <= killed_at < 60
+    assert main(tiny_flags(settings, run="killed")) == 0
+    assert losses(run) == losses(tmp_path / "whole")
+    assert_same_checkpoint(run / "checkpoints" / "step_00000060", tmp_path / "whole" / "checkpoints" / "step_00000060")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
+    tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = "--steps 6 --save-interval 2 --eval-interval 0"
+    assert main(tiny_flags(settings, run="whole")) == 0
+    assert main(tiny_flags(settings, run="run")) == 0
+    weights = tmp_path / "run" / "checkpoints" / "step_00000006" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    capsys.readouterr()
+    assert main(tiny_flags(settings, run="run")) == 0
+    assert "damaged checkpoint" in capsys.readouterr().out
+    assert_same_checkpoint(
+        tmp_path / "run" / "checkpoints" / "step_00000006", tmp_path / "whole" / "checkpoints" / "step_00000006"
+    )
+
+
+def test_finished_runs_say_so_and_longer_ones_go_on(
+    tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(tiny_flags("--steps 2 --eval-interval 0")) == 0
+    capsys.readouterr()
+    assert main(tiny_flags("--steps 2 --eval-interval 0")) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main(tiny_flags("--steps 3 --eval-interval 0")) == 0
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3]
+    resumed = json.loads((tmp_path / "run" / "config.json").read_text())["resumed"]
+    assert resumed[-1]["changed"]["steps"] == [2, 3]
+
+
+def test_no_resume_sets_the_earlier_run_aside_whole(tiny_flags: Flags, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(tiny_flags("--steps 2 --eval-interval 0")) == 0
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(tiny_flags("--steps 1 --eval-interval 0 --no-resume --lr 0.5")) == 0
+    assert (run / "previous" / "001" / "metrics.jsonl").read_bytes() == before
+    assert checkpoint.load(run / "previous" / "001" / "checkpoints" / "step_00000002").step == 2
+    assert [r["step"] for r in records(run)] == [1]
+
+
+def test_another_configuration_is_refused_and_nothing_is_touched(
+    tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(tiny_flags("--steps 1 --eval-interval 0")) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
+    assert main(tiny_flags("--steps 1 --eval-interval 0 --lr 0.5")) == 2
+    error = capsys.readouterr().err
+    assert "--lr 0.001 → 0.5" in error
+    assert error.count("\n") == 1
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize("optimizer", ["c3o", "adamw", "muon"])
+def test_non_finite_steps_are_not_applied_and_counted(
+    optimizer: str, tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 3 and 4 get a NaN loss: the weights of step 2 are those of step 4, and training goes on."""
+    calls = {"n": 0}
+    honest = SigmaLLM.loss
+
+    def loss(self: SigmaLLM, *args: torch.Tensor) -> torch.Tensor:
+        calls["n"] += 1
+        value = honest(self, *args)
+        return value * float("nan") if calls["n"] in (3, 4) else value
+
+    monkeypatch.setattr(SigmaLLM, "loss", loss)
+    settings = f"--steps 6 --save-interval 1 --keep-checkpoints 9 --eval-interval 0 --optimizer {optimizer}"
+    assert main(tiny_flags(settings)) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    states = [checkpoint.load(p) for p in checkpoint.listing(folder)]
+    assert_same_tree(states[1].model, states[3].model)
+    assert_same_tree(states[1].optimizer["state"], states[3].optimizer["state"])
+    assert not torch.equal(states[3].model["embedding.weight"], states[4].model["embedding.weight"])
+    assert [r["loss"] for r in records(tmp_path / "run")][2:4] == ["nan", "nan"]
+    assert [r["skipped_steps"] for r in records(tmp_path / "run")] == [0, 0, 1, 2, 2, 2]
+
+
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(
+    tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(SigmaLLM, "loss", lambda self, *a: SigmaLLM.hidden(self, a[0]).sum() * float("inf"))
+    assert main(tiny_flags("--steps 50 --max-bad-steps 3 --eval-interval 0")) == 4
+    assert "3 steps in a row had a non-finite loss or gradient" in capsys.readouterr().out
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3]
+    assert list((tmp_path / "run" / "errors").glob("crash_*.json"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (RuntimeError("boom\nsecond line"), 1, "exception"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), 3, "out_of_memory"),
+    ],
+)
+def test_a_crash_leaves_a_report_and_a_resumable_run(
+    error: Exception, code: int, kind: str, tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"n": 0}
+    honest = SigmaLLM.loss
+
+    def loss(self: SigmaLLM, *args: torch.Tensor) -> torch.Tensor:
+        calls["n"] += 1
+        if calls["n"] == 4:
+            raise error
+        return honest(self, *args)
+
+    run = tmp_path / "run"
+    settings = "--steps 6 --save-interval 2 --eval-interval 0"
+    with monkeypatch.context() as patched:
+        patched.setattr(SigmaLLM, "loss", loss)
+        assert main(tiny_flags(settings)) == code
+    (path,) = (run / "errors").glob("crash_*.json")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["kind"] == kind
+    assert report["step"] == 4
+    assert report["last_metrics"]["step"] == 3
+    assert report["config"]["training"]["steps"] == 6
+    assert report["memory"]["host_resident_bytes"] > 0
+    assert any("raise error" in line for line in report["traceback"])
+    assert [r["step"] for r in records(run)] == [1, 2, 3]
+    assert main(tiny_flags(settings)) == 0
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
+    assert "superseded" not in (run / "metrics.jsonl").read_text()
+    assert len((run / "metrics.superseded.jsonl").read_text().splitlines()) == 1  # step 3, done again
+
+
+def test_an_interrupt_saves_at_the_step_boundary(tiny_flags: Flags, tmp_path: Path) -> None:
+    """A real process, a real Ctrl-C."""
+    flags = tiny_flags("--steps 100000 --save-interval 100000 --eval-interval 0")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eco_llm", *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step ") and line.split("/")[0].split()[1] == "3":
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 130
+    assert "interrupted after step" in rest
+    (path,) = checkpoint.listing(tmp_path / "run" / "checkpoints")
+    assert checkpoint.load(path).step == records(tmp_path / "run")[-1]["step"] >= 3
+
+
+def test_gradient_accumulation_is_a_bigger_batch(tiny_flags: Flags, tmp_path: Path) -> None:
+    """The same windows in the same order; only the order of summation differs."""
+    assert main(tiny_flags("--steps 3 --batch-size 4 --grad-accum 1 --eval-interval 0", run="big")) == 0
+    assert main(tiny_flags("--steps 3 --batch-size 2 --grad-accum 2 --eval-interval 0", run="small")) == 0
+    for (_, a, _), (_, b, _) in zip(losses(tmp_path / "big"), losses(tmp_path / "small"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_the_perf_window_writes_the_reports_files(tiny_flags: Flags, tmp_path: Path) -> None:
+    """The report's own short window: three steps, one of warm-up, two measured, two profiled."""
+    window = "--perf-profile-enable --perf-warmup-steps 1 --perf-measure-steps 2 --perf-profiler-steps 2"
+    clock = "--perf-device-time-mode auto --perf-sync-boundaries"
+    assert main(tiny_flags(f"--steps 3 --no-resume --save-interval 1000 {window} {clock}")) == 0
+    perf = tmp_path / "run" / "perf"
+    baseline = json.loads((perf / "baseline_throughput.json").read_text())
+    rows = records(tmp_path / "run")[1:]
+    assert baseline["avg_effective_tokens_per_s"] == pytest.approx(2 * 48 / sum(r["step_time_s"] for r in rows))
+    assert baseline["avg_core_tokens_per_s"] == pytest.approx(2 * 48 / sum(r["core_step_time_s"] for r in rows))
+    for key in (
+        "step_time_s",
+        "core_step_time_s",
+        "phase_forward_s",
+        "phase_backward_s",
+        "phase_opt_step_s",
+        "phase_optim_s",
+    ):
+        assert baseline[f"avg_{key}"] == pytest.approx(sum(r[key] for r in rows) / 2)
+    assert baseline["avg_gpu_util_percent"] is None
+    assert baseline["profiled_steps_in_window"] == 2
+    bottlenecks = json.loads((perf / "window_10m_bottlenecks.json").read_text())
+    assert bottlenecks["dominant_stage"] == "train"
+    assert sum(s["percent"] for s in bottlenecks["optimizer_phase"]) == pytest.approx(100)
+    assert bottlenecks["profiler"]["steps"] == 2
+    assert (perf / "trace.json.gz").stat().st_size > 0
+
+
+def test_torch_compile_trains_to_the_same_losses(tiny_flags: Flags, tmp_path: Path) -> None:
+    assert main(tiny_flags("--steps 3 --eval-interval 0", run="eager")) == 0
+    assert main(tiny_flags("--steps 3 --eval-interval 0 --torch-compile", run="compiled")) == 0
+    for (_, a, _), (_, b, _) in zip(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    assert json.loads((tmp_path / "compiled" / "config.json").read_text())["resolved"]["torch_compile"] is True
+
+
+def test_two_trainers_cannot_share_a_run(tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from eco_llm.training.run_directory import RunDirectory
+
+    run = RunDirectory(tmp_path / "run")
+    run.open()
+    try:
+        assert main(tiny_flags("--steps 1")) == 2
+    finally:
+        run.close()
+    assert "in use by another eco_train" in capsys.readouterr().err
+
+
+def test_hooks_see_records_in_order_and_before_their_checkpoint(
+    tiny_flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    class Spy(Hook):
+        def on_record(self, record: dict[str, Any]) -> None:
+            seen.append(f"record {record['step']}")
+
+        def on_checkpoint(self, step: int) -> None:
+            seen.append(f"checkpoint {step}")
+
+        def on_end(self) -> None:
+            seen.append("end")
+
+    original = SigmaTrainer.__init__
+
+    def with_spy(self: SigmaTrainer, **kwargs: Any) -> None:
+        original(self, **{**kwargs, "hooks": [*kwargs["hooks"], Spy()]})
+
+    monkeypatch.setattr(SigmaTrainer, "__init__", with_spy)
+    assert main(tiny_flags("--steps 3 --save-interval 2 --eval-interval 0")) == 0
+    assert seen == ["record 1", "record 2", "checkpoint 2", "record 3", "checkpoint 3", "end"]
