@@ -7,9 +7,14 @@ docs.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -148,3 +153,55 @@ def write_evidence(claim: str, payload: dict[str, Any], *, device: str = "cpu", 
     head = {"claim": claim, "hardware": hardware, "command": env["command"], "environment": env}
     write_json(path, head | payload)
     return path
+
+
+def record_training(claim: str, flags: Sequence[str], *, run: Path) -> Path:
+    """Train with `eco_train FLAGS --output-dir RUN --no-resume` in a process of its own and keep its log as evidence.
+
+    The evidence's samples are the run's metrics.jsonl; its summary has the keys that `render.py` tables show.
+
+    Args:
+        claim: the evidence file's name.
+        flags: as a user would type them.
+        run: run directory to train in.
+
+    Raises:
+        RuntimeError: training did not end well.
+    """
+    command = [*flags, "--output-dir", str(run), "--no-resume"]
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "eco_llm", *command], check=False, stdout=subprocess.PIPE, text=True)
+    wall_seconds = time.perf_counter() - started
+    print(done.stdout)
+    if done.returncode != 0:
+        raise RuntimeError(f"eco_train ended with exit code {done.returncode}")
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    validated = [row for row in rows if "val_loss" in row]
+    device = settings["resolved"]["device"]
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.init()  # lets the environment block name this GPU
+    memory = [row["memory_peak_gib"] for row in rows if row.get("memory_peak_gib") is not None]
+    payload = {
+        "training_command": "eco_train " + shlex.join(flags),
+        "config": settings["config"],
+        "resolved": settings["resolved"],
+        "sample": done.stdout.partition("--- sample")[2].partition("\n")[2],
+        "summary": {
+            "parameters": settings["resolved"]["parameters"],
+            "steps": rows[-1]["step"],
+            "tokens": rows[-1]["tokens"],
+            "final_train_loss": statistics.fmean(row["loss"] for row in rows[-10:]),
+            "final_val_loss": validated[-1]["val_loss"] if validated else None,
+            "val_bits_per_byte": validated[-1]["val_bits_per_byte"] if validated else None,
+            "core_tokens_per_s": statistics.median(row["core_tokens_per_s"] for row in rows),
+            "effective_tokens_per_s": sum(row["tokens"] / row["step"] for row in rows)
+            / sum(row["step_time_s"] for row in rows),
+            "peak_memory_gib": max(memory) if memory else None,
+            "wall_seconds": wall_seconds,
+        },
+        "samples": rows,
+    }
+    return write_evidence(claim, payload, device=device)

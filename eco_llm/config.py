@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from eco_llm.errors import UserError
 
@@ -396,16 +396,14 @@ def from_dict(raw: dict[str, Any], *, source: str) -> TrainConfig:
         UserError: `source` (the file's name, for the message) has a missing, unknown or mistyped entry.
     """
     groups: dict[str, Any] = {}
-    for group in dataclasses.fields(TrainConfig):
-        cls = group.default_factory  # type: ignore[misc]
-        values = raw.get(group.name)
+    for name, cls in get_type_hints(TrainConfig).items():
+        values = raw.get(name)
         if not isinstance(values, dict):
-            raise UserError(f"{source}: no section {group.name!r}")
-        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+            raise UserError(f"{source}: no section {name!r}")
+        known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise UserError(f"{source}: unknown setting {unknown[0]!r} in {group.name!r}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        groups[group.name] = cls(**values)  # type: ignore[misc]
+            raise UserError(f"{source}: unknown setting {unknown[0]!r} in {name!r}")
+        groups[name] = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return TrainConfig(**groups)
 
 

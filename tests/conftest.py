@@ -21,6 +21,12 @@ TINY = (
 
 
 @pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """TINY as words."""
+    return TINY.split()
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a dozen real Python files, some 200 kB."""
     folder = tmp_path_factory.mktemp("corpus")
@@ -50,11 +56,11 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_flags(corpus: Path, data_cache: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def tiny_flags(tiny: list[str], corpus: Path, data_cache: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """`tiny_flags("--steps 4", run="name")`: the flags of a tiny run in this test's folder."""
 
     def flags(more: str = "", run: str = "run") -> list[str]:
         places = ["--data", str(corpus), "--data-cache", str(data_cache), "--output-dir", str(tmp_path / run)]
-        return [*TINY.split(), *places, *more.split()]
+        return [*tiny, *places, *more.split()]
 
     return flags

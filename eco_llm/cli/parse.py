@@ -91,7 +91,7 @@ def _flags(cls: type) -> list[str]:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
-            names += _flags(hints[field.name])  # type: ignore[arg-type]
+            names += _flags(hints[field.name])
         else:
             flag = "--" + field.name.replace("_", "-")
             names.append(flag)

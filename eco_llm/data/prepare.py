@@ -42,8 +42,8 @@ from eco_llm.data.split import SPLITS, SplitName, SplitPlan, divide, held_out, p
 from eco_llm.data.tokenizer import TRAIN, Tokenizer
 from eco_llm.errors import UserError
 
-# Text the tokenizer is trained on. More is slower (0.2 s per MB on two cores) and no better: on 31 MB, training on half
-# costs 0.5% bytes per token at V=4096 and 0.8% at V=32768.
+# Text the tokenizer is trained on. More is slower and hardly better: on the 31 MB of the standard library (4 s on two
+# cores), training on half costs 0.5% bytes per token at V=4096 and 1.1% at V=32768.
 SAMPLE_BYTES = 32 << 20
 _BATCH_BYTES = 2 << 20  # text encoded at one time
 _STALE_SECONDS = 86_400  # a temporary folder this old was left by a killed process

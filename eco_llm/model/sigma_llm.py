@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
+from eco_llm.errors import UserError
 from eco_llm.model.block import Block, LayerCache
 from eco_llm.model.mamba import Mamba
 from eco_llm.model.norm import RMSNorm
@@ -178,6 +179,14 @@ class SigmaLLM(nn.Module):
 
         Blocks of a kind share one compiled graph, so this costs two compilations, not one a layer; names in the
         state dict do not change. Generation (`prefill`, `step`) stays uncompiled.
+
+        Raises:
+            UserError: a pinned chunk of 256 on CUDA before torch 2.13, whose compiler cannot scan 256 tokens.
         """
+        if self.config.mamba_chunk == 256 and self.embedding.weight.is_cuda and torch.__version__ < (2, 13):
+            raise UserError(
+                f"--mamba-chunk 256 cannot be compiled by torch {torch.__version__}:"
+                " use 64 or 128, --no-torch-compile, or torch 2.13"
+            )
         for block in self.blocks:
             block.compile(dynamic=False, backend=backend)

@@ -32,8 +32,8 @@ from eco_llm.optim.rule import BLOCK, Rule, block_count, compute_dtype
 
 StateMap = dict[Tensor, dict[str, Any]]
 
-BUCKET_ELEMENTS = {"cpu": 2**20}
-"""Most elements in a bucket of several tensors, by device type; it bounds the work buffers (4 MiB each
+BUCKET_ELEMENTS = {"cpu": 2**18}
+"""Most elements in a bucket of several tensors, by device type; it bounds the work buffers (1 MiB each
 on a CPU, 128 MiB elsewhere, or the largest tensor) and is large enough to hide a bucket's scalar work."""
 _BUCKET_ELEMENTS_DEFAULT = 2**25
 

@@ -154,9 +154,16 @@ class _Launch:
         self.loader = loader
         return trainer, hooks
 
-    def _probe(self) -> dict[str, Any]:
+    def _probe(self, step: int) -> dict[str, Any]:
         reading = self.counters.read()
-        return {"gpu_util_percent": reading.gpu_util_percent, "gpu_power_watts": reading.gpu_power_watts}
+        numbers: dict[str, Any] = {"gpu_util_percent": reading.gpu_util_percent}
+        if reading.gpu_power_watts is not None:
+            numbers["gpu_power_watts"] = reading.gpu_power_watts
+        t = self.config.training
+        if step % t.log_interval == 0 or step == t.steps:  # the allocator's counters cost 0.1 ms to read
+            memory = memory_stats(self.runtime.device)
+            numbers["memory_peak_gib"] = memory.get("gpu_memory_peak_gib", memory["process_peak_rss_gib"])
+        return numbers
 
     def _record_settings(self, saved: checkpoint.Checkpoint | None) -> None:
         """Write config.json, or add this resume to it."""

@@ -35,7 +35,7 @@ class SigmaTrainer:
     Args:
         validate: scores the model; called every `eval_interval` steps and after the last one.
         checkpoints: folder for checkpoints.
-        probe: further numbers for each record (device counters); must be quick and never wait for the device.
+        probe: further numbers for the record of a step (device counters); must be quick and never wait for the device.
         resume_from: the checkpoint to continue, or None to start at step 0.
     """
 
@@ -52,7 +52,7 @@ class SigmaTrainer:
         validate: Callable[[], Validation],
         checkpoints: Path,
         hooks: Sequence[Hook],
-        probe: Callable[[], dict[str, Any]] = dict,
+        probe: Callable[[int], dict[str, Any]] = lambda step: {},
         resume_from: checkpoint.Checkpoint | None = None,
     ) -> None:
         self._training, self._optimizer, self._runtime = training, optimizer, runtime
@@ -115,7 +115,7 @@ class SigmaTrainer:
 
         names, metrics = self._update.metrics_tensor()
         self._scalars.push(step, ("loss", "grad_norm", "applied", *names), flat_scalars(output, metrics))
-        record = self._waiting[step] = {"step": step, "lr": lr, **self._probe()}
+        record = self._waiting[step] = {"step": step, "lr": lr, **self._probe(step)}
         if self._is_validation_due():
             result = self._validate()
             record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}

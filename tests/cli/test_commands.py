@@ -188,12 +188,10 @@ def test_data_shorter_than_a_window_leaves_no_cache_behind(place: Path, capsys: 
 
 
 @pytest.fixture(scope="module")
-def trained(corpus: Path, data_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import TINY
-
+def trained(tiny: list[str], corpus: Path, data_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("trained") / "run"
     places = ["--data", str(corpus), "--data-cache", str(data_cache), "--output-dir", str(run)]
-    assert main([*TINY.split(), *places, "--steps", "4", "--save-interval", "2"]) == 0
+    assert main([*tiny, *places, "--steps", "4", "--save-interval", "2"]) == 0
     return run
 
 

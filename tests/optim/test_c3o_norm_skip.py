@@ -10,6 +10,8 @@ from optim_cases import bits, parameters, run
 from torch import nn
 
 from eco_llm.optim.c3o import C3O
+from eco_llm.optim.norm_skip import NormCache, Slack, may_skip, next_cache
+from eco_llm.optim.rule import Rule
 
 
 def directions(optimizer: C3O, p: nn.Parameter, b1: float, b2: float, eps: float) -> torch.Tensor:
@@ -148,3 +150,37 @@ def test_turning_the_skip_on_later_starts_from_no_knowledge() -> None:
     assert optimizer.metrics()["c3o_trust_norm_skipped"] == 0
     run(optimizer, params, 1, start=4)
     assert optimizer.metrics()["c3o_trust_norm_skipped"] > 0
+
+
+def rule_and_worst_case(decay: float, gain: float) -> tuple[Rule, torch.Tensor, torch.Tensor, float]:
+    """A rule, θ, and a direction u along θ: the update that uses the bounds up. Last: the largest credit factor."""
+    group = {
+        **C3O([nn.Parameter(torch.zeros(1))], lr=0.05, weight_decay=decay, credit_gain=gain).param_groups[0],
+        "trust_radius": 0.5, "trust_floor": 0.0, "trust_norm_refresh_drift": 0.1, "trust_norm_refresh_steps": 2,
+    }  # fmt: skip
+    theta = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    return Rule.from_group(group), theta, theta / theta.norm(), 2.0 if gain else 1.0
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 4.0])
+def test_decision_and_weight_bound_are_sharp_in_the_worst_case(decay: float, gain: float) -> None:
+    """Both inequalities are equalities for an update along θ: a forgotten term would show."""
+    rule, theta, along, s_max = rule_and_worst_case(decay, gain)
+    limit = (1 - 0.1) * 0.5 * float(theta.norm())
+    largest = (limit / 0.05 - decay * float(theta.norm())) / s_max  # |u| at which |Δ| is the limit
+    one, sqrt_n = torch.ones((), dtype=torch.float64), torch.tensor(2**0.5, dtype=torch.float64)
+    cache = NormCache(0 * one, theta.norm(), one)
+    for size, expected in ((largest * (1 - 1e-9), True), (largest * (1 + 1e-9), False)):
+        assert bool(may_skip(size * one, cache, sqrt_n, rule)) is expected
+    assert not may_skip(largest / 2 * one, cache._replace(norm_age=3 * one), sqrt_n, rule)
+    assert not may_skip(float("nan") * one, cache, sqrt_n, rule)
+
+    slack = Slack.of(torch.float64, torch.float64, torch.float64)
+    bound = largest / 2 * one
+    moved = theta - 0.05 * (s_max * bound * along + decay * theta)
+    for skip in (True, False):
+        d_norm = (s_max * bound * along + decay * theta).norm()
+        new = next_cache(torch.tensor(skip), bound, cache, d_norm, theta.norm(), one, rule, slack)
+        assert float(moved.norm()) * (1 - 1e-12) <= float(new.param_norm) <= float(moved.norm())
+        assert float(new.norm_age) == (2 if skip else 1)

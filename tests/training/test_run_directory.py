@@ -396,7 +396,7 @@ def test_a_crash_while_rewinding_loses_no_line(run: RunDirectory, monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((Path, "replace") if moment == "replace" else (os, "fsync")), die)
+        patch.setattr(Path if moment == "replace" else os, moment, die)
         with pytest.raises(KeyboardInterrupt):
             run.rewind_metrics(2)
     assert run.metrics_file.read_bytes() == b"".join(lines(1, 2, 3, 4))

@@ -6,7 +6,8 @@ from typing import Literal
 
 # (shortest sequence of the row, chunk), first match from the bottom up. 256 is allowed only for T ≥ 1024.
 # Edit the table when a measurement on a GPU says so, and name the evidence here. On CPU (docs/model.md, "Speed") 256
-# loses at every length and 64 gains a few percent of a step over 128: not enough to leave the report's 128.
+# loses at every length and 64 gains a few percent of a step over 128: not enough to leave the report's 128. A row of
+# 256 must wait until torch 2.11 and 2.12 are no longer supported: their compiler fails on it (CUDA).
 CHUNK_TABLE: tuple[tuple[int, int], ...] = ((1, 128), (1024, 128))
 
 
