@@ -138,12 +138,17 @@ class SigmaLLM(nn.Module):
                 module.reset_ssm_parameters()
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Two optimizer groups: matrices (embedding and head included) decay; norms, biases, A_log, dt_bias, D and the
-        convolution, which has three axes, do not. Keys: `params`, `weight_decay`, `name`."""
-        parameters = list(self.parameters())
+        """Optimizer groups, every parameter in one: dictionaries with `params`, `weight_decay` and `name`.
+
+        "matrix": weights of hidden products; "embedding": embedding and head; both decay. "vector": norms, biases,
+        A_log, dt_bias, D and the convolution (which has three axes) do not.
+        """
+        outer = [self.embedding.weight] + ([] if self.head is None else [self.head.weight])
+        inner = [p for name, p in self.named_parameters() if not name.startswith(("embedding.", "head."))]
         return [
-            {"params": [p for p in parameters if p.ndim == 2], "weight_decay": weight_decay, "name": "decay"},
-            {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0, "name": "no_decay"},
+            {"params": [p for p in inner if p.ndim == 2], "weight_decay": weight_decay, "name": "matrix"},
+            {"params": outer, "weight_decay": weight_decay, "name": "embedding"},
+            {"params": [p for p in inner if p.ndim != 2], "weight_decay": 0.0, "name": "vector"},
         ]
 
     def num_parameters(self, embedding: bool = True) -> int:

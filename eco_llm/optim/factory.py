@@ -30,8 +30,11 @@ def build_optimizer(
 
     Raises:
         UserError: a setting that the chosen rule cannot use.
+        ValueError: a group of another name; it would silently get the wrong rule.
     """
     groups = [dict(g) for g in groups]
+    if unknown := {g.get("name") for g in groups} - {"matrix", "embedding", "vector"}:
+        raise ValueError(f"parameter groups are named matrix, embedding or vector, not {unknown}")
     betas = (config.beta1, config.beta2)
     if config.optimizer == "c3o":
         if config.eps == 0:

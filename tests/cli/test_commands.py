@@ -20,8 +20,8 @@ Flags = Callable[..., list[str]]
 
 SHORT_WINDOW = (
     "@train_sigma_args.txt --output-dir runs/sigma_main --steps 3 --no-resume --save-interval 1000"
-    " --perf-profile-enable --perf-warmup-steps 1 --perf-measure-steps 2 --perf-profiler-steps 2 --perf-device-time-mode auto"
-    " --perf-sync-boundaries"
+    " --perf-profile-enable --perf-warmup-steps 1 --perf-measure-steps 2 --perf-profiler-steps 2"
+    " --perf-device-time-mode auto --perf-sync-boundaries"
 )
 LONG_RUN = (
     "@train_sigma_args.txt --output-dir runs/sigma_main --steps 25 --no-resume --save-interval 1000 --log-interval 5"

@@ -161,10 +161,12 @@ def test_reset_parameters_reaches_every_parameter() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameter_groups_hold_every_parameter_once(tied: bool) -> None:
     model = make_model(tie_embeddings=tied, q_latent_dim=10)
-    decay, rest = model.parameter_groups(0.3)
-    assert (decay["name"], decay["weight_decay"]) == ("decay", 0.3)
-    assert (rest["name"], rest["weight_decay"]) == ("no_decay", 0.0)
-    listed = [id(p) for group in (decay, rest) for p in group["params"]]
+    groups = model.parameter_groups(0.3)
+    assert [(g["name"], g["weight_decay"]) for g in groups] == [("matrix", 0.3), ("embedding", 0.3), ("vector", 0.0)]
+    rest = groups[2]
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert len(groups[1]["params"]) == (1 if tied else 2)
+    assert all(p.shape == (300, 32) for p in groups[1]["params"])
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in model.parameters()}
     undecayed = {id(p) for p in rest["params"]}
