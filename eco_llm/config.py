@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from eco_llm.errors import UserError
 
@@ -305,8 +305,8 @@ class RuntimeConfig:
 
     def validate(self) -> None:
         """Raise UserError for a device name that is none."""
-        kind, _, index = self.device.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdecimal())):
+        kind, colon, index = self.device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
             raise UserError(f"--device {self.device!r} is not one of auto, cpu, cuda, cuda:N")
 
 
@@ -400,11 +400,27 @@ def from_dict(raw: dict[str, Any], *, source: str) -> TrainConfig:
         values = raw.get(name)
         if not isinstance(values, dict):
             raise UserError(f"{source}: no section {name!r}")
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        hints = get_type_hints(cls)
+        if unknown := sorted(set(values) - set(hints)):
             raise UserError(f"{source}: unknown setting {unknown[0]!r} in {name!r}")
-        groups[name] = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        if missing := sorted(set(hints) - set(values)):
+            raise UserError(f"{source}: no setting {missing[0]!r} in {name!r}")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if mistyped := [k for k, v in values.items() if not _fits(v, hints[k])]:
+            raise UserError(f"{source}: {mistyped[0]!r} in {name!r} cannot be {values[mistyped[0]]!r}")
+        groups[name] = cls(**values)
     return TrainConfig(**groups)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of a field's annotated type (those that settings use)."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint) and not isinstance(value, bool)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -188,7 +188,8 @@ class SigmaLLM(nn.Module):
         Raises:
             UserError: a pinned chunk of 256 on CUDA before torch 2.13, whose compiler cannot scan 256 tokens.
         """
-        if self.config.mamba_chunk == 256 and self.embedding.weight.is_cuda and torch.__version__ < (2, 13):
+        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        if self.config.mamba_chunk == 256 and self.embedding.weight.is_cuda and version < (2, 13):
             raise UserError(
                 f"--mamba-chunk 256 cannot be compiled by torch {torch.__version__}:"
                 " use 64 or 128, --no-torch-compile, or torch 2.13"

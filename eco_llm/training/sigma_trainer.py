@@ -7,7 +7,6 @@ happens to a step's numbers is the hooks' affair.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,19 +85,32 @@ class SigmaTrainer:
                     hook.on_start(self.step + 1, last)
                 while self.step < last and stop.outcome is None:
                     self._turn(self.step + 1)
-                outcome = stop.outcome or Outcome.DONE
                 self._drain()
                 if self._saved_step != self.step:
                     self._save()
-                return outcome
-        except Exception:
-            # A dead device cannot be asked for the records under way; the crash itself is what must be reported.
-            with contextlib.suppress(Exception):
+        except BaseException as error:
+            # A dead device cannot be asked for the records under way, nor can every hook close on it; what is
+            # reported is the error that came first, with the others as notes.
+            try:
                 self._drain()
+            except Exception as lost:
+                error.add_note(f"records under way were lost: {lost!r}")
+            for failure in self._close_hooks():
+                error.add_note(f"a hook failed to close: {failure!r}")
             raise
-        finally:
-            for hook in self._hooks:
+        if failures := self._close_hooks():
+            raise failures[0]
+        return stop.outcome or Outcome.DONE
+
+    def _close_hooks(self) -> list[Exception]:
+        """End every hook, whatever the others do; return what went wrong."""
+        failures = []
+        for hook in self._hooks:
+            try:
                 hook.on_end()
+            except Exception as error:
+                failures.append(error)
+        return failures
 
     def _turn(self, step: int) -> None:
         self._timer.begin_step(step)
@@ -138,7 +150,10 @@ class SigmaTrainer:
     # -- records -------------------------------------------------------------------------------------------
 
     def _deliver(self, times: list[StepTimes], scalars: list[tuple[int, dict[str, float]]]) -> None:
-        """Complete records with what has arrived and hand them out in step order."""
+        """Complete records with what has arrived and hand them out in step order.
+
+        Every step gets its times: the scalars let the device fall behind by fewer steps than the timer can hold.
+        """
         for t in times:
             self._waiting[t.step] |= dataclasses.asdict(t) | {
                 "core_tokens_per_s": self.tokens_per_step / t.core_step_time_s,

@@ -135,3 +135,26 @@ def test_a_settings_file_from_elsewhere_is_refused() -> None:
         from_dict(raw, source="x")
     with pytest.raises(UserError, match="x: no section 'training'"):
         from_dict({}, source="x")
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("model", "d_model", None),
+        ("model", "d_model", 3.0),
+        ("model", "mamba_chunk", 100),
+        ("model", "tie_embeddings", 1),
+        ("optimizer", "lr", "fast"),
+        ("optimizer", "optimizer", "sgd"),
+        ("data", "data", "stdlib"),
+        ("data", "data", [1]),
+    ],
+)
+def test_a_damaged_settings_file_is_refused(group: str, name: str, value: object) -> None:
+    raw = to_dict(TrainConfig())
+    raw[group][name] = value
+    with pytest.raises(UserError, match=f"x: '{name}' in '{group}' cannot be"):
+        from_dict(raw, source="x")
+    del raw[group][name]
+    with pytest.raises(UserError, match=f"x: no setting '{name}' in '{group}'"):
+        from_dict(raw, source="x")

@@ -343,28 +343,35 @@ def test_launch_bound_gaps_belong_to_the_phase_that_made_them() -> None:
     timer = PhaseTimer("cuda")
     torch.cuda.synchronize()
     timer.begin_step()
+    started = time.perf_counter()
     with timer.phase("data"):
         time.sleep(0.02)  # nothing queued: the device waits for its data
+        fetched = time.perf_counter()
     with timer.phase("forward"):
         time.sleep(0.01)
         torch.cuda._sleep(1000)
+        launched = time.perf_counter()
     timer.mark_core_end()
     timer.end_step()
     (times,) = timer.flush()
-    assert times.phase_data_s == pytest.approx(0.02, rel=0.2)
-    assert times.phase_forward_s == pytest.approx(0.01, rel=0.2)
+    # Against the host's own readings: a sleep lasts as long as the system likes.
+    assert times.phase_data_s == pytest.approx(fetched - started, rel=0.1)
+    assert times.phase_forward_s == pytest.approx(launched - fetched, rel=0.1)
     assert times.phase_data_s + times.phase_forward_s == pytest.approx(times.core_step_time_s, rel=0.02)
 
 
 @pytest.mark.gpu
-def test_synchronised_host_times_agree_with_events() -> None:
-    rate = _cycles_per_second()
-    for mode in ("host", "events"):
-        timer = PhaseTimer("cuda", mode, sync_boundaries=True)  # type: ignore[arg-type]
-        timer.begin_step()
-        with timer.phase("forward"):
-            torch.cuda._sleep(int(0.02 * rate))
-        timer.mark_core_end()
-        timer.end_step()
-        (times,) = timer.flush()
-        assert times.phase_forward_s == pytest.approx(0.02, rel=0.05)
+@pytest.mark.parametrize("mode", ["host", "events"])
+def test_synchronised_times_agree_with_events_around_the_work(mode: str) -> None:
+    cycles = int(0.02 * _cycles_per_second())
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    timer = PhaseTimer("cuda", mode, sync_boundaries=True)  # type: ignore[arg-type]
+    timer.begin_step()
+    with timer.phase("forward"):
+        before.record()
+        torch.cuda._sleep(cycles)
+        after.record()
+    timer.mark_core_end()
+    timer.end_step()
+    (times,) = timer.flush()
+    assert times.phase_forward_s == pytest.approx(before.elapsed_time(after) / 1000, rel=0.05)

@@ -145,8 +145,8 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
 
 def test_order_is_by_number(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000, 1_000_000_000):
-        save_numbered(tmp_path, step, keep=2)
-    assert steps_in(tmp_path) == [100_000_000, 1_000_000_000]
+        save_numbered(tmp_path, step, keep=3)
+    assert steps_in(tmp_path) == [99_999_999, 100_000_000, 1_000_000_000]
 
 
 def test_listing_ignores_what_is_no_checkpoint(tmp_path: Path) -> None:
@@ -177,6 +177,17 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert value_of(load(path)) == 60
     assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     assert steps_in(tmp_path) == [5, 6]
+    assert left_over(tmp_path) == []
+
+
+def test_saving_over_what_two_crashes_left(tmp_path: Path) -> None:
+    path = save_numbered(tmp_path, 6)
+    for name in (".partial-step_00000006", ".partial-replaced-step_00000006"):
+        shutil.copytree(path, tmp_path / name)
+        (tmp_path / name / "stray").touch()
+    save_numbered(tmp_path, 6, value=60)
+    assert value_of(load(path)) == 60
+    assert not (path / "stray").exists()
     assert left_over(tmp_path) == []
 
 

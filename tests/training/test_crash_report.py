@@ -171,7 +171,8 @@ def test_a_gpu_that_is_dead(tmp_path: Path) -> None:
         "import pathlib, sys, torch\n"
         "from eco_llm.training.crash import write_crash_report\n"
         "try:\n"
-        "    torch.zeros(2, device='cuda')[torch.tensor([99], device='cuda')].tolist()\n"  # a device-side assertion
+        "    kept = torch.zeros(2, device='cuda')\n"
+        "    kept[torch.tensor([99], device='cuda')].tolist()\n"  # a device-side assertion
         "except Exception as error:\n"
         "    write_crash_report(pathlib.Path(sys.argv[1]), error, step=1, last_record=None, config={})\n"
     )

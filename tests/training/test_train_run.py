@@ -388,3 +388,36 @@ def test_hooks_see_records_in_order_and_before_their_checkpoint(
     monkeypatch.setattr(SigmaTrainer, "__init__", with_spy)
     assert main(tiny_flags("--steps 3 --save-interval 2 --eval-interval 0")) == 0
     assert seen == ["record 1", "record 2", "checkpoint 2", "record 3", "checkpoint 3", "end"]
+
+
+def test_a_hook_that_cannot_close_hides_neither_the_error_nor_the_other_hooks(
+    tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    class Stuck(Hook):
+        def on_end(self) -> None:
+            raise OSError("disk gone")
+
+    class Last(Hook):
+        def on_end(self) -> None:
+            closed.append("last")
+
+    original = SigmaTrainer.__init__
+
+    def with_hooks(self: SigmaTrainer, **kwargs: Any) -> None:
+        original(self, **{**kwargs, "hooks": [Stuck(), *kwargs["hooks"], Last()]})
+
+    def broken(self: SigmaLLM, *args: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(SigmaTrainer, "__init__", with_hooks)
+    with monkeypatch.context() as patched:
+        patched.setattr(SigmaLLM, "loss", broken)
+        assert main(tiny_flags("--steps 3", run="crashed")) == 1
+    (path,) = (tmp_path / "crashed" / "errors").glob("crash_*.json")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["message"] == "boom"
+    assert any("disk gone" in line for line in report["traceback"])
+    assert closed == ["last"]
+    assert main(tiny_flags("--steps 1 --eval-interval 0", run="well")) == 1  # a failure to close is a failure

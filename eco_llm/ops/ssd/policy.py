@@ -1,13 +1,12 @@
-"""Tile policy: how many tokens of a sequence one SSD chunk holds. Torch-free."""
+"""Tile policy: how many tokens of a sequence one SSD chunk holds."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 # (shortest sequence of the row, chunk), first match from the bottom up. 256 is allowed only for T ≥ 1024.
-# Edit the table when a measurement on a GPU says so, and name the evidence here. On CPU (docs/model.md, "Speed") 256
-# loses at every length and 64 gains a few percent of a step over 128: not enough to leave the report's 128. A row of
-# 256 must wait until torch 2.11 and 2.12 are no longer supported: their compiler fails on it (CUDA).
+# Edit the table when a measurement says so, and name its evidence file here. A row of 256 must wait until torch 2.11
+# is no longer supported: its compiler fails on a scan of 256 (CUDA; 2.13 has the fix).
 CHUNK_TABLE: tuple[tuple[int, int], ...] = ((1, 128), (1024, 128))
 
 

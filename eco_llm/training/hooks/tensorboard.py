@@ -17,6 +17,9 @@ _GROUPS = {
 }
 
 
+_NO_CURVE = {"step", "started_at", "ended_at"}
+
+
 class TensorBoard(Hook):
     """Writes scalars under `<run>/tb`, grouped as time/, speed/, validation/, optimizer/ and train/.
 
@@ -32,7 +35,7 @@ class TensorBoard(Hook):
     def on_record(self, record: dict[str, Any]) -> None:
         """Add every number of the record."""
         for name, value in record.items():
-            if isinstance(value, (int, float)) and name != "step":
+            if isinstance(value, (int, float)) and name not in _NO_CURVE:
                 group = _GROUPS.get(name.split("_")[0], "train")
                 self._writer.add_scalar(f"{group}/{name}", value, record["step"])
 
