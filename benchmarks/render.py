@@ -5,7 +5,8 @@
     <!-- /evidence -->
 
 in README.md and docs/*.md. CLAIM and HARDWARE name evidence files (benchmarks/results/HARDWARE/CLAIM.json;
-`*` and `?` match several, one row each). TABLE is `summary` (training runs) or `ratio` (A/B comparisons).
+`*` and `?` match several, one row each). TABLE is `summary` (training runs), `ratio` (A/B comparisons) or `chunk`
+(the tile policy).
 Every evidence file whose samples have `step` and `loss` also gives docs/img/CLAIM_HARDWARE.svg.
 """
 
@@ -157,6 +158,18 @@ def ratio_table(rows: list[Evidence]) -> str:
     return _markdown(header, body)
 
 
+def chunk_table(rows: list[Evidence]) -> str:
+    """SSD chunk against sequence length: median ms of each, the fastest of a row in bold."""
+    header = ["hardware", "T", "chunk 64, ms", "chunk 128, ms", "chunk 256, ms", "date", "commit"]
+    body = []
+    for item in rows:
+        for length in sorted({sample["T"] for sample in item["samples"]}):
+            times = [item["summary"][f"T{length}_chunk{chunk}_ms"] for chunk in (64, 128, 256)]
+            shown = [f"**{t:.2f}**" if t == min(times) else f"{t:.2f}" for t in times]
+            body.append([item["hardware"], str(length), *shown, *_origin(item)])
+    return _markdown(header, body)
+
+
 def _origin(item: Evidence) -> list[str]:
     """Date, and commit (`+` where the code differed from it; the source digest where there was no git)."""
     env = item["environment"]
@@ -166,7 +179,11 @@ def _origin(item: Evidence) -> list[str]:
     return [env["date"][:10], commit[:8] + ("+" if env["dirty"] else "")]
 
 
-TABLES: dict[str, Callable[[list[Evidence]], str]] = {"summary": summary_table, "ratio": ratio_table}
+TABLES: dict[str, Callable[[list[Evidence]], str]] = {
+    "summary": summary_table,
+    "ratio": ratio_table,
+    "chunk": chunk_table,
+}
 
 
 # --- curves -----------------------------------------------------------------------------------------------------

@@ -10,11 +10,6 @@ from typing import Any
 
 from eco_llm.cli.parse import parse
 from eco_llm.config import PrepareConfig
-from eco_llm.data.inspect import describe
-from eco_llm.data.prepare import cache_key, prepare
-from eco_llm.data.progress import make_progress
-from eco_llm.data.sources import check_sources
-from eco_llm.data.tokenizer import TRAIN, Tokenizer
 from eco_llm.errors import UserError
 
 ACTIONS = {
@@ -34,6 +29,11 @@ def run(args: Sequence[str]) -> int:
         raise UserError(f"eco_train data {action!r} is not one of {', '.join(ACTIONS)}")
     config = parse(PrepareConfig, rest, prog=f"eco_train data {action}", description=ACTIONS[action])
     config.validate()
+    # Imported here and not above: help has ended by now, and is quicker without.
+    from eco_llm.data.inspect import describe
+    from eco_llm.data.prepare import prepare
+    from eco_llm.data.progress import make_progress
+
     if action == "prepare":
         if config.path or config.verify:
             raise UserError("--path and --verify belong to `eco_train data inspect`")
@@ -51,6 +51,10 @@ def run(args: Sequence[str]) -> int:
 def _folder(config: PrepareConfig) -> Path:
     if config.path:
         return Path(config.path)
+    from eco_llm.data.prepare import cache_key
+    from eco_llm.data.sources import check_sources
+    from eco_llm.data.tokenizer import TRAIN, Tokenizer
+
     check_sources(config.data)
     given = None if config.data.tokenizer == TRAIN else Tokenizer.load(Path(config.data.tokenizer))
     folder = Path(config.data.data_cache) / cache_key(config.data, config.vocab_size, given)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from eco_llm.cli.parse import parse
 from eco_llm.config import EvaluateConfig, RuntimeConfig
-from eco_llm.runtime import set_cache_dirs
-from eco_llm.training.run_directory import RunDirectory
 
 DESCRIPTION = "Validation loss (nats per token) and bits per byte of a checkpoint."
 
@@ -18,6 +16,10 @@ def run(args: Sequence[str]) -> int:
     """Print the score."""
     config = parse(EvaluateConfig, args, prog="eco_train evaluate", description=DESCRIPTION)
     config.validate()
+    # Imported here and not above: help and refusals of flags have ended by now, and are quicker without.
+    from eco_llm.runtime import set_cache_dirs
+    from eco_llm.training.run_directory import RunDirectory
+
     run_directory = RunDirectory(Path(config.run))
     run_directory.saved_config()
     set_cache_dirs()

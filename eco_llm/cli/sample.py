@@ -7,14 +7,16 @@ from pathlib import Path
 
 from eco_llm.cli.parse import parse
 from eco_llm.config import RuntimeConfig, SampleConfig
-from eco_llm.runtime import set_cache_dirs
-from eco_llm.training.run_directory import RunDirectory
 
 
 def run(args: Sequence[str]) -> int:
     """Load the run's model and print the prompt with its continuation."""
     config = parse(SampleConfig, args, prog="eco_train sample", description="Continue a prompt with a trained model.")
     config.validate()
+    # Imported here and not above: help and refusals of flags have ended by now, and are quicker without.
+    from eco_llm.runtime import set_cache_dirs
+    from eco_llm.training.run_directory import RunDirectory
+
     run_directory = RunDirectory(Path(config.run))
     run_directory.saved_config()  # refuses a folder that holds no run, before torch is imported
     set_cache_dirs()

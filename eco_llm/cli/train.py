@@ -10,9 +10,6 @@ from pathlib import Path
 
 from eco_llm.cli.parse import parse
 from eco_llm.config import TrainConfig, to_dict
-from eco_llm.data.sources import check_sources
-from eco_llm.runtime import set_cache_dirs
-from eco_llm.training.run_directory import RunDirectory
 
 DESCRIPTION = "Train a SigmaLLM. Flags may come from @FILE or --args-file FILE; later ones override earlier ones."
 
@@ -34,6 +31,11 @@ def run(args: Sequence[str]) -> int:
     if command.print_config:
         print(json.dumps(to_dict(config), indent=1))
         return 0
+    # Imported here and not above: help and most refusals have ended by now, and are quicker without.
+    from eco_llm.data.sources import check_sources
+    from eco_llm.runtime import set_cache_dirs
+    from eco_llm.training.run_directory import RunDirectory
+
     check_sources(config.data, seq_len=config.training.seq_len)
     RunDirectory(Path(config.training.output_dir)).check(config)
     set_cache_dirs()  # before torch
