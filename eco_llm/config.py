@@ -23,7 +23,23 @@ def _check_range(config: object, **limits: tuple[float, float]) -> None:
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if not (low <= value <= high):  # also refuses NaN
-            raise UserError(f"{_flag(name)} must be between {low:g} and {high:g}, got {value:g}")
+            raise UserError(f"{_flag(name)} must be between {_number(low)} and {_number(high)}, got {_number(value)}")
+
+
+def _number(value: float) -> str:
+    """Whole numbers in full (what `:g` rounds away may be the reason of a refusal), up to a readable length."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if abs(value) < 10**24 else "a number of more than 24 digits"
+
+
+def _check_text(config: object, *names: str) -> None:
+    """Every named field is text that UTF-8 can hold; bytes of another encoding reach Python as lone surrogates."""
+    for name in names:
+        try:
+            getattr(config, name).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{_flag(name)} {getattr(config, name)!a} is not valid UTF-8 text") from None
 
 
 @dataclass(frozen=True)
@@ -290,6 +306,7 @@ class TrainingConfig:
         )
         if not self.output_dir.strip():
             raise UserError("--output-dir is empty")
+        _check_text(self, "sample_prompt")
 
 
 @dataclass(frozen=True)
@@ -301,7 +318,8 @@ class RuntimeConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute type of matrix products; auto is bf16 on CUDA and fp32 on CPU. Weights stay fp32."""
     torch_compile: Literal["auto", "on", "off"] = "auto"
-    """Compile each block (`--torch-compile`, `--no-torch-compile`); auto is what measured faster."""
+    """Compile each block (`--torch-compile`, `--no-torch-compile`); auto is what measured
+    faster, and off on a GPU that Triton does not serve."""
 
     def validate(self) -> None:
         """Raise UserError for a device name that is none."""
@@ -463,6 +481,7 @@ class SampleConfig:
             seed=(0, 2**63 - 1),
             step=(0, 1_000_000_000),
         )
+        _check_text(self, "prompt")
         RuntimeConfig(device=self.device).validate()
 
 

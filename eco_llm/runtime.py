@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,8 +85,10 @@ class Runtime:
         if dtype is None:
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if bf16 else torch.float32
-        wanted = {"on": True, "off": False}.get(config.torch_compile)
-        return Runtime(device, dtype, COMPILE_PAYS[device.type] if wanted is None else wanted)
+        compile_blocks = {"on": True, "off": False}.get(config.torch_compile)
+        if compile_blocks is None:
+            compile_blocks = COMPILE_PAYS[device.type] and (device.type == "cpu" or _triton_serves(device))
+        return Runtime(device, dtype, compile_blocks)
 
     def setup(self, seed: int) -> None:
         """Seed every generator and pick the matrix-product modes; call once, before the model is built."""
@@ -104,3 +107,10 @@ class Runtime:
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
+
+
+def _triton_serves(device: torch.device) -> bool:
+    """Whether torch.compile can begin on this GPU: torch for Windows brings no Triton, nor does Triton serve Pascal."""
+    import torch
+
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from eco_llm import runtime as runtime_module
 from eco_llm.config import RuntimeConfig
 from eco_llm.errors import UserError
 from eco_llm.runtime import COMPILE_PAYS, Runtime, set_cache_dirs
@@ -34,6 +35,8 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(runtime_module, "find_spec", lambda name: name)  # Triton is installed
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,19 @@ def test_a_gpu_is_chosen_by_number_or_is_the_current_one() -> None:
     auto = Runtime.detect(RuntimeConfig())
     assert (auto.device, auto.compute_dtype) == (torch.device("cuda", 1), torch.bfloat16)
     assert auto.compile is COMPILE_PAYS["cuda"]
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("lack", ["Triton", "capability"])
+def test_a_gpu_that_triton_does_not_serve_is_compiled_for_only_when_asked(
+    monkeypatch: pytest.MonkeyPatch, lack: str
+) -> None:
+    if lack == "Triton":  # as on Windows
+        monkeypatch.setattr(runtime_module, "find_spec", lambda name: None)
+    else:  # as on a GTX 1080
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not Runtime.detect(RuntimeConfig()).compile
+    assert Runtime.detect(RuntimeConfig(torch_compile="on")).compile
 
 
 @pytest.mark.usefixtures("two_gpus")

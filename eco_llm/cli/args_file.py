@@ -34,9 +34,7 @@ def _expand(tokens: list[str], base: Path, including: tuple[Path, ...]) -> list[
     waiting = iter(tokens)
     for token in waiting:
         if token == "--args-file":
-            name = next(waiting, None)
-            if name is None:
-                raise UserError("--args-file needs a file name")
+            name = next(waiting, "")
         elif token.startswith("--args-file="):
             name = token.partition("=")[2]
         elif token.startswith("@") and len(token) > 1:
@@ -44,6 +42,8 @@ def _expand(tokens: list[str], base: Path, including: tuple[Path, ...]) -> list[
         else:
             expanded.append(token)
             continue
+        if not name:
+            raise UserError("--args-file needs a file name")
         path = base / Path(name).expanduser()
         expanded += _expand(_read(path, including), path.parent, (*including, path.resolve()))
     return expanded
@@ -55,7 +55,9 @@ def _read(path: Path, including: tuple[Path, ...]) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors add the mark
     except FileNotFoundError:
-        raise UserError(f"arguments file {path} does not exist") from None
+        raise UserError(
+            f"arguments file {path} does not exist (a value that begins with @ is written --flag=@value)"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UserError(f"arguments file {path} cannot be read: {reason}") from None

@@ -42,7 +42,7 @@ def run(args: Sequence[str]) -> int:
     else:
         report = describe(_folder(config), verify=config.verify)
     if config.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))  # ASCII: a pipe may have any encoding
     else:
         _show(report)
     return 0

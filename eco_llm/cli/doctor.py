@@ -132,7 +132,7 @@ def show(json: bool) -> int:
             "checks": [dataclasses.asdict(check) for check in checks],
             "environment": environment.collect(device),
         }
-        print(jsonlib.dumps(report, indent=2, ensure_ascii=False))
+        print(jsonlib.dumps(report, indent=2))
         return 0 if trainable else 1
     console = Console()
     with console.status("looking …") if console.is_terminal else nullcontext() as status:

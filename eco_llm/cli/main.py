@@ -6,6 +6,8 @@ needs after its arguments have been accepted.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -46,30 +48,47 @@ def _overview() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code (see EXIT_CODES)."""
+    _write_anything()
     try:
-        args = expand(sys.argv[1:] if argv is None else argv)
-        if args[:1] in (["--help"], ["-h"], ["help"]):
-            print(_overview())
-            return 0
-        if args[:1] == ["--version"]:
-            print(f"eco_train {__version__}")
-            return 0
-        command = "train"
-        if args and not args[0].startswith("-"):
-            command, *args = args
-            if command not in COMMANDS:
-                raise UserError(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
-        code: int = import_module(COMMANDS[command][0]).run(args)
+        try:
+            code = _run(sys.argv[1:] if argv is None else argv)
+        except SystemExit as end:  # a command's --help was printed
+            code = int(end.code or 0)
+        sys.stdout.flush()  # here, where a reader that has left can still be noticed in peace
         return code
     except UserError as error:
         print(f"eco_train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `eco_train sample | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
         return 0
     except KeyboardInterrupt:
         print("eco_train: interrupted", file=sys.stderr)
         return 130
+
+
+def _write_anything() -> None:
+    """Escape what an output's encoding lacks: a redirected Windows console (cp1252) has no arrows, LC_ALL=C no ×."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _run(argv: Sequence[str]) -> int:
+    args = expand(argv)
+    if args[:1] in (["--help"], ["-h"], ["help"]):
+        print(_overview())
+        return 0
+    if args[:1] == ["--version"]:
+        print(f"eco_train {__version__}")
+        return 0
+    command = "train"
+    if args and not args[0].startswith("-"):
+        command, *args = args
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
+    code: int = import_module(COMMANDS[command][0]).run(args)
+    return code
 
 
 if __name__ == "__main__":

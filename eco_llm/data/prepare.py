@@ -32,15 +32,14 @@ from eco_llm.data.shards import (
     PreparedData,
     SplitWriter,
     open_prepared,
-    sync_folder,
     token_dtype,
-    write_synced,
 )
 from eco_llm.data.skips import Skips
 from eco_llm.data.sources import check_sources, documents, fingerprint
 from eco_llm.data.split import SPLITS, SplitName, SplitPlan, divide, held_out, plan_split
 from eco_llm.data.tokenizer import TRAIN, Tokenizer
 from eco_llm.errors import UserError
+from eco_llm.files import fsync_dir, replacing
 
 # Text the tokenizer is trained on. More is slower and hardly better: on the 31 MB of the standard library (4 s on two
 # cores), training on half costs 0.5% bytes per token at V=4096 and 1.1% at V=32768.
@@ -135,14 +134,14 @@ def _make(
     try:
         progress.start("encoding", scan.total_bytes)
         accept(_encode(config, tokenizer, scan, key, temporary, progress))
-        sync_folder(temporary)
+        fsync_dir(temporary)
         try:
             temporary.rename(target)
         except OSError:
             if not (target / MANIFEST).is_file():
                 raise
             # Another process finished first, with the same content: use it.
-        sync_folder(target.parent)
+        fsync_dir(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in new_folders:  # a refusal leaves no trace; folders in use by now stay
@@ -262,7 +261,8 @@ def _encode(
                 f"--data {' '.join(config.data)}: {scan.total_bytes} bytes of text leave nothing to put in the {name}"
                 " split; give more text"
             )
-    write_synced(folder / TOKENIZER, tokenizer.to_json().encode("utf-8"))
+    with replacing(folder / TOKENIZER) as temporary:
+        tokenizer.save(temporary)
     manifest = Manifest(
         key=key,
         dtype=dtype,
@@ -276,7 +276,7 @@ def _encode(
         splits=splits,
         skips=scan.skips,
     )
-    write_synced(folder / MANIFEST, manifest.to_json().encode("utf-8"))
+    manifest.save(folder / MANIFEST)
     return manifest
 
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from eco_llm.data.skips import Skips
 from eco_llm.data.split import SPLITS, SplitPlan
 from eco_llm.data.tokenizer import Tokenizer
 from eco_llm.errors import UserError
+from eco_llm.files import fsync_file, replacing
 
 FORMAT_VERSION = 1
 SHARD_TOKENS = 64 << 20
@@ -98,6 +97,12 @@ class Manifest:
         """The manifest file, its own hash included."""
         body = dataclasses.asdict(self) | {"skips": self.skips.to_dict(), "format_version": FORMAT_VERSION}
         return json.dumps(body | {"manifest_blake2b": _hash_of(body)}, indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write the manifest file, whole or not at all."""
+        with replacing(path) as temporary:
+            # A file name that was no UTF-8 holds lone surrogates; backslashreplace writes the JSON escape.
+            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace", newline="\n")
 
     @classmethod
     def from_json(cls, raw: str) -> Manifest:
@@ -206,11 +211,12 @@ class SplitWriter:
     def _finish_shard(self) -> None:
         if self._file is None:
             return
-        _sync(self._file)
         self._file.close()
         self._file = None
         index = np.array(self._starts, dtype=_INDEX).tobytes()
-        write_synced(self._folder / f"{self._name}.idx", index)
+        (self._folder / f"{self._name}.idx").write_bytes(index)
+        for suffix in ("bin", "idx"):
+            fsync_file(self._folder / f"{self._name}.{suffix}")
         self._shards.append(
             ShardInfo(
                 name=self._name,
@@ -220,28 +226,6 @@ class SplitWriter:
                 idx_blake2b=hashlib.blake2b(index, digest_size=32).hexdigest(),
             )
         )
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        _sync(file)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk; Windows has no such call and needs none."""
-    if sys.platform != "win32":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------- read

@@ -36,7 +36,8 @@ class C3O(Optimizer):
 
     Args:
         params: parameters, or groups (dictionaries) that may override any setting but `foreach`'s default.
-        lr: learning rate; a number or a one-element tensor (on any device: it is never read on the host).
+        lr: learning rate; a number, or a one-element tensor on the CPU or the parameters' device (a GPU's is never read
+            by the host).
         betas: decays b1, b2 of the moments, each in [0, 1).
         eps: added to the root of the second moment, > 0.
         weight_decay: decoupled decay λ; inside the trust region.
@@ -57,8 +58,8 @@ class C3O(Optimizer):
         found_inf: 0-dim float tensor. Not 0 means that no bit of any parameter or state changes in this step, even if
             gradients are NaN. On a GPU it is not read by the host.
         grad_scale: 0-dim float tensor that gradients are divided by, in place, before anything else.
-        grad_norm: 0-dim tensor, the norm of all gradients if it is already known, for "norm" clipping; used by one
-            step and then forgotten.
+        grad_norm: 0-dim tensor, the norm of all gradients (after `grad_scale`) if it is already known, for "norm"
+            clipping; used by one step and then forgotten.
 
     Parameters whose `.grad` is None, and empty ones, are left alone. bfloat16 parameters are rounded to nearest: keep
     float32 parameters where updates may be under 2^-9 of a weight.
@@ -206,7 +207,8 @@ class C3O(Optimizer):
             if group["foreach"] is False
             for p in params
         ]
-        self._prepare_gradients(bulk + [part for _, part in tensors], norm)
+        everything = [g for _, _, params in groups for g in _gradients(params)]
+        self._prepare_gradients(bulk + [part for _, part in tensors], everything, norm)
 
         stats = []
         for bucket, part in zip(buckets, bulk, strict=True):
@@ -232,8 +234,8 @@ class C3O(Optimizer):
             self._buckets_key = (len(self.state), *key[1:])
         return self._buckets
 
-    def _prepare_gradients(self, parts: list[_Part], norm: Tensor | None) -> None:
-        """Unscale and clip, in place, in lists that share device, dtype and group."""
+    def _prepare_gradients(self, parts: list[_Part], everything: list[Tensor], norm: Tensor | None) -> None:
+        """Unscale and clip, in place, in lists that share device, dtype and group; `everything` is all of them."""
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             inverse = scale.reshape(()).double().reciprocal()
@@ -244,7 +246,8 @@ class C3O(Optimizer):
         for grads, rule, bulk in parts:
             if rule.clips_norm:
                 if norm is None:
-                    norm = global_norm(list(chain.from_iterable(part.grads for part in parts)))
+                    # In the order of the groups: that of buckets, hence the sum's last bit, may differ after a resume.
+                    norm = global_norm(everything)
                 if rule.grad_clip not in factors:
                     factors[rule.grad_clip] = clip_factor(norm, rule.grad_clip)
                 self._clip_scale = factors[rule.grad_clip]
@@ -272,8 +275,10 @@ class C3O(Optimizer):
 
         No sync: copy the tensor to the host asynchronously and look at it a step later.
         """
-        device = self.param_groups[0]["params"][0].device if self._stats is None else self._stats.device
-        stats = torch.zeros(5, device=device) if self._stats is None else self._stats
+        stats = self._stats
+        if stats is None:
+            some = next(p for group in self.param_groups for p in group["params"])  # the first group may be empty
+            stats = torch.zeros(5, device=some.device)
         counts = [torch.full((1,), float(n), device=stats.device) for n in (len(self._buckets), self._clip_groups)]
         return (*_STATS, _COUNTS[2], *_COUNTS[:2]), torch.cat([stats, *counts])
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eco_llm.optim.c3o_reference import unknown_update_norm
+from eco_llm.optim.c3o_reference import drop_norm_cache, unknown_update_norm
 from eco_llm.optim.grads import tensor_norms
 from eco_llm.optim.norm_skip import NormCache, Slack, may_skip, next_cache, update_norm_bound
 from eco_llm.optim.rounding import FIRST_MOMENT, SECOND_MOMENT, dithered_bfloat16
@@ -74,20 +74,22 @@ class Arena:
         p, first = self.params[i], self.first[i] - start
         return rows.view(-1)[first * BLOCK : first * BLOCK + p.numel()].view(p.shape)
 
-    def require(self, rule: Rule, state: StateMap) -> bool:
-        """Create the caches of features that are on; True if there was something to create."""
-        credit, cache = rule.has_credit and self.credit is None, rule.may_skip_norms and self.cache is None
-        if credit:
+    def require(self, rule: Rule, state: StateMap) -> None:
+        """Create the caches of features that are on, and drop norm bounds that would age while theirs is off."""
+        if rule.has_credit and self.credit is None:
             self.credit = torch.zeros(self.first[-1], dtype=self.dtype, device=self.device)
             for i, p in enumerate(self.params):
                 self._adopt(state[p], "credit", self.credit[self.first[i] : self.first[i + 1]])
-        if cache:
+        if not rule.may_skip_norms:
+            self.cache = None
+            for p in self.params:
+                drop_norm_cache(state[p])
+        elif self.cache is None:
             zeros = torch.zeros(len(self.params), dtype=self.dtype, device=self.device)
             self.cache = NormCache(unknown_update_norm(self.step.to(self.dtype)), zeros, self.step * 0)
             for i, p in enumerate(self.params):
                 for name, values in self.cache._asdict().items():
                     self._adopt(state[p], name, values[i])
-        return credit or cache
 
 
 class Workspace:
@@ -186,7 +188,7 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     scale, stats = _trust(bucket, params, d_views, t, bias1, bias2, rule, skip_step)
     if skip_step is not None:
         scale = torch.where(skip_step, 0.0, scale)
-        if m is not bucket.exp_avg:  # a candidate, so it may hold the bad gradient
+        if m is not bucket.exp_avg or factor is not None:  # made with the bad gradient, and 0 times inf is NaN
             d.masked_fill_(skip_step, 0.0)
     # 0 + x·0 is +0 for either sign of x, and θ - (+0) is θ in every bit, -0 included.
     torch.addcmul(bucket.zero, d, scale[bucket.owner][:, None], out=d)

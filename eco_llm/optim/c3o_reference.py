@@ -28,10 +28,18 @@ def init_state(param: Tensor, rule: Rule, state: State) -> None:
             state[name] = torch.zeros(param.shape, dtype=rule.state_dtype, device=param.device)
     if rule.has_credit and "credit" not in state:
         state["credit"] = torch.zeros(block_count(param.numel()), dtype=dtype, device=param.device)
-    if rule.may_skip_norms and "update_norm" not in state:
+    if not rule.may_skip_norms:
+        drop_norm_cache(state)
+    elif "update_norm" not in state:
         state["update_norm"] = unknown_update_norm(state["step"].to(dtype))
         state["param_norm"] = torch.zeros((), dtype=dtype, device=param.device)
         state["norm_age"] = torch.zeros((), dtype=torch.float32, device=param.device)
+
+
+def drop_norm_cache(state: State) -> None:
+    """Forget the bounds of the norm skip: a step that does not carry them on makes them wrong."""
+    for name in NormCache._fields:
+        state.pop(name, None)
 
 
 def unknown_update_norm(step: Tensor) -> Tensor:

@@ -40,6 +40,16 @@ class MuonWithAdamW(Optimizer):
         super().__init__([{**(muon if g["name"] == "matrix" else adamw), **g} for g in groups], {})
         self._bind()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Called by the constructor only.
+
+        Raises:
+            RuntimeError: called later; neither rule would ever step such a group.
+        """
+        if hasattr(self, "_rules"):
+            raise RuntimeError("MuonWithAdamW takes all its groups when it is made; make a new one")
+        super().add_param_group(param_group)
+
     def _bind(self) -> None:
         """(Re)create the two rules over this object's groups and state: they share, nothing is copied."""
         self._rules: list[Optimizer] = []

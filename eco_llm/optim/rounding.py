@@ -36,4 +36,6 @@ def dithered_bfloat16(x: Tensor, position: Tensor, step: Tensor, stream: int) ->
     phase = step.to(torch.int32) * _STEP_STRIDE + stream * 0x8000
     threshold = (position.to(torch.int32) * _POSITION_STRIDE + phase).bitwise_and_(0xFFFF)
     bits = x.to(torch.float32).contiguous().view(torch.int32) + threshold
-    return bits.bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)
+    rounded = bits.bitwise_and_(-0x10000).view(torch.float32)
+    # CUDA's NaN is 0x7FFFFFFF: adding to it would wrap around to -0 and hide it.
+    return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)

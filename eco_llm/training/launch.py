@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from eco_llm.training.hooks.metrics_file import MetricsFile
 from eco_llm.training.hooks.perf_window import PerfFiles
 from eco_llm.training.hooks.progress import ProgressDisplay
 from eco_llm.training.hooks.tensorboard import TensorBoard
-from eco_llm.training.outcome import NonFiniteLoss, Outcome, is_out_of_memory
+from eco_llm.training.outcome import NonFiniteLoss, Outcome, is_compilation_failure, is_out_of_memory
 from eco_llm.training.run_directory import RunDirectory
 from eco_llm.training.sigma_trainer import SigmaTrainer
 from eco_llm.training.trained import TrainedModel, continue_text, newest_good
@@ -171,6 +172,11 @@ class _Launch:
         entry = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": self.command}
         if saved is not None:
             content = self.run.saved()
+            if content["resolved"]["data_fingerprint"] != manifest.fingerprint():
+                raise UserError(
+                    f"{self.run.path}: the text of --data {' '.join(self.config.data.data)} has changed since this run"
+                    " began; put it back to resume, or use --no-resume"
+                )
             before, now = flatten(self.run.saved_config()), flatten(self.config)
             changed = {k: [before[k], now[k]] for k in now if before[k] != now[k]}
             content["resumed"] = [*content.get("resumed", []), {**entry, "step": saved.step, "changed": changed}]
@@ -191,7 +197,7 @@ class _Launch:
                     "torch_compile": self.runtime.compile,
                     "torch": torch.__version__,
                     "data_fingerprint": manifest.fingerprint(),
-                    "data_folder": str(self.data.path),
+                    "data_folder": str(self.data.path.resolve()),  # `evaluate` may be typed in another folder
                 },
                 "started": entry,
                 "resumed": [],
@@ -275,13 +281,22 @@ class _Launch:
         path = self._report_crash(error, step, last_record)
         first_line = next(iter(str(error).splitlines()), "")
         self.say(f"crashed in step {step}: {type(error).__name__}: {first_line}")
-        self.say(f"crash report: {path}")
+        if path is not None:
+            self.say(f"crash report: {path}")
         if is_out_of_memory(error):
             self.say("out of memory: lower --batch-size (with --grad-accum to keep the tokens a step) or --seq-len")
             return Outcome.OUT_OF_MEMORY
+        if self.runtime.compile and is_compilation_failure(error):
+            self.say("compiling failed: use --no-torch-compile; `eco_train doctor` says what the compiler lacks")
         return Outcome.CRASHED
 
-    def _report_crash(self, error: Exception, step: int, last_record: dict[str, Any] | None) -> Path:
-        return write_crash_report(
-            self.run.errors, error, step=step, last_record=last_record, config=to_dict(self.config)
-        )
+    def _report_crash(self, error: Exception, step: int, last_record: dict[str, Any] | None) -> Path | None:
+        """Write the crash report; where the disk takes none, the terminal gets the trace."""
+        try:
+            return write_crash_report(
+                self.run.errors, error, step=step, last_record=last_record, config=to_dict(self.config)
+            )
+        except OSError as failure:
+            traceback.print_exception(error)
+            self.say(f"no crash report could be written: {failure}")
+            return None

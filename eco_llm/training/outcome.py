@@ -34,3 +34,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def is_compilation_failure(error: BaseException) -> bool:
+    """True if torch.compile's front end, its back end or Triton raised `error` or what led to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

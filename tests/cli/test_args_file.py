@@ -76,12 +76,13 @@ def test_a_file_that_includes_itself_is_refused(write) -> None:
 
 
 def test_missing_unreadable_and_binary_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"does not exist \(a value that begins with @ is written --flag=@value\)"):
         expand([f"@{tmp_path / 'none.txt'}"])
     with pytest.raises(UserError, match="cannot be read"):
         expand([f"@{tmp_path}"])
     (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         expand([f"@{tmp_path / 'x.bin'}"])
-    with pytest.raises(UserError, match="needs a file name"):
-        expand(["--args-file"])
+    for words in (["--args-file"], ["--args-file="]):
+        with pytest.raises(UserError, match="needs a file name"):
+            expand(words)

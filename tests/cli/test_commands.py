@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -85,9 +86,7 @@ def test_help_is_grouped_and_names_every_command(capsys: pytest.CaptureFixture) 
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
     assert all(f"  {name} " in overview for name in COMMANDS)
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--help"])
-    assert stopped.value.code == 0
+    assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     for group in ("training", "model", "data", "optimizer", "c3o", "runtime", "perf"):
         assert f"{group} options" in text
@@ -109,6 +108,10 @@ BAD = {
     "wrong type": ("--steps many", "'many' is not a whole number"),
     "nan": ("--lr nan", "--lr must be between"),
     "negative": ("--batch-size -1", "--batch-size must be between"),
+    "off by one": ("--vocab-size 4194305", "between 257 and 4194304, got 4194305"),
+    "past float": ("--steps 1" + 400 * "0", "--steps must be between 1 and 1000000000, got a number of more than 24"),
+    "no UTF-8": ("--sample-prompt a\udcff", "--sample-prompt 'a\\udcff' is not valid UTF-8"),
+    "no UTF-8 to continue": ("sample --prompt a\udcff", "--prompt 'a\\udcff' is not valid UTF-8"),
     "huge": ("--d-model 1000000000", "--d-model must be between"),
     "not divisible": ("--d-model 70 --n-heads 4", "not divisible by --n-heads 4"),
     "missing data": ("--data nowhere.txt", "nowhere.txt"),
@@ -211,6 +214,70 @@ def test_sample_from_an_earlier_checkpoint(trained: Path, capsys: pytest.Capture
     assert main(["sample", "--run", str(trained), "--tokens", "3", "--step", "2"]) == 0
     assert main(["sample", "--run", str(trained), "--tokens", "3", "--step", "3"]) == 2
     assert "no checkpoint of step 3; it has 2, 4" in capsys.readouterr().err
+
+
+def test_evaluate_from_another_folder(
+    tiny: list[str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A run whose paths were all relative is scored on its own data wherever the command is typed."""
+    shutil.copytree(corpus, tmp_path / "text")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main([*tiny, *["--data", "text", "--data-cache", "cache", "--output-dir", "run", "--steps", "1"]]) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["evaluate", "--run", str(tmp_path / "run"), "--batches", "1"]) == 0
+    assert "bits/byte" in capsys.readouterr().out
+    assert list(Path.cwd().glob(".data_cache")) == []
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_output_that_lacks_characters_gets_escapes(
+    encoding: str, tiny_flags: Flags, capsys: pytest.CaptureFixture
+) -> None:
+    """A redirected Windows console has no arrow, LC_ALL=C not even ×; neither may end a run."""
+    assert main(tiny_flags("--steps 1")) == 0
+    env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    words = [*tiny_flags("--steps 2 --sample-tokens 1"), "--sample-prompt", "→ é"]
+    done = subprocess.run([sys.executable, "-m", "eco_llm", *words], capture_output=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    out = done.stdout.decode(encoding)
+    assert r"--steps 1 \u2192 2" in out
+    assert (r"\u2192 \xe9" if encoding == "ascii" else r"\u2192 é") in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way there")
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--print-config"]])
+def test_a_reader_that_leaves_is_no_error(words: list[str]) -> None:
+    """`eco_train … | head`; without PYTHONUNBUFFERED, where Python notices only as it ends."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "eco_llm", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way there")
+@pytest.mark.parametrize("lines", [0, 1, 5])
+def test_a_run_outlives_its_reader(lines: int, tiny_flags: Flags, tmp_path: Path) -> None:
+    """`eco_train … | tee log`, where the tee is killed: training ends as if it had not been."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "eco_llm", *tiny_flags("--steps 12 --sample-tokens 4")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for _ in range(lines):
+            process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors.decode()
+    assert b"Traceback" not in errors
+    assert (tmp_path / "run" / "checkpoints" / "step_00000012").is_dir()
 
 
 def test_evaluate_agrees_with_the_log(trained: Path, capsys: pytest.CaptureFixture) -> None:

@@ -63,7 +63,7 @@ def test_each_record_is_a_document(tmp_path: Path, suffix: str) -> None:
 def test_what_cannot_be_used_is_counted_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [
-        b'{"text": "good"}',
+        b'\xef\xbb\xbf{"text": "good"}\r',
         b'{"text": "bad \xff"}',
         b"{not json}",
         b"[1, 2]",

@@ -113,6 +113,14 @@ def test_skips_are_in_the_manifest_once_though_the_corpus_is_read_twice(config: 
     assert skips.examples["empty document"] == ["corpus/empty.py"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are no UTF-8")
+def test_a_file_name_that_is_no_utf8_is_kept_in_the_manifest(config: DataConfig, corpus: Path) -> None:
+    (corpus / os.fsdecode(b"caf\xe9.bin")).touch()
+    manifest = prepare(config, VOCAB).manifest  # written and read back
+    assert manifest.skips.examples["file of another type"] == ["corpus/caf\udce9.bin"]
+    assert (prepare(config, VOCAB).path / "manifest.json").read_bytes().count(b"caf\\udce9.bin") == 1
+
+
 def test_one_document_holds_out_its_tail(tmp_path: Path) -> None:
     text = "".join(f"line {i} of the only document\n" for i in range(2000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="\n")

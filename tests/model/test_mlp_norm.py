@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eco_llm.config import SigmaConfig
 from eco_llm.model.mlp import SwiGLU
@@ -50,3 +52,21 @@ def test_gradients_by_finite_differences(kind: str) -> None:
         return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(function, (torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True), *values))
+
+
+def test_rmsnorm_keeps_its_type_under_the_autocast_of_cuda() -> None:
+    """Which casts rms_norm up, unlike the CPU's. Fake tensors take its path without a GPU."""
+    norm = RMSNorm(8, 1e-3)
+    with FakeTensorMode(), torch.no_grad():
+        norm.weight = torch.nn.Parameter(torch.empty(8, device="cuda"), requires_grad=False)
+        x = torch.empty(3, 8, device="cuda", dtype=torch.bfloat16)
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            assert F.linear(x.float(), x.float()).dtype == torch.bfloat16  # autocast is on
+            assert norm(x).dtype == torch.bfloat16
+            assert norm(x.float()).dtype == torch.float32
+        finally:
+            torch.set_autocast_enabled("cuda", enabled)
+            torch.set_autocast_dtype("cuda", dtype)

@@ -189,6 +189,14 @@ def test_retained_graph_may_be_walked_twice() -> None:
         assert torch.equal(a, b)
 
 
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    hidden, weight, targets = make_inputs(torch.float64)
+    loss = linear_cross_entropy(hidden, weight, targets, chunk_tokens=7)
+    (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_compiled_caller() -> None:
     hidden, weight, targets = make_inputs(torch.float32)
 

@@ -10,7 +10,7 @@ from optim_cases import bits, parameters, run
 from torch import nn
 
 from eco_llm.optim.c3o import C3O
-from eco_llm.optim.norm_skip import NormCache, Slack, may_skip, next_cache
+from eco_llm.optim.norm_skip import NormCache, Slack, may_skip, next_cache, update_norm_bound
 from eco_llm.optim.rule import Rule
 
 
@@ -141,6 +141,30 @@ def test_bounds_hold_for_rounded_moments_and_weights() -> None:
                 assert float(p.detach().double().norm()) >= float(s["param_norm"])
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+def test_weight_bound_survives_weights_that_all_round_the_same_way(foreach: bool) -> None:
+    p = nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
+    optimizer = C3O([p], lr=0.0021, weight_decay=0.0, trust_norm_refresh_drift=0.01, foreach=foreach)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (p == 1 - 2**-8).all()  # asked for 0.9979
+    assert 9.8 < float(optimizer.state[p]["param_norm"]) <= float(p.detach().double().norm())
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16], ids=str)
+def test_direction_bound_survives_moments_rounded_the_worst_way(stored: torch.dtype) -> None:
+    """A zero gradient makes u_t = α_t u_{t-1} exactly, but for m rounded up and v rounded down in between."""
+    rule, _, _, _ = rule_and_worst_case(0.0, 0.0)
+    unit = torch.finfo(stored).eps
+    t, sqrt_n = torch.tensor(7.0, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    before, after = ((1 - rule.beta1**s, 1 - rule.beta2**s) for s in (t - 1, t))
+    m, v = 0.3, 0.2
+    previous = m / before[0] / (v / before[1]).sqrt()
+    moved = rule.beta1 * m * (1 + unit) / after[0] / (rule.beta2 * v * (1 - unit) / after[1]).sqrt()
+    bound = update_norm_bound(previous, t, *after, sqrt_n, rule, Slack.of(stored, torch.float64, torch.float64))
+    assert float(moved) <= float(bound) <= float(moved) * (1 + 1e-12)
+
+
 def test_turning_the_skip_on_later_starts_from_no_knowledge() -> None:
     params = parameters()
     optimizer = C3O(params, lr=1e-4, state_dtype=torch.float64)
@@ -184,3 +208,28 @@ def test_decision_and_weight_bound_are_sharp_in_the_worst_case(decay: float, gai
         new = next_cache(torch.tensor(skip), bound, cache, d_norm, theta.norm(), one, rule, slack)
         assert float(moved.norm()) * (1 - 1e-12) <= float(new.param_norm) <= float(moved.norm())
         assert float(new.norm_age) == (2 if skip else 1)
+
+
+@pytest.mark.parametrize("setting", ["trust_norm_refresh_drift", "trust_radius"])
+@pytest.mark.parametrize("foreach", [True, False])
+def test_bounds_do_not_outlive_a_pause_of_the_skip(foreach: bool, setting: str) -> None:
+    """While it is off weights move unwatched, so bounds from before would prove what is false."""
+    p = nn.Parameter(torch.full((100,), 1.0, dtype=torch.float64))
+    optimizer = C3O(
+        [p], lr=1e-3, weight_decay=0.0, trust_norm_refresh_drift=0.1, trust_norm_refresh_steps=1000,
+        state_dtype=torch.float64, foreach=foreach,
+    )  # fmt: skip
+    (group,) = optimizer.param_groups
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.metrics()["c3o_trust_norm_skipped"] == 1
+    before, group[setting], group["lr"] = group[setting], 0.0, 0.0495
+    for _ in range(20):
+        optimizer.step()
+    assert p.norm() < 2  # it was 10, of which 0.1 · 0.9 would have let the next step through
+    group[setting] = before
+    norm, theta = p.norm().item(), p.detach().clone()
+    optimizer.step()
+    assert (p - theta).norm().item() == pytest.approx(0.1 * norm, rel=1e-9)  # capped
+    assert optimizer.metrics()["c3o_trust_norm_skipped"] == 0

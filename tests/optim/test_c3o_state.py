@@ -46,9 +46,40 @@ def test_resume_is_exact_through_a_weights_only_file(
     assert bits(tensors_of(straight)) == bits(tensors_of(second))
 
 
-def test_loading_does_not_tie_two_optimizers_together() -> None:
+def test_groups_and_gradients_that_come_late_resume_exactly() -> None:
+    """A group added after the first steps, and a tensor whose first gradient comes after the checkpoint."""
+
+    def steps(optimizer: C3O, params: list[nn.Parameter], start: int, stop: int) -> None:
+        for i in range(start, stop):
+            set_gradients(params, i)
+            params[3].grad = params[3].grad if i >= 5 else None  # first gradient in step 5
+            params[4].grad = params[4].grad if i % 3 else None  # frozen now and then
+            optimizer.step()
+
+    def late(params: list[nn.Parameter]) -> dict[str, Any]:
+        return {"params": params[5:], "lr": 3e-3, "weight_decay": 0.0}
+
+    through, before = parameters(torch.float32), parameters(torch.float32)
+    straight, first = C3O(through[:5], **STATEFUL), C3O(before[:5], **STATEFUL)
+    for optimizer, params in ((straight, through), (first, before)):
+        steps(optimizer, params, 0, 2)
+        optimizer.add_param_group(late(params))
+        steps(optimizer, params, 2, 4)
+    assert before[3] not in first.state
+    assert float(first.state[before[4]]["step"]) < float(first.state[before[0]]["step"])
+    after = [nn.Parameter(p.detach().clone()) for p in before]
+    second = C3O([{"params": after[:5]}, late(after)])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    steps(straight, through, 4, 8)
+    steps(second, after, 4, 8)
+    assert bits(tensors_of(straight)) == bits(tensors_of(second))
+    assert float(second.state[after[3]]["step"]) == 3
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_loading_does_not_tie_two_optimizers_together(foreach: bool) -> None:
     a, b = parameters(), parameters()
-    first, second = C3O(a, state_dtype=torch.float64), C3O(b, state_dtype=torch.float64)
+    first, second = (C3O(p, state_dtype=torch.float64, foreach=foreach) for p in (a, b))
     run(first, a, 2)
     second.load_state_dict(first.state_dict())
     before = bits(tensors_of(first))
@@ -176,6 +207,7 @@ def test_step_with_no_gradients_does_nothing() -> None:
     optimizer.step()
     assert len(optimizer.state) == 0
     assert set(optimizer.metrics().values()) == {0.0}
+    assert set(C3O([{"params": []}, {"params": params}]).metrics().values()) == {0.0}
 
 
 def test_sparse_and_complex_are_refused() -> None:
@@ -240,17 +272,38 @@ def test_rounding_is_unbiased_over_steps_and_within_one_unit() -> None:
         assert rounded[:, 7].isnan().all()
 
 
+def test_the_two_moments_of_an_element_are_never_rounded_alike() -> None:
+    """Halfway between neighbours, thresholds half a period apart send exactly one of two equal values up."""
+    x = torch.full((4096,), 1 + 0.5 * 2**-7)
+    for step in range(5):
+        up = [
+            dithered_bfloat16(x, torch.arange(4096), torch.tensor(step), s) > 1 for s in (FIRST_MOMENT, SECOND_MOMENT)
+        ]
+        assert (up[0] ^ up[1]).all()
+
+
+def test_rounding_keeps_nan_of_every_pattern() -> None:
+    """CUDA makes 0x7FFFFFFF, which a carry turns into -0."""
+    x = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    for step in range(5):
+        for stream in (FIRST_MOMENT, SECOND_MOMENT):
+            assert dithered_bfloat16(x, torch.arange(4), torch.tensor(float(step)), stream).isnan().all()
+
+
 # ---- the gate -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.0], ids=["clip", "no-clip"])  # clipping makes NaN of inf
 @pytest.mark.parametrize("on_host", [True, False], ids=["host-flag", "device-flag"])
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES, ids=str)
-def test_found_inf_changes_no_bit(dtype: torch.dtype, state_dtype: torch.dtype, foreach: bool, on_host: bool) -> None:
+def test_found_inf_changes_no_bit(
+    dtype: torch.dtype, state_dtype: torch.dtype, foreach: bool, on_host: bool, clip: float
+) -> None:
     params = parameters(dtype)
     with torch.no_grad():
         params[1].view(-1)[:2] = torch.tensor([0.0, -0.0])
-    optimizer = C3O(params, state_dtype=state_dtype, foreach=foreach, **STATEFUL)
+    optimizer = C3O(params, state_dtype=state_dtype, foreach=foreach, **{**STATEFUL, "grad_clip": clip})
     optimizer._read_flag_on_cpu = on_host
     run(optimizer, params, 3)
     if state_dtype == dtype:
@@ -298,10 +351,12 @@ def test_first_step_may_be_the_bad_one(on_host: bool) -> None:
         assert bits(tensors_of(first)) == bits(tensors_of(second))
 
 
+@pytest.mark.parametrize("clip", [("norm", 0.3), ("value", 0.01)], ids=str)  # only "value" shows a wrong scale
 @pytest.mark.parametrize("foreach", [True, False])
-def test_works_under_the_gradient_scaler(foreach: bool) -> None:
+def test_works_under_the_gradient_scaler(foreach: bool, clip: tuple[str, float]) -> None:
     a, b = parameters(torch.float32), parameters(torch.float32)
-    scaled, plain = C3O(a, foreach=foreach, grad_clip=0.3), C3O(b, foreach=foreach, grad_clip=0.3)
+    mode, limit = clip
+    scaled, plain = (C3O(p, foreach=foreach, grad_clip=limit, grad_clip_mode=mode) for p in (a, b))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for i in range(4):
         set_gradients(a, i)

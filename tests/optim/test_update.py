@@ -216,6 +216,13 @@ def test_muon_refuses_a_vector_in_the_matrix_group() -> None:
         build_optimizer(groups, OptimizerConfig(optimizer="muon"), C3OConfig(), "cpu")
 
 
+def test_muon_refuses_a_group_that_it_would_never_step() -> None:
+    _, update = make("muon")
+    with pytest.raises(RuntimeError, match="all its groups"):
+        update.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))], "name": "vector"})
+    assert len(update.optimizer.param_groups) == len(copy.deepcopy(update.optimizer).param_groups)
+
+
 def test_factory_passes_every_setting_of_c3o() -> None:
     config = OptimizerConfig(
         lr=0.3, weight_decay=0.2, beta1=0.8, beta2=0.7, eps=1e-5, grad_clip=3.0, grad_clip_mode="value"

@@ -129,3 +129,9 @@ def test_the_default_console_writes_to_standard_output(capsys: pytest.CaptureFix
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 2  # long lines are not folded
     assert out[0].startswith("step      1/1  loss 10.0000")
+
+
+def test_a_sample_keeps_its_tabs_and_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "def f():\n\treturn '\x07\x0c'\t# 1\n"
+    ProgressDisplay(1).on_message(text)
+    assert capsys.readouterr().out == text + "\n"

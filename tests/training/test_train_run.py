@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 
 from eco_llm.cli.main import main
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.training import checkpoint
 from eco_llm.training.hooks.base import Hook
+from eco_llm.training.hooks.metrics_file import MetricsFile
 from eco_llm.training.sigma_trainer import SigmaTrainer
 
 Flags = Callable[..., list[str]]
@@ -213,6 +217,21 @@ def test_another_configuration_is_refused_and_nothing_is_touched(
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
 
 
+def test_changed_text_is_refused_and_the_run_is_not_touched(
+    tiny_flags: Flags, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    flags = [*tiny_flags("--eval-interval 0"), "--data", str(text), "--data-cache", str(tmp_path / "cache")]
+    assert main([*flags, "--steps", "1"]) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != ".lock"}
+    (text / "more.py").write_text("x = 1\n" * 100, encoding="utf-8")
+    capsys.readouterr()
+    assert main([*flags, "--steps", "2"]) == 2
+    assert f"the text of --data {text} has changed since this run began" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != ".lock"} == before
+
+
 @pytest.mark.parametrize("optimizer", ["c3o", "adamw", "muon"])
 def test_non_finite_steps_are_not_applied_and_counted(
     optimizer: str, tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -285,6 +304,41 @@ def test_a_crash_leaves_a_report_and_a_resumable_run(
     assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
     assert "superseded" not in (run / "metrics.jsonl").read_text()
     assert len((run / "metrics.superseded.jsonl").read_text().splitlines()) == 1  # step 3, done again
+
+
+def test_a_crash_that_cannot_be_reported_is_shown(
+    tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A full disk takes no crash report: the terminal gets what would have been in it."""
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MetricsFile, "on_record", full)
+    monkeypatch.setattr("eco_llm.training.crash.write_json", full)
+    assert main(tiny_flags("--steps 2")) == 1
+    shown = capsys.readouterr()
+    assert "crashed in step 2: OSError: [Errno 28] No space left on device" in shown.out
+    assert "no crash report could be written: [Errno 28]" in shown.out
+    assert "Traceback" in shown.err
+    assert "during handling" not in shown.err.lower()
+
+
+@pytest.mark.parametrize("choice", ["on", "off"])
+def test_a_compiler_that_fails_is_named(
+    choice: str, tiny_flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Wherever in the chain the compiler is; a run that compiles nothing gets no such advice."""
+    wrong = RuntimeError("a block failed")
+    wrong.__cause__ = InvalidCxxCompiler()
+
+    def loss(self: SigmaLLM, *args: torch.Tensor) -> torch.Tensor:
+        raise wrong
+
+    monkeypatch.setattr(SigmaLLM, "loss", loss)
+    monkeypatch.setattr(SigmaLLM, "compile_blocks", lambda self: None)
+    assert main([*tiny_flags("--steps 1"), "--torch-compile", choice]) == 1
+    assert ("use --no-torch-compile" in capsys.readouterr().out) == (choice == "on")
 
 
 def test_an_interrupt_saves_at_the_step_boundary(tiny_flags: Flags, tmp_path: Path) -> None:

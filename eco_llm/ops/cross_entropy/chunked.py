@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -78,6 +79,7 @@ class SummedLinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable  # second derivatives through gradients made in forward would silently miss terms
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         d_hidden, d_weight = ctx.saved_tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -12,11 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eco_llm.training.hooks.base import Hook
 
 
+class _Screen(Console):
+    """Standard output. A run goes on when the `tee` or `less` that showed it has gone."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit):  # what Rich does after it has turned the output off
+            super().on_broken_pipe()
+
+
 class ProgressDisplay(Hook):
     """Loss, tokens a second and the time left; validation results and messages as lines of their own."""
 
     def __init__(self, log_interval: int, console: Console | None = None) -> None:
-        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._console = console or _Screen(file=sys.stdout, highlight=False, soft_wrap=True)
         self._interval = log_interval
         self._bar: Progress | None = None
         self._last_step = 0
@@ -66,7 +75,14 @@ class ProgressDisplay(Hook):
             self._bar = None
 
     def _line(self, text: str) -> None:
-        (self._bar.console if self._bar else self._console).print(text, markup=False, emoji=False)
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, emoji=False)
+        elif not self._console.quiet:
+            try:  # not through Rich, which expands the tabs of a sample and drops its control characters
+                self._console.file.write(text + "\n")
+                self._console.file.flush()
+            except BrokenPipeError:
+                self._console.on_broken_pipe()
 
     def _eta(self, step: int) -> str:
         done = step - self._first_step + 1
