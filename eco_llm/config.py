@@ -384,11 +384,13 @@ class TrainConfig:
 
 
 # Settings that may change when a run is resumed: none of them changes what is learned from the same steps,
-# except `steps` itself, which moves the end of the schedule and is announced.
+# except `steps`, which moves the end of the schedule and is announced, and `data`, which may be spelt differently:
+# whether it still names the same tokens is checked by their fingerprint.
 FREE_ON_RESUME = frozenset(
     {
         "output_dir", "resume", "steps", "save_interval", "keep_checkpoints", "log_interval", "eval_interval",
-        "eval_batches", "max_bad_steps", "sample_tokens", "sample_prompt", "data_cache", "device", "torch_compile",
+        "eval_batches", "max_bad_steps", "sample_tokens", "sample_prompt", "data", "data_cache", "device",
+        "torch_compile",
         *(f.name for f in dataclasses.fields(PerfConfig)),
     }
 )  # fmt: skip

@@ -162,7 +162,7 @@ def test_differences_sees_every_setting_but_the_free_ones(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["seed", "batch_size", "seq_len", "grad_accum", "d_model", "data", "tokenizer", "lr", "optimizer", "dtype"],
+    ["seed", "batch_size", "seq_len", "grad_accum", "d_model", "text_field", "tokenizer", "lr", "optimizer", "dtype"],
 )
 def test_what_decides_the_result_is_not_free(name: str) -> None:
     assert name not in FREE_ON_RESUME

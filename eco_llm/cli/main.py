@@ -27,7 +27,7 @@ COMMANDS = {
 
 EXIT_CODES = """exit codes:
   0 done    1 crash (see errors/ in the run)    2 bad input    3 out of memory
-  4 stopped: non-finite loss    130, 143 interrupted (a checkpoint was saved)"""
+  4 stopped: non-finite loss    129, 130, 143 interrupted (what was trained is saved)"""
 
 
 def _overview() -> str:

@@ -19,7 +19,7 @@ from eco_llm.data.loader import TokenLoader, evaluation_batches
 from eco_llm.data.order import require_length
 from eco_llm.data.prepare import prepare
 from eco_llm.data.progress import make_progress
-from eco_llm.data.shards import Manifest, PreparedData
+from eco_llm.data.shards import PreparedData, open_prepared
 from eco_llm.errors import UserError
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
@@ -39,7 +39,7 @@ from eco_llm.training.hooks.tensorboard import TensorBoard
 from eco_llm.training.outcome import NonFiniteLoss, Outcome, is_compilation_failure, is_out_of_memory
 from eco_llm.training.run_directory import RunDirectory
 from eco_llm.training.sigma_trainer import SigmaTrainer
-from eco_llm.training.trained import TrainedModel, continue_text, newest_good
+from eco_llm.training.trained import TrainedModel, continue_text, load, newest_good
 
 
 def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
@@ -49,20 +49,38 @@ def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
         UserError: the device, the corpus, the run directory or their combination does not allow it.
     """
     run = RunDirectory(Path(config.training.output_dir))
-    run.check(config)
+    start = run.check(config)
     runtime = Runtime.detect(config.runtime)
     PhaseTimer(runtime.device, config.perf.perf_device_time_mode)  # refuses a clock the device does not have
 
-    def accept(manifest: Manifest) -> None:
-        require_length(manifest.splits["train"].tokens, config.training.seq_len, "train")
-
-    data = prepare(config.data, config.model.vocab_size, progress=make_progress(), accept=accept)
+    data = _stored_data(run, config) if start == "resume" else None
+    if data is None:
+        data = prepare(
+            config.data,
+            config.model.vocab_size,
+            progress=make_progress(),
+            accept=lambda manifest: require_length(manifest.splits["train"].tokens, config.training.seq_len, "train"),
+        )
     shape = resolve_shape(config, data)
     run.open()
     try:
         return _Launch(run, config, shape, runtime, data, command).go()
     finally:
         run.close()
+
+
+def _stored_data(run: RunDirectory, config: TrainConfig) -> PreparedData | None:
+    """The tokens a run was trained on, if they are still there and the data flags are the same.
+
+    So a run goes on after its corpus has changed (a `pip install` changes `python-env`), on what it began with.
+    """
+    began, now = run.saved_config().data, config.data
+    resolved = run.saved()["resolved"]
+    folder = Path(resolved["data_folder"])
+    if dataclasses.replace(began, data_cache=now.data_cache) != now or not folder.is_dir():
+        return None
+    data = open_prepared(folder)
+    return data if data.manifest.fingerprint() == resolved["data_fingerprint"] else None
 
 
 def resolve_shape(config: TrainConfig, data: PreparedData) -> SigmaConfig:
@@ -95,6 +113,10 @@ class _Launch:
             self.say(f"an earlier run was set aside in {self.run.set_aside()}")
         checkpoint.discard_partial(self.run.checkpoints)
         saved = newest_good(self.run, with_optimizer=True, say=self.say) if start == "resume" else None
+        if saved is not None and saved.step >= self.config.training.steps:
+            self.say(f"nothing to do: the run is at step {saved.step}; raise --steps to train on, or use --no-resume")
+            self._sample(load(self.run, self.runtime))
+            return Outcome.DONE
         try:
             trainer, hooks = self._build(saved)
         except Exception as error:
@@ -231,15 +253,7 @@ class _Launch:
     # -- running -------------------------------------------------------------------------------------------
 
     def _fit(self, trainer: SigmaTrainer, hooks: list[Hook], saved: checkpoint.Checkpoint | None) -> Outcome:
-        t = self.config.training
         self.say(self._summary(saved))
-        if trainer.step >= t.steps:
-            for hook in hooks:
-                hook.on_end()
-            self.loader.close()
-            self.say(f"nothing to do: step {trainer.step} was the last; raise --steps to train on, or use --no-resume")
-            self._sample(trainer.step)
-            return Outcome.DONE
         try:
             with self.counters, self.loader:
                 outcome = trainer.fit()
@@ -252,29 +266,31 @@ class _Launch:
         if outcome is not Outcome.DONE:
             self.say(f"interrupted after step {trainer.step}; saved. The same command resumes")
             return outcome
-        self._finish(trainer)
+        try:
+            self._finish(trainer)
+        except Exception as error:
+            return self._crashed(error, trainer.step, trainer.last_record)
         return outcome
 
     def _finish(self, trainer: SigmaTrainer) -> None:
         memory = memory_stats(self.runtime.device)
         peak = memory.get("gpu_memory_peak_gib") or memory["process_peak_rss_gib"]
         peak_text = f"; peak memory {peak:.2f} GiB" if peak is not None else ""
-        self.say(
-            f"done: {trainer.step} steps, {trainer.skipped_steps} skipped{peak_text}; run directory {self.run.path}"
-        )
-        self._sample(trainer.step)
-
-    def _sample(self, step: int) -> None:
-        t = self.config.training
-        if not t.sample_tokens:
-            return
-        manifest = self.data.manifest
+        skipped = f", {trainer.skipped_steps} skipped" if trainer.skipped_steps else ""
+        self.say(f"done: {trainer.step} steps{skipped}{peak_text}; run directory {self.run.path}")
         self.model.eval()
-        trained = TrainedModel(
-            self.model, self.data.tokenizer, self.config, self.runtime, step, manifest.fingerprint(), self.data.path
+        tokenizer, manifest = self.data.tokenizer, self.data.manifest
+        self._sample(
+            TrainedModel(
+                self.model, tokenizer, self.config, self.runtime, trainer.step, manifest.fingerprint(), self.data.path
+            )
         )
-        self.say(f"--- sample, from {t.sample_prompt!r} ---")
-        self.say(continue_text(trained, t.sample_prompt, t.sample_tokens, seed=t.seed))
+
+    def _sample(self, trained: TrainedModel) -> None:
+        t = self.config.training
+        if t.sample_tokens:
+            self.say(f"--- sample, from {t.sample_prompt!r} ---")
+            self.say(continue_text(trained, t.sample_prompt, t.sample_tokens, seed=t.seed))
 
     def _crashed(self, error: Exception, step: int, last_record: dict[str, Any] | None) -> Outcome:
         """Leave a crash report, say so, and choose the exit code."""
@@ -286,6 +302,8 @@ class _Launch:
         if is_out_of_memory(error):
             self.say("out of memory: lower --batch-size (with --grad-accum to keep the tokens a step) or --seq-len")
             return Outcome.OUT_OF_MEMORY
+        if "No space left on device" in str(error):
+            self.say("the disk is full: free some space; the same command resumes")
         if self.runtime.compile and is_compilation_failure(error):
             self.say("compiling failed: use --no-torch-compile; `eco_train doctor` says what the compiler lacks")
         return Outcome.CRASHED

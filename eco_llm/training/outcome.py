@@ -19,6 +19,7 @@ class Outcome(enum.IntEnum):
     CRASHED = 1
     OUT_OF_MEMORY = 3
     NOT_FINITE = 4
+    HUNG_UP = 129
     INTERRUPTED = 130
     TERMINATED = 143
 

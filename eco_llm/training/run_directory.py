@@ -108,9 +108,7 @@ class RunDirectory:
         if changed and next(self.checkpoints.glob("step_*"), None) is None:
             return "set aside"  # it died before it had saved anything: out of memory, say, and is tried again smaller
         if changed:
-            shown = ", ".join(
-                f"--{k.replace('_', '-')} {_words(old)} → {_words(new)}" for k, (old, new) in list(changed.items())[:3]
-            )
+            shown = ", ".join(f"--{k.replace('_', '-')} {old} → {new}" for k, (old, new) in list(changed.items())[:3])
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError(
                 f"{self.path} holds a run with other settings ({shown}{more});"
@@ -225,11 +223,6 @@ class RunDirectory:
             with replacing(self.metrics_file) as temporary:
                 temporary.write_bytes(kept)
         return len(move)
-
-
-def _words(value: Any) -> str:
-    """A setting as it is typed: several values of one flag stand side by side."""
-    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _whole_lines(lines: list[bytes]) -> bytes:

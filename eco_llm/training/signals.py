@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as requests: finish the step, save, leave."""
+"""SIGINT, SIGTERM and SIGHUP (a closed terminal) as requests: finish the step, save, leave."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from typing import Any
 
 from eco_llm.training.outcome import Outcome
 
+_OUTCOMES = {signal.SIGINT: Outcome.INTERRUPTED, signal.SIGTERM: Outcome.TERMINATED}
+if hasattr(signal, "SIGHUP"):  # Windows has none
+    _OUTCOMES[signal.SIGHUP] = Outcome.HUNG_UP
+
 
 class StopRequest:
-    """While entered, the first signal sets `outcome`; a second SIGINT interrupts at once."""
+    """While entered, the first signal sets `outcome`; a second SIGINT interrupts at once.
+
+    A signal that the parent had ignored stays ignored: that is what `nohup` asks for.
+    """
 
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
@@ -19,7 +26,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _OUTCOMES:
+                if signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -32,4 +41,4 @@ class StopRequest:
         if self.outcome is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.outcome is None:
-            self.outcome = Outcome.INTERRUPTED if number == signal.SIGINT else Outcome.TERMINATED
+            self.outcome = _OUTCOMES[signal.Signals(number)]

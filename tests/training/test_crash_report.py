@@ -153,7 +153,8 @@ def test_what_is_not_out_of_memory(error: BaseException) -> None:
 
 def test_exit_codes() -> None:
     assert {o.name: int(o) for o in Outcome} == {
-        "DONE": 0, "CRASHED": 1, "OUT_OF_MEMORY": 3, "NOT_FINITE": 4, "INTERRUPTED": 130, "TERMINATED": 143,
+        "DONE": 0, "CRASHED": 1, "OUT_OF_MEMORY": 3, "NOT_FINITE": 4,
+            "HUNG_UP": 129, "INTERRUPTED": 130, "TERMINATED": 143,
     }  # fmt: skip
 
 

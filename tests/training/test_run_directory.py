@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from eco_llm.config import DataConfig, TrainConfig, to_dict
+from eco_llm.config import TrainConfig, to_dict
 from eco_llm.errors import UserError
 from eco_llm.training.run_directory import RunDirectory
 
@@ -155,8 +155,6 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     message = refusal(run, config(d_model=128, lr=0.5, seed=1, batch_size=1, seq_len=8))
     assert message.count("→") == 3
     assert "and 2 more" in message
-    two_files = dataclasses.replace(config(), data=DataConfig(data=("a.txt", "b.txt")))
-    assert "(--data stdlib → a.txt b.txt)" in refusal(run, two_files)
 
 
 def test_other_settings_after_a_run_that_saved_nothing(tmp_path: Path) -> None:

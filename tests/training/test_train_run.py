@@ -226,6 +226,7 @@ def test_changed_text_is_refused_and_the_run_is_not_touched(
     assert main([*flags, "--steps", "1"]) == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != ".lock"}
     (text / "more.py").write_text("x = 1\n" * 100, encoding="utf-8")
+    shutil.rmtree(tmp_path / "cache")  # or it would go on with the stored tokens
     capsys.readouterr()
     assert main([*flags, "--steps", "2"]) == 2
     assert f"the text of --data {text} has changed since this run began" in capsys.readouterr().err
@@ -475,3 +476,64 @@ def test_a_hook_that_cannot_close_hides_neither_the_error_nor_the_other_hooks(
     assert any("disk gone" in line for line in report["traceback"])
     assert closed == ["last"]
     assert main(tiny_flags("--steps 1 --eval-interval 0", run="well")) == 1  # a failure to close is a failure
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_saves_and_nohup_goes_on(
+    tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = "--steps 5 --save-interval 1000 --eval-interval 0"
+    with monkeypatch.context() as patched:
+        stop_after(3, patched, signal.SIGHUP)
+        assert main(tiny_flags(settings)) == 129
+        assert [checkpoint.step_of(p) for p in checkpoint.listing(tmp_path / "run" / "checkpoints")] == [3]
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            assert main(tiny_flags(settings, run="nohup")) == 0
+        finally:
+            signal.signal(signal.SIGHUP, before)
+    assert records(tmp_path / "nohup")[-1]["step"] == 5
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_log_does_not_stop_training(tiny_flags: Flags, tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "eco_llm", *tiny_flags("--steps 3 --eval-interval 0 --sample-tokens 3")]
+        subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, timeout=120)
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3]
+    assert len(checkpoint.listing(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_a_run_goes_on_with_its_tokens_when_its_corpus_has_changed(
+    tiny: list[str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.txt").write_text((corpus / "ast.py").read_text(encoding="utf-8"), encoding="utf-8")
+
+    def flags(data: str, steps: int) -> list[str]:
+        return [*tiny, "--data", data, "--output-dir", "run", "--eval-interval", "0", "--steps", str(steps)]
+
+    assert main(flags("mine", 2)) == 0
+    (mine / "b.txt").write_text("something else entirely\n" * 50, encoding="utf-8")
+    assert main(flags("mine", 3)) == 0  # the same words: what it began with
+    assert records(tmp_path / "run")[-1]["step"] == 3
+    capsys.readouterr()
+    assert main(flags("./mine", 4)) == 2  # other words are looked up anew, and mean other text now
+    assert "has changed since this run began" in capsys.readouterr().err
+    (mine / "b.txt").unlink()
+    assert main(flags("./mine", 4)) == 0  # another spelling of the same text
+
+
+def test_fewer_steps_than_done_is_nothing_to_do(
+    tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(tiny_flags("--steps 4 --eval-interval 0")) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != ".lock"}
+    capsys.readouterr()
+    assert main(tiny_flags("--steps 2 --eval-interval 0 --sample-tokens 3")) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do: the run is at step 4" in out
+    assert "sample, from" in out
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != ".lock"} == before

@@ -71,18 +71,22 @@ class ProgressDisplay(Hook):
     def on_end(self) -> None:
         """Close the bar."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal has gone
+                self._bar.stop()
             self._bar = None
 
     def _line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, emoji=False)
-        elif not self._console.quiet:
-            try:  # not through Rich, which expands the tabs of a sample and drops its control characters
+        try:
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, emoji=False)
+            elif not self._console.quiet:
+                # Not through Rich, which expands the tabs of a sample and drops its control characters.
                 self._console.file.write(text + "\n")
                 self._console.file.flush()
-            except BrokenPipeError:
-                self._console.on_broken_pipe()
+        except BrokenPipeError:
+            self._console.on_broken_pipe()
+        except OSError:  # a closed terminal, a full disk under a redirected log: no reason to stop training
+            self._console.quiet = True
 
     def _eta(self, step: int) -> str:
         done = step - self._first_step + 1
