@@ -187,7 +187,7 @@ def record_training(claim: str, flags: Sequence[str], *, run: Path) -> Path:
     payload = {
         "training_command": "eco_train " + shlex.join(flags),
         "config": settings["config"],
-        "resolved": settings["resolved"],
+        "resolved": {k: v for k, v in settings["resolved"].items() if k != "data_folder"},  # a path of this machine
         "sample": done.stdout.partition("--- sample")[2].partition("\n")[2],
         "summary": {
             "parameters": settings["resolved"]["parameters"],

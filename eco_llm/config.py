@@ -283,7 +283,7 @@ class TrainingConfig:
     """Steps in a row with a NaN or infinite loss or gradient before training stops."""
     sample_tokens: int = 128
     """Tokens of the sample printed at the end; 0 prints none."""
-    sample_prompt: str = "def "
+    sample_prompt: str = "def main():"
     """Start of that sample."""
 
     def validate(self) -> None:
@@ -455,8 +455,8 @@ class SampleConfig:
 
     run: str = "runs/sigma_main"
     """Run directory of the trained model."""
-    prompt: str = "def "
-    """Text to continue."""
+    prompt: str = "def main():"
+    """Text to continue; a space at its end would be a token of its own, which text rarely has there."""
     tokens: int = 200
     """Most tokens to add; an end-of-text token ends sooner."""
     temperature: float = 0.8

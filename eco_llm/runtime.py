@@ -19,8 +19,9 @@ from eco_llm.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Row S13: whether compiling the blocks measured faster, by device type. Evidence:
-# benchmarks/results/*/compile_on_off.json; the table is in docs/configuration.md.
+# Row S13: whether compiling the blocks measured faster, by device type. A step is faster on both; on a CPU the whole
+# of a short run is not. Evidence: benchmarks/results/*/compile_on_off*.json and quickstart*.json; the tables are in
+# docs/configuration.md.
 COMPILE_PAYS = {"cpu": False, "cuda": True}
 
 

@@ -85,8 +85,9 @@ def test_make_train_on_a_clean_copy(tmp_path: Path) -> None:
     validated = [row["val_loss"] for row in rows if "val_loss" in row]
     assert validated[-1] < validated[0] < rows[0]["loss"]
     assert validated[-1] < 5.5  # ln V is 8.3: it has learned
-    assert "sample, from 'def '" in done.stdout
+    assert "sample, from 'def main():'" in done.stdout
     assert list((run / "checkpoints").glob("step_*"))
-    sample = [f"{venv}/bin/eco_train", "sample", "--run", "runs/quickstart_cpu", "--prompt", "import ", "--tokens", "5"]
+    asked = ["--run", "runs/quickstart_cpu", "--prompt", "import os", "--tokens", "5"]
+    sample = [f"{venv}/bin/eco_train", "sample", *asked]
     spoken = subprocess.run(sample, cwd=clone, env=environment, capture_output=True, text=True, check=True).stdout
-    assert spoken.startswith("import ")
+    assert spoken.startswith("import os")

@@ -38,7 +38,7 @@ def _overview() -> str:
         "examples:",
         "  eco_train @presets/quickstart_cpu.txt            a small model on any machine, in minutes",
         "  eco_train @train_sigma_args.txt --steps 2000     the default GPU profile; later flags win",
-        "  eco_train sample --run runs/quickstart_cpu --prompt 'def '",
+        "  eco_train sample --run runs/quickstart_cpu --prompt 'import os'",
         "  eco_train COMMAND --help                         every flag of a command",
         "",
         EXIT_CODES,

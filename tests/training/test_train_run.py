@@ -104,7 +104,7 @@ def test_a_run_leaves_everything_it_promises(tiny_flags: Flags, tmp_path: Path, 
     assert not (run / "errors").exists()
     out = capsys.readouterr().out
     assert "validation loss" in out
-    assert "sample, from 'def '" in out
+    assert "sample, from 'def main():'" in out
 
 
 def test_phases_add_up_to_the_core_step(tiny_flags: Flags, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 # (shortest sequence of the row, chunk), first match from the bottom up. 256 is allowed only for T ≥ 1024.
-# Edit the table when a measurement says so, and name its evidence file here. A row of 256 must wait until torch 2.11
-# is no longer supported: its compiler fails on a scan of 256 (CUDA; 2.13 has the fix).
+# Edit the table when a measurement says so. Evidence: benchmarks/results/*/chunk_policy.json (64 and 128 within noise
+# of each other at 512, 1024 and 4096 tokens, 256 slower at each, on an H200 and on a CPU; docs/LOG.md). A row of 256
+# must wait until torch 2.11 is no longer supported: its compiler fails on a scan of 256 (CUDA; 2.13 has the fix).
 CHUNK_TABLE: tuple[tuple[int, int], ...] = ((1, 128), (1024, 128))
 
 
