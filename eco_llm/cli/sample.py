@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,15 +26,19 @@ def run(args: Sequence[str]) -> int:
     from eco_llm.training.trained import continue_text, load
 
     trained = load(run_directory, Runtime.detect(RuntimeConfig(device=config.device)), step=config.step)
-    print(
-        continue_text(
-            trained,
-            config.prompt,
-            config.tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed,
-        )
+    text = continue_text(
+        trained,
+        config.prompt,
+        config.tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
     )
+    print(visible(text) if sys.stdout.isatty() else text)
     return 0
+
+
+def visible(text: str) -> str:
+    """Control characters spelt out: a model may write an escape sequence, and a terminal would obey it."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

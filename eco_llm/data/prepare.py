@@ -81,7 +81,7 @@ def prepare(
         except UserError:
             if not repair:
                 raise
-            shutil.rmtree(target)
+            _set_aside(target)
         else:
             accept(data.manifest)
             return data
@@ -148,6 +148,14 @@ def _make(
             with contextlib.suppress(OSError):
                 folder.rmdir()
     return open_prepared(target)
+
+
+def _set_aside(target: Path) -> None:
+    """Take a damaged set out of the way in one step, then delete it; another process may be doing the same."""
+    aside = target.with_name(f".tmp-damaged-{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(aside)
+        shutil.rmtree(aside)
 
 
 def _remove_stale(cache: Path) -> None:

@@ -19,7 +19,7 @@ from eco_llm.data.loader import TokenLoader, evaluation_batches
 from eco_llm.data.order import require_length
 from eco_llm.data.prepare import prepare
 from eco_llm.data.progress import make_progress
-from eco_llm.data.shards import PreparedData, open_prepared
+from eco_llm.data.shards import Manifest, PreparedData, open_prepared
 from eco_llm.errors import UserError
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
@@ -53,18 +53,18 @@ def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
     runtime = Runtime.detect(config.runtime)
     PhaseTimer(runtime.device, config.perf.perf_device_time_mode)  # refuses a clock the device does not have
 
-    data = _stored_data(run, config) if start == "resume" else None
-    if data is None:
-        data = prepare(
-            config.data,
-            config.model.vocab_size,
-            progress=make_progress(),
-            accept=lambda manifest: require_length(manifest.splits["train"].tokens, config.training.seq_len, "train"),
-        )
-    shape = resolve_shape(config, data)
-    run.open()
+    def accept(manifest: Manifest) -> None:
+        require_length(manifest.splits["train"].tokens, config.training.seq_len, "train")
+
     try:
-        return _Launch(run, config, shape, runtime, data, command).go()
+        if start != "new":  # a second trainer must hear of the first before it prepares data, which may take long
+            run.open()
+        data = _stored_data(run, config) if start == "resume" else None
+        if data is None:
+            data = prepare(config.data, config.model.vocab_size, progress=make_progress(), accept=accept)
+        if start == "new":  # only now: a refusal by the data must leave no folder behind
+            run.open()
+        return _Launch(run, config, resolve_shape(config, data), runtime, data, command).go()
     finally:
         run.close()
 

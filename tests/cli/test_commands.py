@@ -210,6 +210,12 @@ def test_sample_continues_the_prompt_and_is_repeatable(trained: Path, capsys: py
     assert main(["sample", "--run", str(trained), "--prompt", "", "--tokens", "3", "--temperature", "0"]) == 0
 
 
+def test_a_terminal_is_not_driven_by_what_a_model_writes() -> None:
+    from eco_llm.cli.sample import visible
+
+    assert visible("a\tb\n\x1b[2Jc\x0e é × 語") == "a\tb\n\\x1b[2Jc\\x0e é × 語"
+
+
 def test_sample_from_an_earlier_checkpoint(trained: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["sample", "--run", str(trained), "--tokens", "3", "--step", "2"]) == 0
     assert main(["sample", "--run", str(trained), "--tokens", "3", "--step", "3"]) == 2

@@ -408,13 +408,19 @@ def test_torch_compile_trains_to_the_same_losses(tiny_flags: Flags, tmp_path: Pa
     assert json.loads((tmp_path / "compiled" / "config.json").read_text())["resolved"]["torch_compile"] is True
 
 
-def test_two_trainers_cannot_share_a_run(tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_two_trainers_cannot_share_a_run(
+    tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from eco_llm.training import launch
     from eco_llm.training.run_directory import RunDirectory
 
+    assert main(tiny_flags("--steps 1 --eval-interval 0")) == 0
+    # The second is refused before it reads a corpus.
+    monkeypatch.setattr(launch, "prepare", lambda *a, **k: pytest.fail("prepared data for a run that is taken"))
     run = RunDirectory(tmp_path / "run")
     run.open()
     try:
-        assert main(tiny_flags("--steps 1")) == 2
+        assert main(tiny_flags("--steps 2 --no-resume")) == 2
     finally:
         run.close()
     assert "in use by another eco_train" in capsys.readouterr().err
