@@ -5,10 +5,10 @@ its time when the stream reaches it, so phase times are device times and an idle
 the host to launch) belongs to the phase in which it arises. In `host` mode a mark is a reading of
 `time.perf_counter`. All the rest is the same code.
 
-    begin_step         phase          phase                 mark_core_end         end_step
-        |--------------[data]---------[forward]--- ... ----------|--- logging, evaluation ---|
-        |<------------------- core_step_time_s ----------------->|                           |
-        |<------------------------------ step_time_s --------------------------------------->|
+    begin_step   mark_core_begin   phase        phase        mark_core_end            end_step
+        |- checkpoint -|----------[data]-------[forward]- ... -----|- logging, evaluation -|
+        |              |<-------------- core_step_time_s --------->|                       |
+        |<------------------------------ step_time_s ------------------------------------->|
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StepTimes:
     phase_train_s: float
     """forward + optim."""
     core_step_time_s: float
-    """`begin_step` to `mark_core_end`."""
+    """`mark_core_begin` (or `begin_step`, where there was none) to `mark_core_end`."""
     step_time_s: float
     """`begin_step` to `end_step`."""
     data_host_s: float
@@ -129,6 +129,7 @@ class _Step:
     started_at: float
     begin: Mark
     intervals: list[tuple[Phase, Mark, Mark]] = field(default_factory=list)
+    core_begin: Mark | None = None
     core_end: Mark | None = None
     end: Mark | None = None
     ended_at: float = 0.0
@@ -249,6 +250,15 @@ class PhaseTimer:
         """Time the block as part of phase `name`. An exception in the block discards the step."""
         return self._contexts[name]
 
+    def mark_core_begin(self) -> None:
+        """What happened since `begin_step` was loop overhead, such as a checkpoint; the core step begins here."""
+        if self._stage != "core" or self._active is not None:
+            raise RuntimeError("mark_core_begin: no step is open, its core has ended, or a phase is open")
+        if self._open is not None:
+            if self._open.intervals or self._open.core_begin is not None:
+                raise RuntimeError("mark_core_begin: it was called before, or after a phase")
+            self._open.core_begin = self._mark()
+
     def mark_core_end(self) -> None:
         """End of data, forward, backward, optimizer step and zero_grad; what follows is loop overhead."""
         if self._stage != "core" or self._active is not None:
@@ -306,7 +316,7 @@ class PhaseTimer:
         self._pool.append(step.begin)
         for _, start, end in step.intervals:
             self._pool += (start, end)
-        self._pool += (mark for mark in (step.core_end, step.end) if mark is not None)
+        self._pool += (mark for mark in (step.core_begin, step.core_end, step.end) if mark is not None)
 
     def _harvest(self) -> None:
         """Turn completed steps into times. One query a call in the usual case: the stream is in order, so a
@@ -332,7 +342,7 @@ class PhaseTimer:
                     phase_zero_grad_s=phases["zero_grad"],
                     phase_optim_s=optim,
                     phase_train_s=phases["forward"] + optim,
-                    core_step_time_s=step.core_end.seconds_since(step.begin),
+                    core_step_time_s=step.core_end.seconds_since(step.core_begin or step.begin),
                     step_time_s=step.end.seconds_since(step.begin),
                     data_host_s=step.data_host_s,
                     started_at=step.started_at,

@@ -105,6 +105,42 @@ def test_every_time_has_its_definition() -> None:
     assert {k: getattr(times, k) for k in expected} == pytest.approx(expected)
 
 
+def test_what_precedes_the_core_is_in_the_step_alone() -> None:
+    stream = Stream()
+    timer = on_stream(stream)
+    made = []
+    for _ in range(3):
+        timer.begin_step()
+        stream.work(1.0)  # a checkpoint
+        timer.mark_core_begin()
+        with timer.phase("forward"):
+            stream.work(0.010)
+        timer.mark_core_end()
+        timer.end_step()
+        stream.run()
+        (times,) = timer.collect()
+        assert times.core_step_time_s == pytest.approx(0.010)
+        assert times.step_time_s == pytest.approx(1.010)
+        made.append(stream.made)
+    assert made[0] == made[2]  # its mark goes back to the pool too
+
+
+def test_the_core_begins_once_and_before_its_phases() -> None:
+    timer = PhaseTimer("cpu")
+    with pytest.raises(RuntimeError, match="mark_core_begin: no step is open"):
+        timer.mark_core_begin()
+    timer.begin_step()
+    timer.mark_core_begin()
+    with pytest.raises(RuntimeError, match="called before, or after a phase"):
+        timer.mark_core_begin()
+    timer.discard_step()
+    timer.begin_step()
+    with timer.phase("data"):
+        pass
+    with pytest.raises(RuntimeError, match="called before, or after a phase"):
+        timer.mark_core_begin()
+
+
 def test_phases_repeated_by_accumulation_are_summed() -> None:
     clock = Clock()
     timer = PhaseTimer("cpu", host_clock=clock)

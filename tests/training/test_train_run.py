@@ -543,3 +543,21 @@ def test_fewer_steps_than_done_is_nothing_to_do(
     assert "nothing to do: the run is at step 4" in out
     assert "sample, from" in out
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != ".lock"} == before
+
+
+def test_a_checkpoint_costs_the_loop_and_not_the_core_step(
+    tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = checkpoint.save
+
+    def slow(*args: Any, **kwargs: Any) -> Path:
+        time.sleep(0.5)
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    assert main(tiny_flags("--steps 6 --save-interval 2 --eval-interval 0")) == 0
+    rows = records(tmp_path / "run")
+    assert [r["step"] for r in rows if r["step_time_s"] > 0.5] == [3, 5]  # the turns that saved steps 2 and 4
+    for r in rows[1:]:
+        assert r["core_step_time_s"] < 0.5
+        assert r["phase_data_s"] + r["phase_train_s"] == pytest.approx(r["core_step_time_s"], rel=0.1)
