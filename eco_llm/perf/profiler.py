@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from eco_llm.perf.phases import PhaseTimer
 
 TRACE_FILE = "trace.json.gz"
+_RANGES = ("eco/", "Optimizer.")  # PhaseTimer's, and the one PyTorch puts around every optimizer
 
 
 class StepProfiler:
@@ -99,7 +100,7 @@ class StepProfiler:
         rows = [
             (event.key, event.count, getattr(event, clock) / 1000.0)
             for event in finished.key_averages()
-            if event.device_type == kind and not event.key.startswith("eco/") and getattr(event, clock) > 0
+            if event.device_type == kind and not event.key.startswith(_RANGES) and getattr(event, clock) > 0
         ]
         rows.sort(key=lambda row: -row[2])
         total = sum(milliseconds for _, _, milliseconds in rows)

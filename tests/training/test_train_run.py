@@ -372,10 +372,19 @@ def test_gradient_accumulation_is_a_bigger_batch(tiny_flags: Flags, tmp_path: Pa
         assert a == pytest.approx(b, abs=1e-5)
 
 
-def test_the_perf_window_writes_the_reports_files(tiny_flags: Flags, tmp_path: Path) -> None:
+def test_the_perf_window_writes_the_reports_files(
+    tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The report's own short window: three steps, one of warm-up, two measured, two profiled."""
     window = "--perf-profile-enable --perf-warmup-steps 1 --perf-measure-steps 2 --perf-profiler-steps 2"
     clock = "--perf-device-time-mode auto --perf-sync-boundaries"
+    honest, traced = checkpoint.save, []
+
+    def save(*args: Any, **kwargs: Any) -> Path:
+        traced.append(torch.autograd._profiler_enabled())
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", save)
     assert main(tiny_flags(f"--steps 3 --no-resume --save-interval 1000 {window} {clock}")) == 0
     perf = tmp_path / "run" / "perf"
     baseline = json.loads((perf / "baseline_throughput.json").read_text())
@@ -397,7 +406,9 @@ def test_the_perf_window_writes_the_reports_files(tiny_flags: Flags, tmp_path: P
     assert bottlenecks["dominant_stage"] == "train"
     assert sum(s["percent"] for s in bottlenecks["optimizer_phase"]) == pytest.approx(100)
     assert bottlenecks["profiler"]["steps"] == 2
+    assert not any(row["name"].startswith(("eco/", "Optimizer.")) for row in bottlenecks["profiler"]["rows"])
     assert (perf / "trace.json.gz").stat().st_size > 0
+    assert traced == [False]  # the final checkpoint is in no trace
 
 
 def test_torch_compile_trains_to_the_same_losses(tiny_flags: Flags, tmp_path: Path) -> None:

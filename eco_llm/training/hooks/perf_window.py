@@ -60,6 +60,7 @@ class PerfFiles(Hook):
 
     def on_start(self, first_step: int, last_step: int) -> None:
         """Place the profiled steps, and say so if the window cannot be finished."""
+        self._last_step = last_step
         if self._window is None:
             return
         window_end = first_step + self._window.warmup_steps + self._window.measure_steps  # first step after it
@@ -90,6 +91,8 @@ class PerfFiles(Hook):
     def on_record(self, record: dict[str, Any]) -> None:
         """Feed one step."""
         times = StepTimes(**{name: record[name] for name in _TIMES})
+        if self._profiler is not None and times.step == self._last_step:
+            self._stop_profiler()  # no step follows; the final checkpoint does, and belongs in no trace
         if not (self._profiled_apart and times.step in self._profiled):
             self._rolling.add(times)
             self._any_record = True
@@ -107,9 +110,13 @@ class PerfFiles(Hook):
     def on_end(self) -> None:
         """Finish the trace and write the last state."""
         if self._profiler is not None:
-            self._profiler.end_step()  # the last step of the run, when it is a traced one
-            self._profiler.stop()
+            self._stop_profiler()  # where the run ended before its traced steps did
         self._write_rolling()
+
+    def _stop_profiler(self) -> None:
+        assert self._profiler is not None
+        self._profiler.end_step()  # the step just done, if tracing is on
+        self._profiler.stop()
 
     def _write_rolling(self) -> None:
         if not self._any_record:
