@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# A shell that was told `nohup` or `&` hands down ignored signals, which a run rightly leaves ignored; tests that send
+# signals must not depend on how pytest was started.
+_DEFAULTS = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+for _name, _default in _DEFAULTS.items():
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _default)
 
 # Before torch is imported anywhere: test workers share two cores, and one thread each is fastest.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
