@@ -286,6 +286,11 @@ class TrainingConfig:
     sample_prompt: str = "def main():"
     """Start of that sample."""
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimizer step, all micro-batches."""
+        return self.batch_size * self.seq_len * self.grad_accum
+
     def validate(self) -> None:
         """Raise UserError for impossible counts."""
         big = 1_000_000_000

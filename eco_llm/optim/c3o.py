@@ -122,7 +122,6 @@ class C3O(Optimizer):
         self._buckets: list[Bucket] = []
         self._buckets_key: tuple[Any, ...] | None = None
         self._stats: Tensor | None = None
-        self._trusted = 0
         self._clip_groups = 0
         self._clip_scale: Tensor | None = None
 

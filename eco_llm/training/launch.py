@@ -1,6 +1,6 @@
 """From accepted settings to a finished run: every part is built here, in the order in which it can refuse.
 
-Nothing is written to the run directory until everything that can refuse has been asked.
+The data, the device and the settings refuse before anything is written to a new run directory.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class _Launch:
             TensorBoard(self.run.tensorboard, first_step),
             PerfFiles(
                 perf, self.run.perf, timer, device=runtime.device,
-                tokens_per_step=t.batch_size * t.seq_len * t.grad_accum,
+                tokens_per_step=t.tokens_per_step,
                 environment=collect_environment(str(runtime.device), self.command), say=self.say,
             ),
             self.display,
@@ -240,7 +240,7 @@ class _Launch:
             f" {'compiled' if self.runtime.compile else 'not compiled'}; {self.config.optimizer.optimizer};"
             f" {t.batch_size} × {t.seq_len} tokens × {t.grad_accum} a step"
         )
-        epochs = t.steps * t.batch_size * t.seq_len * t.grad_accum / train.tokens
+        epochs = t.steps * t.tokens_per_step / train.tokens
         text = (
             f"data: {train.tokens:,} training tokens, {train.bytes_per_token:.2f} bytes/token;"
             f" the run is {epochs:.2f} epochs"

@@ -18,6 +18,7 @@ from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.schedule import lr_at
 from eco_llm.optim.update import Update
 from eco_llm.perf.phases import PhaseTimer, StepTimes
+from eco_llm.perf.window import rates
 from eco_llm.runtime import Runtime
 from eco_llm.training import checkpoint
 from eco_llm.training.evaluation import Validation
@@ -142,12 +143,6 @@ class SigmaTrainer:
         interval = self._training.eval_interval
         return interval > 0 and (self.step % interval == 0 or self.step == self._training.steps)
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens in one optimizer step, all micro-batches."""
-        t = self._training
-        return t.batch_size * t.seq_len * t.grad_accum
-
     # -- records -------------------------------------------------------------------------------------------
 
     def _deliver(self, times: list[StepTimes], scalars: list[tuple[int, dict[str, float]]]) -> None:
@@ -156,10 +151,7 @@ class SigmaTrainer:
         Every step gets its times: the scalars let the device fall behind by fewer steps than the timer can hold.
         """
         for t in times:
-            self._waiting[t.step] |= dataclasses.asdict(t) | {
-                "core_tokens_per_s": self.tokens_per_step / t.core_step_time_s,
-                "effective_tokens_per_s": self.tokens_per_step / t.step_time_s,
-            }
+            self._waiting[t.step] |= dataclasses.asdict(t) | rates(t, self._training.tokens_per_step)
         for step, values in scalars:
             self._waiting[step] |= values
         while self._waiting:
@@ -178,7 +170,7 @@ class SigmaTrainer:
         applied = bool(record.pop("applied"))
         self._bad_steps_in_a_row = 0 if applied else self._bad_steps_in_a_row + 1
         self.skipped_steps += not applied
-        record["tokens"] = record["step"] * self.tokens_per_step
+        record["tokens"] = record["step"] * self._training.tokens_per_step
         record["skipped_steps"] = self.skipped_steps
         self.last_record = record
         for hook in self._hooks:

@@ -101,11 +101,7 @@ def continue_text(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """The prompt and its continuation, up to an end-of-text token.
-
-    Raises:
-        UserError: the prompt encodes to no token.
-    """
+    """The prompt and its continuation, up to an end-of-text token; an empty prompt begins a text."""
     tokenizer, device = trained.tokenizer, trained.runtime.device
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]  # a text begins after the end of another
     with trained.runtime.autocast():

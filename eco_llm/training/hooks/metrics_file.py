@@ -15,7 +15,6 @@ class MetricsFile(Hook):
     """Appends records; a crash can cut at most the last line, which resuming repairs."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def on_record(self, record: dict[str, Any]) -> None:
