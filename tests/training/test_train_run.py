@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -62,6 +63,12 @@ def assert_same_tree(a: Any, b: Any) -> None:
         assert a == b
 
 
+def phase_share(rows: list[dict[str, Any]]) -> float:
+    """Share of the core step that its phases cover, in the median step: another process may take the processor between
+    two phases of a step that lasts 20 ms."""
+    return statistics.median((r["phase_data_s"] + r["phase_train_s"]) / r["core_step_time_s"] for r in rows)
+
+
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM) -> None:
     """The process gets a real signal in the middle of the next step."""
     turn = SigmaTrainer._turn
@@ -109,10 +116,7 @@ def test_a_run_leaves_everything_it_promises(tiny_flags: Flags, tmp_path: Path, 
 
 def test_phases_add_up_to_the_core_step(tiny_flags: Flags, tmp_path: Path) -> None:
     assert main(tiny_flags("--steps 8 --batch-size 8 --seq-len 96 --eval-interval 0")) == 0
-    rows = records(tmp_path / "run")[2:]
-    phases = sum(r["phase_data_s"] + r["phase_train_s"] for r in rows)
-    core = sum(r["core_step_time_s"] for r in rows)
-    assert phases == pytest.approx(core, rel=0.02)
+    assert phase_share(records(tmp_path / "run")[2:]) == pytest.approx(1, rel=0.02)
 
 
 def test_the_seed_decides_everything(tiny_flags: Flags, tmp_path: Path) -> None:
@@ -571,4 +575,4 @@ def test_a_checkpoint_costs_the_loop_and_not_the_core_step(
     assert [r["step"] for r in rows if r["step_time_s"] > 0.5] == [3, 5]  # the turns that saved steps 2 and 4
     for r in rows[1:]:
         assert r["core_step_time_s"] < 0.5
-        assert r["phase_data_s"] + r["phase_train_s"] == pytest.approx(r["core_step_time_s"], rel=0.1)
+    assert phase_share(rows[1:]) == pytest.approx(1, rel=0.1)
