@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
 from eco_llm.model.norm import RMSNorm
+from eco_llm.ops.mamba_mixer import mamba_mixer
 from eco_llm.ops.ssd import choose_chunk, ssd, ssd_step
 
 
@@ -66,10 +67,12 @@ class Mamba(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """u [B, T, D] -> [B, T, D]."""
-        z, xbc, dt = self._project(u)
-        x, B, C = self._convolve(F.pad(xbc, (0, 0, self.conv_width - 1, 0)))
-        y = ssd(x, dt, self._rates(), B, C, self.D, chunk_size=choose_chunk(u.shape[1], self.chunk))
-        return self._gate_out(y, z)
+        assert self.conv1d.bias is not None
+        return mamba_mixer(
+            u, self.in_proj.weight, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias,
+            self._rates(), self.D, self.norm.weight, self.out_proj.weight, state_dim=self.state_dim, eps=self.norm.eps,
+            chunk_size=choose_chunk(u.shape[1], self.chunk),
+        )  # fmt: skip
 
     def extend(self, u: Tensor, cache: MambaCache) -> Tensor:
         """The next T tokens of a sequence whose past is in `cache`, which moves past them. u and result [B, T, D]."""

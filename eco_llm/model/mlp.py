@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
+from eco_llm.ops.swiglu import swiglu_mlp
 
 
 class SwiGLU(nn.Module):
@@ -17,6 +17,5 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.mlp_dim, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        """x [B, T, D] -> [B, T, D], in the autocast type if autocast is on."""
+        return swiglu_mlp(x, self.gate_up.weight, self.down.weight)

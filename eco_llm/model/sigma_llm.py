@@ -27,6 +27,7 @@ from eco_llm.model.block import Block, LayerCache
 from eco_llm.model.mamba import Mamba
 from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.cross_entropy import linear_cross_entropy
+from eco_llm.ops.embedding import embed, tie
 from eco_llm.ops.ssd import choose_chunk
 
 IGNORE = -100  # target of a token that does not count in the loss
@@ -72,14 +73,21 @@ class SigmaLLM(nn.Module):
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] -> normalised hidden states [B, T, D], what the head reads."""
-        x = self.embedding(input_ids)
+        return self._trunk(self.embedding(input_ids))
+
+    def _trunk(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
         return self.final_norm(x)
 
     def _cross_entropy(self, input_ids: Tensor, targets: Tensor, reduction: Any) -> Tensor:
+        if self.head is None:  # one gradient buffer for both uses of the matrix
+            table, head = tie(self.embedding.weight)
+            x = embed(input_ids, table)
+        else:
+            x, head = self.embedding(input_ids), self.head.weight
         return linear_cross_entropy(
-            self.hidden(input_ids).flatten(0, 1), self.head_weight, targets.flatten(),
+            self._trunk(x).flatten(0, 1), head, targets.flatten(),
             chunk_tokens=self.config.loss_chunk_tokens, ignore_index=IGNORE, reduction=reduction,
         )  # fmt: skip
 

@@ -67,20 +67,20 @@ def test_pinned_chunk_reaches_the_scan_and_changes_only_rounding(monkeypatch: py
     import eco_llm.model.mamba as module
 
     used: list[int] = []
-    real = module.ssd
+    real = module.mamba_mixer
 
     def spy(*args: object, chunk_size: int, **kwargs: object) -> object:
         used.append(chunk_size)
         return real(*args, chunk_size=chunk_size, **kwargs)
 
-    monkeypatch.setattr(module, "ssd", spy)
+    monkeypatch.setattr(module, "mamba_mixer", spy)
     u = torch.randn(1, 300, 32, dtype=torch.float64)
     mixer = make_mixer(dtype=torch.float64)
     results = []
-    for pinned in ("auto", 64, 256):
+    for pinned in ("auto", 128, 256):
         mixer.chunk = pinned
         results.append(mixer(u))
-    assert used == [128, 64, 256]
+    assert used == [64, 128, 256]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-11, atol=1e-13)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from eco_llm.config import SigmaConfig
 from eco_llm.model.mlp import SwiGLU
 from eco_llm.model.norm import RMSNorm
+from eco_llm.ops.backend import reference_only
 
 
 def make(kind: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
@@ -28,6 +31,48 @@ def test_swiglu_formula() -> None:
     gate, up = mlp.gate_up.weight[:10], mlp.gate_up.weight[10:]
     g = x @ gate.t()
     torch.testing.assert_close(mlp(x), (g / (1 + torch.exp(-g)) * (x @ up.t())) @ mlp.down.weight.t())
+
+
+def test_swiglu_keeps_its_parameters_and_takes_the_autocast_type() -> None:
+    mlp = make("mlp", torch.float32)
+    assert {name: tuple(t.shape) for name, t in mlp.state_dict().items()} == {
+        "gate_up.weight": (20, 8),
+        "down.weight": (8, 10),
+    }
+    x = torch.randn(2, 3, 8)
+    plain = mlp(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mlp(x)
+        want = mlp.down(F.silu(mlp.gate_up(x)[..., :10]) * mlp.gate_up(x)[..., 10:])
+    assert (plain.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(y, want)
+    y.float().sum().backward()
+    assert [p.grad.dtype for p in mlp.parameters() if p.grad is not None] == [torch.float32] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_swiglu_on_cuda_is_the_reference_in_bf16(compiled: bool) -> None:
+    """Weights' gradients are float32 and whole; evaluation gives the same numbers as training."""
+    mlp = make("mlp", torch.float32).cuda()
+    x = torch.randn(2, 63, 8, device="cuda", requires_grad=True)
+    dy = torch.randn(2, 63, 8, device="cuda", dtype=torch.bfloat16)
+    leaves = (x, *mlp.parameters())
+
+    def run(module: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        with torch.autocast("cuda", torch.bfloat16):
+            y = module(x)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    module = torch.compile(mlp, fullgraph=True) if compiled else mlp
+    got = run(module)
+    with reference_only():
+        want = run(mlp)
+    assert [t.dtype for t in got] == [torch.bfloat16, *[torch.float32] * 3]
+    for actual, expected in zip(got, want, strict=True):
+        assert (actual - expected).abs().max() < 2.5e-2 * expected.abs().max()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(module(x), got[0])
 
 
 @pytest.mark.parametrize(

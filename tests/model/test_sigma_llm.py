@@ -218,7 +218,7 @@ def test_flops_of_the_default_profile_by_hand() -> None:
     config = SigmaConfig()
     with torch.device("meta"):
         model = SigmaLLM(config)
-    mamba = 2 * 768 * (1536 + 1792 + 24) + 2 * 1536 * 768 + 4 * 1536 * 128 + 128 * (128 + 1536)
+    mamba = 2 * 768 * (1536 + 1792 + 24) + 2 * 1536 * 768 + 4 * 1536 * 128 + 64 * (128 + 1536)
     mla = 2 * 768 * 768 + 2 * 768 * 288 + 2 * 256 * 12 * (32 + 64) + 2 * 768 * 768 + 2 * 512 * 768
     mlp = 2 * 3 * 768 * 2048
     assert model.flops_per_token(512) == 3 * (15 * mamba + 3 * mla + 18 * mlp + 2 * 768 * 32_768)

@@ -201,9 +201,9 @@ def test_mistakes_are_refused() -> None:
 
 
 def test_tile_policy() -> None:
-    assert [choose_chunk(t) for t in (1, 512, 1023)] == [128, 128, 128]
-    assert all(choose_chunk(t) in (128, 256) for t in (1024, 4096, 65_536))
-    assert choose_chunk(512, 64) == 64
+    assert [choose_chunk(t) for t in (1, 512, 1023)] == [64, 64, 64]
+    assert all(choose_chunk(t) in (64, 128, 256) for t in (1024, 4096, 65_536))
+    assert choose_chunk(512, 128) == 128
     assert choose_chunk(4096, 256) == 256
     for bad in ((0, "auto"), (8, 0)):
         with pytest.raises(ValueError, match="at least 1"):

@@ -16,20 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a result of at least float32.
-
-    CUDA can leave the tensor cores' float32 sums unrounded; elsewhere a half-precision product is rounded first.
-    """
-    if a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
-    return a @ b
+from eco_llm.ops.cross_entropy.products import product
 
 
 def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [m] (0 where `ignored`) and log-probabilities [m, V] of one chunk."""
-    log_p = torch.log_softmax(_product(hidden, weight.t()), dim=-1)
+    log_p = torch.log_softmax(product(hidden, weight.t()), dim=-1)
     safe = targets.masked_fill(ignored, 0)
     return -log_p.gather(1, safe[:, None])[:, 0].masked_fill(ignored, 0.0), log_p
 
@@ -72,7 +64,7 @@ class SummedLinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[part] = (d_logits @ w) * kept
             if d_weight is not None:
-                d_weight += _product(d_logits.t(), h[part] * kept)
+                d_weight += product(d_logits.t(), h[part] * kept)
 
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype

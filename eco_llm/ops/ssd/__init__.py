@@ -7,13 +7,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.ssd.chunked import ssd_chunked
+from eco_llm.ops.ssd.operator import ssd_triton, unsupported_by_triton
 from eco_llm.ops.ssd.policy import choose_chunk
 from eco_llm.ops.ssd.reference import ssd_recurrent, ssd_step
 
-__all__ = ["choose_chunk", "ssd", "ssd_step"]
+__all__ = ["choose_chunk", "ssd", "ssd_step", "unsupported_by_triton"]
 
-Backend = Literal["auto", "recurrent", "chunked"]
+Backend = Literal["auto", "recurrent", "chunked", "triton"]
 
 
 @overload
@@ -73,15 +75,17 @@ def ssd(
             on it beyond rounding.
         initial_state: h before the first token, [B, H, P, N], or None for zeros.
         return_final_state: also return h after the last token.
-        backend: `recurrent` is the time-step loop, the slow judge; `chunked` the matrix form; `auto` the fastest
-            that is right here, today always `chunked`.
+        backend: `recurrent` is the time-step loop, the slow judge; `chunked` the matrix form in PyTorch's ops; `triton`
+            the same form as CUDA kernels (`chunk_size` rounded down to a power of two from 64, float32 32, to 256);
+            `auto` is `triton` where it serves (`unsupported_by_triton`), else `chunked`.
 
     Returns:
         y [B, T, H, P] in the type of x; with `return_final_state` the pair (y, h [B, H, P, N]). Decays and states
         are float32 (float64 for float64 x) whatever the input type, also inside a surrounding autocast.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown backend, a chunk below 1.
+        ValueError: shapes that do not fit together, an unknown backend or one that does not serve the input, a chunk
+            below 1.
     """
     batch, time, heads, width = x.shape
     groups, state_size = B.shape[2:]
@@ -104,7 +108,12 @@ def ssd(
 
     # A surrounding autocast would run the decay path's products in bf16.
     with torch.autocast(x.device.type, enabled=False):
-        if backend in ("auto", "chunked"):
+        reason = unsupported_by_triton(x.dtype, width, state_size)
+        if backend == "triton" and reason:
+            raise ValueError(f"the Triton SSD does not serve this input: {reason}")
+        if backend == "triton" or (backend == "auto" and reason is None and uses_triton(x)):
+            y, state = ssd_triton(x, dt, A, B, C, D, initial_state, chunk_size)
+        elif backend in ("auto", "chunked"):
             y, state = ssd_chunked(x, dt, A, B, C, D, initial_state, chunk_size)
         elif backend == "recurrent":
             wide = torch.promote_types(x.dtype, torch.float32)
@@ -112,5 +121,5 @@ def ssd(
                 initial_state = torch.zeros(batch, heads, width, state_size, dtype=wide, device=x.device)
             y, state = ssd_recurrent(x, dt, A, B, C, D, initial_state)
         else:
-            raise ValueError(f"unknown SSD backend {backend!r}; known: auto, recurrent, chunked")
+            raise ValueError(f"unknown SSD backend {backend!r}; known: auto, recurrent, chunked, triton")
     return (y, state) if return_final_state else y

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-# (shortest sequence of the row, chunk), first match from the bottom up. 256 is allowed only for T ≥ 1024.
-# Edit the table when a measurement says so. Evidence: benchmarks/results/*/chunk_policy.json (64 and 128 within noise
-# of each other at 512, 1024 and 4096 tokens, 256 slower at each, on an H200 and on a CPU; docs/LOG.md). A row of 256
-# must wait until torch 2.11 is no longer supported: its compiler fails on a scan of 256 (CUDA; 2.13 has the fix).
-CHUNK_TABLE: tuple[tuple[int, int], ...] = ((1, 128), (1024, 128))
+# (shortest sequence of the row, chunk), first match from the bottom up. 256 is allowed only for T ≥ 1024. Edit the
+# table when a measurement says so. Evidence: benchmarks/results/*/chunk_policy*.json and docs/LOG.md. On an H200 64 is the
+# fastest at every length (Triton kernels: 1.3 to 2 times 256); in PyTorch's ops, on a CPU too, 64 and 128 are within
+# noise of each other or 64 ahead.
+CHUNK_TABLE: tuple[tuple[int, int], ...] = ((1, 64), (1024, 64))
 
 
 def choose_chunk(seq_len: int, pinned: Literal["auto"] | int = "auto") -> int:

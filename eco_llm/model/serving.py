@@ -1,0 +1,21 @@
+"""Which implementation serves a model's own ops, for people."""
+
+from __future__ import annotations
+
+import torch
+
+from eco_llm.config import SigmaConfig
+from eco_llm.ops.backend import Kernels, kernels_for
+from eco_llm.ops.mamba_mixer import unsupported
+
+__all__ = ["Kernels", "serving_kernels"]
+
+
+def serving_kernels(shape: SigmaConfig, device: torch.device, compute_dtype: torch.dtype) -> Kernels:
+    """The Triton kernels, or the reference and why."""
+    serving = kernels_for(device)
+    if serving.name == "triton" and "mamba" in shape.mixer_pattern:
+        reason = unsupported(compute_dtype, shape.mamba_head_dim, shape.mamba_state_dim)
+        if reason is not None:
+            return Kernels("reference", f"the Mamba mixer's do not take this shape: {reason}")
+    return serving

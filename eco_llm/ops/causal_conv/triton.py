@@ -1,0 +1,399 @@
+# Kernels build tuples of tiles by `+`, for they know no unpacking, and rebind a name with another number of them.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+"""Causal depthwise convolution + SiLU as Triton kernels. Maths: README.md beside this file.
+
+A thread owns a few channels and walks along time with the last W − 1 inputs in registers, so that every input is
+read once and converted once. A program is `_STRIPS` strips of time, side by side, × a block of channels; in backward
+the strips' sums for dWeight and dBias meet in the program, the programs' in one sum of fixed order.
+
+Loads are issued `STEP` tokens ahead of their use (the compiler may not move them over stores). Row strides reach the
+kernels divided by their common power of two, `UNIT`, and are multiplied by it there: that tells the compiler the
+alignment, and so the safe vector width, also where strides are no multiples of 16 (the only hint Triton has itself).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eco_llm.ops.partials import sum_partials
+from eco_llm.ops.sigmoid import sigmoid
+
+_WARPS = 4
+_STRIPS = 4
+_STRIP_TOKENS = (8, 16, 24, 32, 48, 64)  # to choose from; multiples of every step
+_STRIP_OVERHEAD = 8  # tokens that would take as long as what a strip costs besides its tokens: taps, neighbours, sums
+
+
+class _Tuning(NamedTuple):
+    """What a kernel asks of a multiprocessor, with 4 taps and bfloat16 inputs."""
+
+    channels: int  # a thread, at most
+    step: int  # tokens loaded ahead
+    resident: int  # programs that the registers of a multiprocessor hold
+
+
+# Registers a thread, by ptxas for compute capability 9.0: 96 and 96. A multiprocessor of an H200 needs some 25 kB in
+# flight for full bandwidth; these keep 40 kB. Issue slots come next: 15 instructions a channel and token forward, 31 to
+# 35 backward. Four channels a thread would be the cheaper backward, but take 162 registers.
+_FORWARD = _Tuning(channels=4, step=8, resident=5)
+_BACKWARD = _Tuning(channels=2, step=4, resident=5)
+
+
+@triton.jit
+def _silu_input(window, x_t, weights, bias, W: tl.constexpr):
+    """Σ_w weight[w] · x[t − W + 1 + w] + bias; `window` holds the W − 1 tokens before t."""
+    pre = bias + weights[W - 1] * x_t
+    for w in tl.static_range(W - 1):
+        pre += weights[w] * window[w]
+    return pre
+
+
+@triton.jit
+def _load_taps(weight, bias, columns, C, W: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The W taps and the bias, each [STRIPS, COLUMNS] float32."""
+    inside = columns < C
+    weights = ()
+    for w in tl.static_range(W):
+        tap = tl.load(weight + columns * W + w, mask=inside, other=0.0)
+        weights = weights + (tl.broadcast_to(tap[None, :], (STRIPS, COLUMNS)),)
+    offset = tl.load(bias + columns, mask=inside, other=0.0)
+    return weights, tl.broadcast_to(offset[None, :], (STRIPS, COLUMNS))
+
+
+@triton.jit
+def _load_rows(pointers, row_stride, inside, left, first, ROWS: tl.constexpr, slice_stride, SLICES: tl.constexpr):
+    """Tokens first … first + ROWS − 1 after the strip's pointers, ROWS · SLICES tiles; 0 where `left` tokens end."""
+    rows = ()
+    for u in tl.static_range(ROWS):
+        here = pointers + (first + u) * row_stride
+        for s in tl.static_range(SLICES):
+            rows = rows + (tl.load(here + s * slice_stride, mask=inside & (u < left), other=0.0),)
+    return rows
+
+
+@triton.jit
+def _load_window(pointers, row_stride, inside, start, T, W: tl.constexpr):
+    """The W − 1 tokens before the strip, float32; 0 before the first."""
+    window = ()
+    for u in tl.static_range(W - 1):
+        t = start + (u + 1 - W)
+        tile = tl.load(pointers + (u + 1 - W) * row_stride, mask=inside & (t >= 0) & (t < T), other=0.0)
+        window = window + (tile.to(tl.float32),)
+    return window
+
+
+@triton.jit(do_not_specialize=["T", "strip", "blocks", "programs", "x_batch", "x_row"])
+def conv_silu_forward_kernel(
+    x, weight, bias, y, T, C, strip, blocks, programs, x_batch, x_row,
+    W: tl.constexpr, UNIT: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Programs of one stretch of time are neighbours, for they share memory pages."""
+    pid = tl.program_id(0)
+    columns = (pid % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    batch = (pid // blocks // programs).to(tl.int64)
+    start = ((pid // blocks % programs) * STRIPS + tl.arange(0, STRIPS)[:, None]) * strip
+    inside = (columns < C)[None, :]
+    x_row = x_row * UNIT
+    x_pointers = x + batch * x_batch * UNIT + start.to(tl.int64) * x_row + columns[None, :]
+    y_pointers = y + (batch * T + start.to(tl.int64)) * C + columns[None, :]
+
+    left = tl.minimum(T - start, strip)  # tokens still to load, then to compute
+    ahead = _load_rows(x_pointers, x_row, inside, left, 0, STEP, 0, 1)
+    window = _load_window(x_pointers, x_row, inside, start, T, W)
+    weights, offset = _load_taps(weight, bias, columns, C, W, STRIPS, COLUMNS)
+    for i in range(0, strip, STEP):
+        now = ahead
+        ahead = _load_rows(x_pointers, x_row, inside, left - STEP, i + STEP, STEP, 0, 1)
+        for u in tl.static_range(STEP):
+            x_t = now[u].to(tl.float32)
+            pre = _silu_input(window, x_t, weights, offset, W)
+            tl.store(y_pointers + (i + u) * C, (pre * sigmoid(pre)).to(y.dtype.element_ty), mask=inside & (u < left))
+            window = window[1:] + (x_t,)
+        left -= STEP
+
+
+@triton.jit
+def _backward_step(x_t, dy_t, window, d_window, weights, offset, W: tl.constexpr):
+    """Gradient of the pre-activation at t, and dx at t − W + 1."""
+    pre = _silu_input(window, x_t, weights, offset, W)
+    gate = sigmoid(pre)
+    passed = dy_t * gate
+    d_pre = passed + passed * (pre - pre * gate)  # dy σ (1 + p (1 − σ))
+    dx = weights[0] * d_pre
+    for w in tl.static_range(1, W):
+        dx += weights[w] * d_window[W - 1 - w]
+    return d_pre, dx
+
+
+@triton.jit
+def _add_slices(tiles, u: tl.constexpr, SLICES: tl.constexpr):
+    total = tiles[u * SLICES].to(tl.float32)
+    for s in tl.static_range(1, SLICES):
+        total += tiles[u * SLICES + s].to(tl.float32)
+    return total
+
+
+@triton.jit
+def _backward_columns(
+    x_pointers, dy_pointers, dx_pointers, weight, bias, partial, start, columns, end_column, T, C, strip,
+    x_row, dy_row, dx_row, dy_slice,
+    W: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """dx of `strip` tokens from `start` on, and their share of dWeight and dBias, for one block of channels."""
+    inside = (columns < end_column)[None, :]
+    # dx[t] needs the gradients of the pre-activation up to t + W − 1: the walk goes that far and stores W − 1 behind.
+    left = tl.minimum(T - start, strip + (W - 1))  # tokens still to read
+    unwritten = tl.minimum(T - start, strip)
+    x_ahead = _load_rows(x_pointers, x_row, inside, left, 0, STEP, 0, 1)
+    dy_ahead = _load_rows(dy_pointers, dy_row, inside, left, 0, STEP, dy_slice, SLICES)
+    window = _load_window(x_pointers, x_row, inside, start, T, W)
+    weights, offset = _load_taps(weight, bias, columns, end_column, W, STRIPS, COLUMNS)
+    zero = tl.zeros((STRIPS, COLUMNS), tl.float32)
+    d_window = ()  # gradients of the pre-activation at the W − 1 tokens before t
+    d_weights = ()
+    d_offset = zero
+    for _ in tl.static_range(W - 1):
+        d_window = d_window + (zero,)
+    for _ in tl.static_range(W):
+        d_weights = d_weights + (zero,)
+
+    for i in range(0, strip, STEP):
+        x_now, dy_now = x_ahead, dy_ahead
+        left -= STEP
+        x_ahead = _load_rows(x_pointers, x_row, inside, left, i + STEP, STEP, 0, 1)
+        dy_ahead = _load_rows(dy_pointers, dy_row, inside, left, i + STEP, STEP, dy_slice, SLICES)
+        for u in tl.static_range(STEP):
+            x_t = x_now[u].to(tl.float32)
+            d_pre, dx = _backward_step(x_t, _add_slices(dy_now, u, SLICES), window, d_window, weights, offset, W)
+            kept = inside & (u - (W - 1) < unwritten)
+            if u < W - 1:
+                kept = kept & (i + u >= W - 1)
+            tl.store(dx_pointers + (i + u - (W - 1)) * dx_row, dx.to(dx_pointers.dtype.element_ty), mask=kept)
+            taken = window + (x_t,)
+            summed = ()
+            for w in tl.static_range(W):
+                summed = summed + (d_weights[w] + d_pre * taken[w],)
+            d_weights = summed
+            d_offset += d_pre
+            window = taken[1:]
+            d_window = d_window[1:] + (d_pre,)
+        unwritten -= STEP
+
+    # The W − 1 tokens after the strip add to dx only: dWeight and dBias get them from the next strip.
+    if W - 1 > STEP:
+        x_ahead = x_ahead + _load_rows(x_pointers, x_row, inside, left - STEP, strip + STEP, W - 1 - STEP, 0, 1)
+        dy_ahead = dy_ahead + _load_rows(
+            dy_pointers, dy_row, inside, left - STEP, strip + STEP, W - 1 - STEP, dy_slice, SLICES
+        )
+    for u in tl.static_range(W - 1):
+        x_t = x_ahead[u].to(tl.float32)
+        d_pre, dx = _backward_step(x_t, _add_slices(dy_ahead, u, SLICES), window, d_window, weights, offset, W)
+        kept = inside & (u - (W - 1) < unwritten) & (strip + u >= W - 1)
+        tl.store(dx_pointers + (strip + u - (W - 1)) * dx_row, dx.to(dx_pointers.dtype.element_ty), mask=kept)
+        window = window[1:] + (x_t,)
+        d_window = d_window[1:] + (d_pre,)
+
+    for w in tl.static_range(W):
+        tl.store(partial + columns * W + w, tl.sum(d_weights[w], axis=0), mask=columns < end_column)
+    tl.store(partial + C * W + columns, tl.sum(d_offset, axis=0), mask=columns < end_column)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "strip", "blocks", "head_blocks", "programs", "x_batch", "x_row",
+        "head_batch", "head_row", "tail_slice", "tail_batch", "tail_row", "dx_batch", "dx_row",
+    ]
+)  # fmt: skip
+def conv_silu_backward_kernel(
+    x, weight, bias, dy_head, dy_tail, dx, partials, T, C, C_head, strip, blocks, head_blocks, programs,
+    x_batch, x_row, head_batch, head_row, tail_slice, tail_batch, tail_row, dx_batch, dx_row,
+    W: tl.constexpr, UNIT: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_STEP: tl.constexpr, TAIL_STEP: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """A block of channels lies in the head or in the tail of dy, never in both: each starts its own blocks."""
+    pid = tl.program_id(0)
+    block = pid % blocks
+    row = pid // blocks
+    batch = (row // programs).to(tl.int64)
+    start = ((row % programs) * STRIPS + tl.arange(0, STRIPS)[:, None]) * strip
+    far = start.to(tl.int64)
+    x_row = x_row * UNIT
+    dx_row = dx_row * UNIT
+    partial = partials + row.to(tl.int64) * (C * (W + 1))
+    x_pointers = x + batch * x_batch * UNIT + far * x_row
+    dx_pointers = dx + batch * dx_batch * UNIT + far * dx_row
+    if block < head_blocks:
+        columns = block * COLUMNS + tl.arange(0, COLUMNS)
+        dy_row = head_row * UNIT
+        _backward_columns(
+            x_pointers + columns[None, :],
+            dy_head + batch * head_batch * UNIT + far * dy_row + columns[None, :],
+            dx_pointers + columns[None, :],
+            weight, bias, partial, start, columns, C_head, T, C, strip, x_row, dy_row, dx_row, 0,
+            W, STRIPS, COLUMNS, HEAD_STEP, 1,
+        )  # fmt: skip
+    elif SLICES > 0:
+        inner = (block - head_blocks) * COLUMNS + tl.arange(0, COLUMNS)
+        columns = C_head + inner
+        dy_row = tail_row * UNIT
+        _backward_columns(
+            x_pointers + columns[None, :],
+            dy_tail + batch * tail_batch * UNIT + far * dy_row + inner[None, :],
+            dx_pointers + columns[None, :],
+            weight, bias, partial, start, columns, C, T, C, strip, x_row, dy_row, dx_row,
+            tl.cast(tail_slice, tl.int64) * UNIT,
+            W, STRIPS, COLUMNS, TAIL_STEP, SLICES,
+        )  # fmt: skip
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter: few, so that strips are long
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _columns(taps: int, tuning: _Tuning) -> int:
+    """Channels a program; fewer a thread where the registers for the taps would not suffice."""
+    return 32 * min(tuning.channels, 4 if taps <= 4 else 2 if taps <= 8 else 1)
+
+
+def _strip_tokens(batch: int, tokens: int, blocks: int, tuning: _Tuning, device: torch.device) -> int:
+    """Tokens a strip: short ones where programs are few, for a walk is a chain of waits; long ones where they are many,
+    for every strip reads its neighbours' tokens too.
+    """
+
+    def time(strip: int) -> float:
+        programs = batch * math.ceil(tokens / (_STRIPS * strip)) * blocks
+        share = math.ceil(programs / _processors(device)) / tuning.resident  # of a multiprocessor, by the busiest
+        return max(share, 1.0) * (strip + _STRIP_OVERHEAD)
+
+    return min(reversed(_STRIP_TOKENS), key=time)
+
+
+def _unit(*strides: int) -> int:
+    """The largest power of two, 8 at most, that divides all strides."""
+    return math.gcd(8, *strides)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """All strides but the last, which must be 1. Those of axes of length 1 are 0: they are free, and may be odd."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        raise ValueError(f"need a last stride of 1, got strides {tensor.stride()}")
+    shape, strides = tensor.shape[:-1], tensor.stride()[:-1]
+    return tuple(stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=True))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    channels = x.shape[-1]
+    if x.ndim != 3 or weight.shape[0] != channels or bias.shape != (channels,) or not 2 <= weight.shape[1] <= 16:
+        raise ValueError(
+            f"need x [B, T, C], weight [C, 2…16], bias [C], got {tuple(x.shape)}, {tuple(weight.shape)}, "
+            f"{tuple(bias.shape)}"
+        )
+    if weight.dtype != torch.float32 or bias.dtype != torch.float32:
+        raise ValueError(f"need weight and bias in float32, got {weight.dtype}, {bias.dtype}")
+    if not (weight.is_contiguous() and bias.is_contiguous()):
+        raise ValueError("need weight and bias contiguous")
+
+
+def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """silu(causal depthwise convolution of x + bias).
+
+    Args:
+        x: [B, T, C], last stride 1, other strides free; float32 or bfloat16.
+        weight: [C, W] float32 contiguous, 2 ≤ W ≤ 16; the last tap meets the token itself.
+        bias: [C] float32.
+
+    Returns:
+        [B, T, C], contiguous, in the type of x.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit.
+    """
+    _check(x, weight, bias)
+    (batch, tokens, channels), taps = x.shape, weight.shape[1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    columns = _columns(taps, _FORWARD)
+    blocks = triton.cdiv(channels, columns)
+    strip = _strip_tokens(batch, tokens, blocks, _FORWARD, x.device)
+    programs = triton.cdiv(tokens, _STRIPS * strip)
+    x_batch, x_row = _strides(x)
+    unit = _unit(x_batch, x_row)
+    if y.numel():
+        conv_silu_forward_kernel[(batch * programs * blocks,)](
+            x, weight, bias, y, tokens, channels, strip, blocks, programs, x_batch // unit, x_row // unit,
+            W=taps, UNIT=unit, STRIPS=_STRIPS, COLUMNS=columns, STEP=_FORWARD.step, num_warps=_WARPS, num_stages=1,
+        )  # fmt: skip
+    return y
+
+
+def conv_silu_backward_partials(
+    x: Tensor, weight: Tensor, bias: Tensor, dy_head: Tensor, dy_tail: Tensor | None, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `conv_silu_forward`; the pre-activation is computed again from x. Deterministic.
+
+    The gradient of the output comes in two parts along the channels, as the kernels of the state space model leave it.
+
+    Args:
+        x, weight, bias: as in `conv_silu_forward`.
+        dy_head: [B, T, C1], last stride 1; any floating type.
+        dy_tail: [S, B, T, C − C1] float32, last stride 1: S summands; None where C1 = C.
+        out: [B, T, C], last stride 1, other strides free: dx is written into it, in its type. Must not overlap inputs.
+
+    Returns:
+        Summands of dweight [rows, C · W] and of dbias [rows, C], float32: views of one buffer, for `sum_partials`.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit.
+    """
+    _check(x, weight, bias)
+    (batch, tokens, channels), taps = x.shape, weight.shape[1]
+    head = dy_head.shape[-1]
+    if dy_head.shape != (batch, tokens, head) or out.shape != x.shape:
+        raise ValueError(f"need dy_head [B, T, C1], out {tuple(x.shape)}, got {dy_head.shape}, {out.shape}")
+    slices = 0 if dy_tail is None else dy_tail.shape[0]
+    if dy_tail is None:
+        if head != channels:
+            raise ValueError(f"dy_head has {head} of {channels} channels and there is no dy_tail")
+        tail_strides: tuple[int, ...] = (0, 0, 0)
+    else:
+        if dy_tail.shape != (slices, batch, tokens, channels - head) or slices < 1 or dy_tail.dtype != torch.float32:
+            raise ValueError(
+                f"need dy_tail [S, {batch}, {tokens}, {channels - head}] float32, got {dy_tail.shape} {dy_tail.dtype}"
+            )
+        tail_strides = _strides(dy_tail)
+
+    columns = _columns(taps, _BACKWARD)
+    head_blocks = triton.cdiv(head, columns)
+    blocks = head_blocks + triton.cdiv(channels - head, columns)
+    strip = _strip_tokens(batch, tokens, blocks, _BACKWARD, x.device)
+    programs = triton.cdiv(tokens, _STRIPS * strip)
+    strides = (*_strides(x), *_strides(dy_head), *tail_strides, *_strides(out))
+    unit = _unit(*strides)
+    partials = torch.empty((batch * programs, channels * (taps + 1)), dtype=torch.float32, device=x.device)
+    if x.numel():
+        conv_silu_backward_kernel[(batch * programs * blocks,)](
+            x, weight, bias, dy_head, dy_head if dy_tail is None else dy_tail, out, partials,
+            tokens, channels, head, strip, blocks, head_blocks, programs, *(stride // unit for stride in strides),
+            W=taps, UNIT=unit, STRIPS=_STRIPS, COLUMNS=columns,
+            HEAD_STEP=_BACKWARD.step, TAIL_STEP=4 if slices <= 1 else 2 if slices <= 4 else 1, SLICES=slices,
+            num_warps=_WARPS, num_stages=1,
+        )  # fmt: skip
+    return partials[:, : channels * taps], partials[:, channels * taps :]
+
+
+def conv_silu_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, dy_head: Tensor, dy_tail: Tensor | None, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`conv_silu_backward_partials`, summed: dweight [C, W] and dbias [C], float32, that share no memory."""
+    dweight, dbias = sum_partials(*conv_silu_backward_partials(x, weight, bias, dy_head, dy_tail, out))
+    return dweight.view(weight.shape), dbias

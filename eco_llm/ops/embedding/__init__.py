@@ -1,0 +1,53 @@
+"""One matrix read as token embedding and as head, with one gradient.
+
+Autograd's own way fills a [V, D] gradient for the embedding with zeros, scatters the few rows that the batch touched
+into it, and adds it to the head's: 4 passes over V·D numbers more than needed. Here those rows are added straight into
+the gradient that the head has made: M·D numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["embed", "tie"]
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Tensor | None:
+        rows, head = grad_outputs
+        if rows is None or not rows.is_sparse:  # `embed` was not what read the table
+            return head if rows is None or head is None else head + rows
+        values = rows._values()
+        if head is None:
+            head = values.new_zeros(rows.shape)
+        elif torch._C._autograd._get_current_graph_task_keep_graph():
+            head = head.clone()  # a retained graph may hold it elsewhere
+        # Sums of repeated rows go through a stable sort on CUDA: the same bits in every run.
+        return head.index_put_((rows._indices()[0],), values.to(head.dtype), accumulate=True)
+
+
+def tie(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [V, D] -> (table, head), the same numbers twice: `embed` reads the first, the head's product the second.
+
+    Their gradients meet in one buffer: the head's, written to in place. So the head's reader must hand back a gradient
+    of its own, as matrix products and `linear_cross_entropy` do. First derivatives only.
+    """
+    table, head = _Tie.apply(weight)
+    return table, head
+
+
+def embed(input_ids: Tensor, table: Tensor) -> Tensor:
+    """input_ids [...] int64, table [V, D] of `tie` -> [..., D]; the gradient reaches `tie` as rows, not as [V, D]."""
+    return F.embedding(input_ids, table, sparse=True)

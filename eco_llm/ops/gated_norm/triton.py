@@ -1,0 +1,312 @@
+# Kernels build tuples of tiles by `+`, for they know no unpacking, and rebind a name with another number of them.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+"""Gated RMSNorm as Triton kernels. Maths: README.md beside this file.
+
+A program owns a row (a token) at a time, in up to three chunks of `CHUNK` channels that stay in registers between the
+statistics and their use, so that everything is read once. Backward is a persistent grid: a program keeps its share of
+dWeight in registers over all its rows.
+
+Row strides reach the kernels divided by their common power of two, `UNIT`, and are multiplied by it there: that tells
+the compiler the alignment, and so the safe vector width, also where strides are no multiples of 16 (the only hint
+Triton has itself).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eco_llm.ops.partials import sum_partials
+from eco_llm.ops.sigmoid import sigmoid
+
+MAX_CHANNELS = 8192
+_CHUNKS = 3  # at most; more of them would not fit the registers in backward
+
+
+class _Tuning(NamedTuple):
+    """How backward occupies a multiprocessor."""
+
+    channels: int  # a thread and chunk, at most
+    warps: int  # on a multiprocessor at a time; each program leaves one partial dWeight
+    prefetch: bool  # load the next row before working on this one: more bytes in flight a program, fewer programs
+    registers: int | None  # a thread, at most; None leaves it to the compiler
+
+
+# 1536 channels are 4 warps of 128 registers, by ptxas for compute capability 9.0: 4 programs, 37 kB being loaded.
+_BACKWARD = _Tuning(channels=4, warps=16, prefetch=False, registers=None)
+
+
+@triton.jit
+def _load_row(pointer, C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr):
+    """One row as N chunks, in its own type; 0 beyond C."""
+    columns = tl.arange(0, CHUNK)
+    row = ()
+    for k in tl.static_range(N):
+        here = pointer + (k * CHUNK + columns)
+        if (k + 1) * CHUNK <= C:
+            row = row + (tl.load(here),)
+        else:
+            row = row + (tl.load(here, mask=k * CHUNK + columns < C, other=0.0),)
+    return row
+
+
+@triton.jit
+def _store_chunk(pointer, value, k: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
+    columns = k * CHUNK + tl.arange(0, CHUNK)
+    if (k + 1) * CHUNK <= C:
+        tl.store(pointer + columns, value.to(pointer.dtype.element_ty))
+    else:
+        tl.store(pointer + columns, value.to(pointer.dtype.element_ty), mask=columns < C)
+
+
+@triton.jit
+def _row_offset(batch, token, batch_stride, row_stride, UNIT: tl.constexpr):
+    """Elements before a token, for a tensor of these strides (in units)."""
+    return (tl.cast(batch, tl.int64) * batch_stride + tl.cast(token, tl.int64) * row_stride) * UNIT
+
+
+@triton.jit
+def _split_row(row, T, FLAT: tl.constexpr):
+    """Batch and token of row `row` of B·T. FLAT: all rows lie at equal distances, and count as one batch."""
+    if FLAT:
+        return row * 0, row
+    batch = row // T
+    return batch, row - batch * T
+
+
+@triton.jit(do_not_specialize=["T", "y_batch", "y_row", "z_batch", "z_row"])
+def gated_norm_forward_kernel(
+    y, z, weight, g, eps, T, y_batch, y_row, z_batch, z_row,
+    C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    batch, token = _split_row(row, T, FLAT)
+    y_now = _load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
+    z_now = _load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
+    scale = _load_row(weight, C, CHUNK, N)
+    gated = ()
+    squares = tl.zeros((CHUNK,), tl.float32)
+    for k in tl.static_range(N):
+        gate = z_now[k].to(tl.float32)
+        h = y_now[k].to(tl.float32) * (gate * sigmoid(gate))
+        squares += h * h
+        gated = gated + (h,)
+    inverse = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / C + eps)
+    out = g + row.to(tl.int64) * C
+    for k in tl.static_range(N):
+        _store_chunk(out, gated[k] * inverse * scale[k], k, C, CHUNK)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "T", "dg_batch", "dg_row", "y_batch", "y_row", "z_batch", "z_row",
+        "dy_batch", "dy_row", "dz_batch", "dz_row", "g_batch", "g_row",
+    ]
+)  # fmt: skip
+def gated_norm_backward_kernel(
+    dg, y, z, weight, dy, dz, g, partials, eps, rows, T,
+    dg_batch, dg_row, y_batch, y_row, z_batch, z_row, dy_batch, dy_row, dz_batch, dz_row, g_batch, g_row,
+    C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr,
+    STORE_G: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """dy may lie where dg lies: a row is wholly read, by the sums over it, before its first write."""
+    first = tl.program_id(0)
+    scale = _load_row(weight, C, CHUNK, N)
+    d_scale = ()
+    for _ in tl.static_range(N):
+        d_scale = d_scale + (tl.zeros((CHUNK,), tl.float32),)
+    if PREFETCH:
+        batch, token = _split_row(first, T, FLAT)
+        dg_ahead = _load_row(dg + _row_offset(batch, token, dg_batch, dg_row, UNIT), C, CHUNK, N)
+        y_ahead = _load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
+        z_ahead = _load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
+    for row in range(first, rows, tl.num_programs(0)):
+        batch, token = _split_row(row, T, FLAT)
+        if PREFETCH:
+            dg_now, y_now, z_now = dg_ahead, y_ahead, z_ahead
+            # The last turn loads its own row again rather than beyond the end; nobody uses it.
+            following = row + tl.num_programs(0)
+            following = tl.where(following < rows, following, row)
+            next_batch, next_token = _split_row(following, T, FLAT)
+            dg_ahead = _load_row(dg + _row_offset(next_batch, next_token, dg_batch, dg_row, UNIT), C, CHUNK, N)
+            y_ahead = _load_row(y + _row_offset(next_batch, next_token, y_batch, y_row, UNIT), C, CHUNK, N)
+            z_ahead = _load_row(z + _row_offset(next_batch, next_token, z_batch, z_row, UNIT), C, CHUNK, N)
+        else:
+            dg_now = _load_row(dg + _row_offset(batch, token, dg_batch, dg_row, UNIT), C, CHUNK, N)
+            y_now = _load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
+            z_now = _load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
+
+        squares = tl.zeros((CHUNK,), tl.float32)
+        products = tl.zeros((CHUNK,), tl.float32)
+        for k in tl.static_range(N):
+            gate = z_now[k].to(tl.float32)
+            h = y_now[k].to(tl.float32) * (gate * sigmoid(gate))
+            squares += h * h
+            products += h * (scale[k] * dg_now[k].to(tl.float32))
+        # Both sums in one reduction: warps meet once.
+        square, product = tl.split(tl.sum(tl.join(squares, products), axis=0))
+        inverse = 1.0 / tl.sqrt(square / C + eps)
+        # dh = inverse (w dg − n mean(n w dg)) with n = h · inverse
+        mean = product / C * inverse
+
+        dy_out = dy + _row_offset(batch, token, dy_batch, dy_row, UNIT)
+        dz_out = dz + _row_offset(batch, token, dz_batch, dz_row, UNIT)
+        g_out = g + _row_offset(batch, token, g_batch, g_row, UNIT)
+        summed = ()
+        for k in tl.static_range(N):
+            gate = z_now[k].to(tl.float32)
+            value = y_now[k].to(tl.float32)
+            gradient = dg_now[k].to(tl.float32)
+            open_share = sigmoid(gate)
+            silu = gate * open_share
+            normal = value * silu * inverse
+            dh = inverse * (scale[k] * gradient - normal * mean)
+            passed = dh * value * open_share
+            _store_chunk(dy_out, dh * silu, k, C, CHUNK)
+            _store_chunk(dz_out, passed + passed * (gate - silu), k, C, CHUNK)  # σ (1 + z (1 − σ)) is silu'
+            if STORE_G:
+                _store_chunk(g_out, normal * scale[k], k, C, CHUNK)
+            summed = summed + (d_scale[k] + gradient * normal,)
+        d_scale = summed
+    for k in tl.static_range(N):
+        _store_chunk(partials + first.to(tl.int64) * C, d_scale[k], k, C, CHUNK)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # the interpreter: few, so that a program meets several rows
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _shape(channels: int, widest: int) -> dict[str, int]:
+    """Chunks of a row and warps: chunks of a third of the row at least, so that little of the last one is idle, and
+    at most `widest` channels a thread and chunk.
+    """
+    chunk = max(128, triton.next_power_of_2(triton.cdiv(channels, _CHUNKS)))
+    warps = max(1, min(16, chunk // (32 * widest)))
+    return {"C": channels, "CHUNK": chunk, "N": triton.cdiv(channels, chunk), "num_warps": warps, "num_stages": 1}
+
+
+def _backward_shape(channels: int) -> dict[str, int]:
+    shape = _shape(channels, _BACKWARD.channels)
+    limit = {} if _BACKWARD.registers is None else {"maxnreg": _BACKWARD.registers}
+    return {**shape, "PREFETCH": _BACKWARD.prefetch, **limit}
+
+
+def _programs(rows: int, warps: int, device: torch.device) -> int:
+    """As few programs as do not take longer than all that fit at once, for each leaves a partial sum."""
+    fitting = max(1, _BACKWARD.warps // warps) * _processors(device)
+    return math.ceil(rows / math.ceil(rows / fitting))
+
+
+def _is_flat(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the rows of each lie at equal distances."""
+    return all(1 in t.shape[:2] or t.stride(0) == t.shape[1] * t.stride(1) for t in tensors)
+
+
+def _strides(tensor: Tensor, flat: bool) -> tuple[int, int]:
+    """Strides of batch and row; the last must be 1. Those of axes of length 1 are 0: they are free, and may be odd.
+    Of flat tensors, 0 and that of a row of all.
+    """
+    if tensor.stride(2) != 1 and tensor.shape[2] != 1:
+        raise ValueError(f"need a last stride of 1, got strides {tensor.stride()}")
+    (batches, tokens, _), (batch, row, _) = tensor.shape, tensor.stride()
+    if flat:
+        # One token a batch: batches are the rows. The stride of an axis of length 1 says nothing.
+        return 0, row if tokens > 1 else batch if batches > 1 else 0
+    return batch if batches > 1 else 0, row if tokens > 1 else 0
+
+
+def _check(y: Tensor, weight: Tensor, **others: Tensor) -> None:
+    if y.ndim != 3 or weight.shape != y.shape[2:] or not 1 <= y.shape[2] <= MAX_CHANNELS:
+        raise ValueError(f"need y [B, T, C ≤ {MAX_CHANNELS}], weight [C], got {tuple(y.shape)}, {tuple(weight.shape)}")
+    if weight.dtype != torch.float32 or not weight.is_contiguous():
+        raise ValueError(f"need weight in float32 and contiguous, got {weight.dtype}")
+    for name, tensor in others.items():
+        if tensor.shape != y.shape:
+            raise ValueError(f"need {name} of the shape of y, {tuple(y.shape)}, got {tuple(tensor.shape)}")
+
+
+def gated_norm_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm(y · silu(z)) · weight over the last axis.
+
+    Args:
+        y, z: [B, T, C], last stride 1, other strides free; C ≤ 8192; float32 or bfloat16.
+        weight: [C] float32.
+        eps: added to the mean square.
+
+    Returns:
+        [B, T, C], contiguous, in the type of y.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit.
+    """
+    _check(y, weight, z=z)
+    batch, tokens, channels = y.shape
+    g = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    flat = _is_flat((y, z))
+    strides = (*_strides(y, flat), *_strides(z, flat))
+    unit = math.gcd(8, *strides)
+    if g.numel():
+        gated_norm_forward_kernel[(batch * tokens,)](
+            y, z, weight, g, eps, tokens, *(stride // unit for stride in strides), UNIT=unit, FLAT=flat,
+            **_shape(channels, 8),
+        )  # fmt: skip
+    return g
+
+
+def gated_norm_backward_partials(
+    dg: Tensor, y: Tensor, z: Tensor, weight: Tensor, eps: float, dz_out: Tensor, dy_out: Tensor,
+    g_out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Gradients of `gated_norm_forward`; statistics are computed again. Deterministic.
+
+    Args:
+        dg: [B, T, C], the gradient of the output.
+        y, z, weight, eps: as in `gated_norm_forward`.
+        dz_out, dy_out: [B, T, C] that dz and dy are written into, each in its own type. dy_out may be dg itself;
+            otherwise outputs overlap nothing.
+        g_out: [B, T, C] for the output of the forward, computed again; None to leave it out.
+
+    All [B, T, C] have a last stride of 1 and free other strides.
+
+    Returns:
+        Summands of dweight [rows, C] float32, for `sum_partials`.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit.
+    """
+    _check(y, weight, dg=dg, z=z, dz_out=dz_out, dy_out=dy_out, **({} if g_out is None else {"g_out": g_out}))
+    batch, tokens, channels = y.shape
+    rows = batch * tokens
+    if rows == 0:
+        return torch.zeros((1, channels), dtype=torch.float32, device=y.device)
+    g = y if g_out is None else g_out
+    tensors = (dg, y, z, dy_out, dz_out) if g_out is None else (dg, y, z, dy_out, dz_out, g_out)
+    flat = _is_flat(tensors)
+    strides = [stride for tensor in tensors for stride in _strides(tensor, flat)]
+    unit = math.gcd(8, *strides)
+    strides += [0] * (12 - len(strides))
+    programs = _programs(rows, _shape(channels, _BACKWARD.channels)["num_warps"], y.device)
+    partials = torch.empty((programs, channels), dtype=torch.float32, device=y.device)
+    gated_norm_backward_kernel[(programs,)](
+        dg, y, z, weight, dy_out, dz_out, g, partials, eps, rows, tokens, *(stride // unit for stride in strides),
+        UNIT=unit, FLAT=flat, STORE_G=g_out is not None, **_backward_shape(channels),
+    )  # fmt: skip
+    return partials
+
+
+def gated_norm_backward(
+    dg: Tensor, y: Tensor, z: Tensor, weight: Tensor, eps: float, dz_out: Tensor, dy_out: Tensor,
+    g_out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`gated_norm_backward_partials`, summed: dweight [C] float32."""
+    return sum_partials(gated_norm_backward_partials(dg, y, z, weight, eps, dz_out, dy_out, g_out))[0]

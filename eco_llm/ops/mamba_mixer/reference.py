@@ -1,0 +1,31 @@
+"""The Mamba-2 mixer, one plain op after another."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eco_llm.ops.causal_conv.reference import causal_conv_silu_reference
+from eco_llm.ops.gated_norm.reference import gated_rms_norm_reference
+from eco_llm.ops.ssd import ssd
+
+
+def mamba_mixer_reference(
+    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    norm_weight: Tensor, out_weight: Tensor, *, state_dim: int, eps: float, chunk_size: int,
+    ssd_backend: Literal["chunked", "recurrent"] = "chunked",
+) -> Tensor:  # fmt: skip
+    """Shapes as in `eco_llm.ops.mamba_mixer.mamba_mixer`."""
+    heads, inner = dt_bias.shape[0], norm_weight.shape[0]
+    z, xbc, dt = F.linear(u, in_weight.to(u.dtype)).split((inner, conv_weight.shape[0], heads), dim=-1)
+    xbc = causal_conv_silu_reference(xbc, conv_weight, conv_bias)
+    groups_state = (conv_weight.shape[0] - inner) // 2
+    x, B, C = xbc.split((inner, groups_state, groups_state), dim=-1)
+    # bf16 has 8 bits: dt + bias must not be rounded to it before softplus, for small steps live in the bias.
+    dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + dt_bias)
+    x, B, C = x.unflatten(-1, (heads, -1)), B.unflatten(-1, (-1, state_dim)), C.unflatten(-1, (-1, state_dim))
+    y = ssd(x, dt, A, B, C, D, chunk_size=chunk_size, backend=ssd_backend)
+    return F.linear(gated_rms_norm_reference(y.flatten(2), z, norm_weight, eps), out_weight.to(u.dtype))

@@ -1,0 +1,121 @@
+"""The SwiGLU MLP with both its products, in one op. Maths, bytes and memory: README.md beside this file."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eco_llm.ops.backend import uses_triton
+from eco_llm.ops.swiglu.reference import linear, swiglu_mlp_reference
+
+__all__ = ["swiglu_mlp"]
+
+Backend = Literal["auto", "reference", "triton"]
+
+
+def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """down · (silu(gate) · up), with gate and up the two halves of gate_up · x (arXiv 2002.05202).
+
+    Computed in the autocast type if autocast is on, else in the type of x; silu · up is float32 inside through
+    Triton. A weight's gradient has the weight's own type, and is never rounded on its way there. No host sync.
+
+    Args:
+        x: [B, T, D], free strides.
+        gate_up: [2F, D]; rows 0…F−1 gate, F…2F−1 up.
+        down: [D, F]. Weights are cast to the type of the products inside.
+        backend: `auto` takes Triton where it serves (CUDA; products and weights in float32 or bfloat16), else the
+            reference.
+
+    Returns:
+        [B, T, D] in the type of the products.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend, or `triton` asked for a type that it does not serve.
+    """
+    if x.ndim != 3 or gate_up.ndim != 2 or gate_up.shape != (2 * down.shape[-1], x.shape[-1]):
+        raise ValueError(f"need x [B, T, D] and gate_up [2F, D], got {tuple(x.shape)}, {tuple(gate_up.shape)}")
+    if down.shape != (x.shape[-1], gate_up.shape[0] // 2):
+        raise ValueError(f"need down [D, F], got {tuple(down.shape)} beside gate_up {tuple(gate_up.shape)}")
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"unknown SwiGLU backend {backend!r}; known: auto, reference, triton")
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))  # out here, where a compiler fuses it into what made x
+    served = all(t.dtype in (torch.float32, torch.bfloat16) for t in (x, gate_up, down))
+    if backend == "triton" and not served:
+        raise ValueError(f"the Triton SwiGLU takes float32 or bfloat16, got {x.dtype}, {gate_up.dtype}, {down.dtype}")
+    if backend == "reference" or (backend == "auto" and not (served and uses_triton(x))):
+        return swiglu_mlp_reference(x, gate_up, down)
+    if not torch.is_grad_enabled():
+        # The same numbers with nothing kept. `linear` shares autocast's cast of a weight among the tokens generated.
+        return linear(_silu_mul(linear(x, gate_up)), down)
+    with torch.autocast(device, enabled=False):
+        y: Tensor = _mlp(x, gate_up, down)[0]
+        return y
+
+
+# Operators, so that torch.compile sees opaque nodes with known shapes: it would otherwise trace into the launchers.
+@torch.library.custom_op("eco_llm::silu_mul", mutates_args=())
+def _silu_mul(a: Tensor) -> Tensor:
+    from eco_llm.ops.swiglu.triton import silu_mul_forward
+
+    return silu_mul_forward(a)
+
+
+@_silu_mul.register_fake
+def _(a: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], a.shape[-1] // 2)
+
+
+@torch.library.custom_op("eco_llm::swiglu_mlp", mutates_args=())
+def _mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from eco_llm.ops.swiglu.triton import mlp_forward
+
+    return mlp_forward(x, gate_up, down)
+
+
+@_mlp.register_fake
+def _(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = x.shape[0] * x.shape[1]
+    w_gate_up, w_down = (x.new_empty(0 if w.dtype == x.dtype else w.shape) for w in (gate_up, down))
+    return x.new_empty(x.shape), x.new_empty(tokens, gate_up.shape[0]), w_gate_up, w_down
+
+
+@torch.library.custom_op("eco_llm::swiglu_mlp_backward", mutates_args=())
+def _mlp_backward(
+    dy: Tensor, x: Tensor, a: Tensor, gate_up: Tensor, down: Tensor, gate_up_dtype: torch.dtype, down_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    from eco_llm.ops.swiglu.triton import mlp_backward
+
+    return mlp_backward(dy, x, a, gate_up, down, gate_up_dtype, down_dtype)
+
+
+@_mlp_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, a: Tensor, gate_up: Tensor, down: Tensor, gate_up_dtype: torch.dtype, down_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_gate_up, d_down = (
+        gate_up.new_empty(gate_up.shape, dtype=gate_up_dtype),
+        down.new_empty(down.shape, dtype=down_dtype),
+    )
+    return x.new_empty(x.shape), d_gate_up, d_down
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, *weights = inputs
+    _, a, *casts = output
+    used = (w if w.dtype == x.dtype else cast for w, cast in zip(weights, casts, strict=True))
+    ctx.save_for_backward(x, a, *used)
+    ctx.dtypes = tuple(w.dtype for w in weights)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(dy.device.type, enabled=False):  # backward() may be called inside one
+        d_x, d_gate_up, d_down = _mlp_backward(dy, *ctx.saved_tensors, *ctx.dtypes)
+    return d_x, d_gate_up, d_down
+
+
+_mlp.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,223 @@
+"""The causal convolution against its definition, and the Triton kernels against the reference; values and gradients.
+
+Tests of the kernels need a GPU (`-m gpu`), or Triton's interpreter: TRITON_INTERPRET=1 pytest -m gpu.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from eco_llm.ops.causal_conv import causal_conv_silu
+from eco_llm.ops.causal_conv.reference import causal_conv_silu_reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_DEVICE = "cpu" if INTERPRETED else "cuda"
+# Largest error of a result as a share of its largest element, for results in the type of x.
+# The interpreter cuts numbers off to bf16 where a GPU rounds them.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
+SUM_TOLERANCE = 1e-5  # float32 sums over all tokens
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str = KERNEL_DEVICE) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def slice_of_wider(x: Tensor, offset: int, width: int) -> Tensor:
+    """x as columns `offset` … of a tensor of `width` columns whose other columns are NaN."""
+    wide = x.new_full((*x.shape[:-1], width), float("nan"))
+    part = wide[..., offset : offset + x.shape[-1]]
+    part.copy_(x)
+    return part
+
+
+def by_definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The sum of the README, tap by tap, in the type of x."""
+    pre = bias.expand_as(x).clone()
+    taps = weight.shape[1]
+    for tap in range(taps):
+        back = taps - 1 - tap
+        if back < x.shape[1]:
+            pre[:, back:] += weight[:, tap] * x[:, : x.shape[1] - back]
+    return pre * torch.sigmoid(pre)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.isfinite().all()
+    error = (actual.detach().double() - expected.detach().double()).abs().max() / expected.abs().max()
+    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, dx, dweight, dbias in float64."""
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    y = by_definition(*leaves)
+    return y, *torch.autograd.grad(y, leaves, dy.double())
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 9])
+@pytest.mark.parametrize("time", [1, 3, 63])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_reference_is_the_definition(dtype: torch.dtype, time: int, taps: int) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    x, dy = (normal(2, time, 10, seed=seed, dtype=dtype, device="cpu") for seed in (0, 1))
+    weight, bias = normal(10, taps, seed=2, dtype=wide, device="cpu"), normal(10, seed=3, dtype=wide, device="cpu")
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    y = causal_conv_silu(*leaves)
+    assert y.dtype == dtype
+    got = (y, *torch.autograd.grad(y, leaves, dy))
+    for actual, expected in zip(got, exact(x, weight, bias, dy), strict=True):
+        assert_close(actual, expected, TOLERANCE[dtype] if actual.dtype == dtype else SUM_TOLERANCE)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 11])
+def test_past_continues_a_sequence(cut: int) -> None:
+    x, weight, bias = (normal(*s, seed=4, dtype=torch.float64, device="cpu") for s in ((2, 12, 6), (6, 4), (6,)))
+    past = torch.cat((x.new_zeros(2, 3, 6), x[:, :cut]), dim=1)[:, -3:]
+    whole = causal_conv_silu(x, weight, bias)
+    torch.testing.assert_close(causal_conv_silu(x[:, cut:], weight, bias, past), whole[:, cut:], rtol=0, atol=1e-14)
+
+
+def test_autocast_changes_nothing() -> None:
+    x, weight, bias = (normal(*s, seed=5, device="cpu") for s in ((2, 12, 6), (6, 4), (6,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = causal_conv_silu(x, weight, bias)
+    assert torch.equal(y, causal_conv_silu(x, weight, bias))
+
+
+def test_compiled_reference() -> None:
+    x, weight, bias = (normal(*s, seed=5, device="cpu") for s in ((2, 12, 6), (6, 4), (6,)))
+    compiled = torch.compile(causal_conv_silu, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x, weight, bias), causal_conv_silu(x, weight, bias), 1e-6)
+
+
+def test_mistakes_are_refused() -> None:
+    x, weight, bias = (normal(*s, seed=5, device="cpu") for s in ((2, 12, 6), (6, 4), (6,)))
+    with pytest.raises(ValueError, match="weight"):
+        causal_conv_silu(x, weight.t(), bias)
+    with pytest.raises(ValueError, match="past"):
+        causal_conv_silu(x, weight, bias, x[:, :2])
+    with pytest.raises(ValueError, match="unknown convolution backend"):
+        causal_conv_silu(x, weight, bias, backend="cudnn")
+    with pytest.raises(ValueError, match="no past"):
+        causal_conv_silu(x, weight, bias, x[:, :3], backend="triton")
+    with pytest.raises(ValueError, match="float64"):
+        causal_conv_silu(x.double(), weight, bias, backend="triton")
+
+
+# Time, taps, channels, channels of dy's head, summands of its tail. Blocks have 128 channels: more than one, less than
+# one, heads that end with a block, inside one, and where no vector does.
+CASES = [
+    (1, 4, 200, 136, 2),
+    (63, 4, 48, 48, 0),
+    (63, 4, 160, 128, 1),
+    (100, 4, 41, 25, 1),
+    (100, 4, 200, 136, 2),
+    (33, 2, 41, 25, 1),
+    (33, 2, 150, 17, 5),
+    (20, 7, 72, 64, 1),
+    (20, 16, 41, 41, 0),
+    (5, 16, 40, 24, 2),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize(("time", "taps", "channels", "head", "slices"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels(dtype: torch.dtype, time: int, taps: int, channels: int, head: int, slices: int) -> None:
+    from eco_llm.ops.causal_conv.triton import conv_silu_backward, conv_silu_forward
+
+    offset, width = (8, channels + 24) if channels % 8 == 0 else (3, channels + 10)
+    x = slice_of_wider(normal(2, time, channels, seed=0, dtype=dtype), offset, width)
+    weight, bias = normal(channels, taps, seed=1), normal(channels, seed=2)
+    dy_head = normal(2, time, head, seed=3, dtype=dtype)
+    dy_tail = normal(slices, 2, time, channels - head, seed=4) if slices else None
+    dy = dy_head.double() if dy_tail is None else torch.cat((dy_head.double(), dy_tail.double().sum(0)), dim=-1)
+    y_exact, dx_exact, dweight_exact, dbias_exact = exact(x, weight, bias, dy)
+
+    y = conv_silu_forward(x, weight, bias)
+    assert (y.dtype, y.is_contiguous()) == (dtype, True)
+    assert_close(y, y_exact, TOLERANCE[dtype])
+
+    wide = torch.full((2, time, width), float("nan"), dtype=dtype, device=x.device)
+    dx = wide[..., offset : offset + channels]
+    dweight, dbias = conv_silu_backward(x, weight, bias, dy_head, dy_tail, dx)
+    assert_close(dx, dx_exact, TOLERANCE[dtype])
+    assert wide[..., :offset].isnan().all()
+    assert wide[..., offset + channels :].isnan().all()
+    assert dweight.dtype == dbias.dtype == torch.float32
+    assert_close(dweight, dweight_exact, SUM_TOLERANCE)
+    assert_close(dbias, dbias_exact, SUM_TOLERANCE)
+
+    again = torch.empty_like(dx)
+    for first, second in zip(
+        (dx, dweight, dbias), (again, *conv_silu_backward(x, weight, bias, dy_head, dy_tail, again)), strict=True
+    ):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_strides_that_allow_no_vectors_and_a_gradient_in_float32() -> None:
+    from eco_llm.ops.causal_conv.triton import conv_silu_backward
+
+    x = normal(3, 7 * 40, 50, seed=0, dtype=torch.bfloat16)[:, ::7]  # every seventh row; batches farther apart
+    weight, bias, dy = normal(50, 4, seed=1), normal(50, seed=2), normal(3, 40, 50, seed=3)
+    out = torch.full((40, 3, 51), float("nan"), device=x.device).transpose(0, 1)[..., 1:]
+    got = (out, *conv_silu_backward(x, weight, bias, dy, None, out))
+    for actual, expected in zip(got, exact(x, weight, bias, dy)[1:], strict=True):
+        assert_close(actual, expected, SUM_TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_public_function_through_triton(dtype: torch.dtype, compiled: bool) -> None:
+    x, dy = (normal(2, 37, 40, seed=seed, dtype=dtype) for seed in (0, 1))
+    weight, bias = normal(40, 4, seed=2), normal(40, seed=3)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def caller(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return causal_conv_silu(x * 1, weight, bias, backend="triton")
+
+    run = torch.compile(caller, backend="aot_eager", fullgraph=True) if compiled else caller
+    y = run(*leaves)
+    got = (y, *torch.autograd.grad(y, leaves, dy, retain_graph=True))
+    for actual, expected in zip(got, exact(x, weight, bias, dy), strict=True):
+        assert_close(actual, expected, TOLERANCE[dtype] if actual.dtype == dtype else SUM_TOLERANCE)
+    # A gradient without memory of its own, as sum() makes it.
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert_close(dx, exact(x, weight, bias, torch.ones_like(dy))[1], 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+def test_auto_takes_triton_on_cuda_and_second_derivatives_are_refused() -> None:
+    if INTERPRETED:
+        pytest.skip("the interpreter has no device that auto would serve with Triton")
+    x, weight, bias = (normal(*s, seed=5).requires_grad_() for s in ((2, 12, 6), (6, 4), (6,)))
+    y = causal_conv_silu(x, weight, bias)
+    assert torch.equal(y, causal_conv_silu(x, weight, bias, backend="triton"))
+    assert_close(y, causal_conv_silu_reference(x, weight, bias), 2e-6)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        dx.sum().backward()
+
+
+@pytest.mark.gpu
+def test_launchers_refuse_what_does_not_fit() -> None:
+    from eco_llm.ops.causal_conv.triton import conv_silu_backward, conv_silu_forward
+
+    x, weight, bias = (normal(*s, seed=5) for s in ((2, 12, 6), (6, 4), (6,)))
+    with pytest.raises(ValueError, match="last stride"):
+        conv_silu_forward(normal(2, 6, 12, seed=0).transpose(1, 2), weight, bias)
+    with pytest.raises(ValueError, match="float32"):
+        conv_silu_forward(x, weight.double(), bias)
+    with pytest.raises(ValueError, match="no dy_tail"):
+        conv_silu_backward(x, weight, bias, x[..., :4], None, torch.empty_like(x))
+    with pytest.raises(ValueError, match="dy_tail"):
+        conv_silu_backward(x, weight, bias, x[..., :4], x[None], torch.empty_like(x))

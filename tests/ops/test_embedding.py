@@ -1,0 +1,81 @@
+"""A tied matrix's one gradient against autograd's own sum of two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eco_llm.ops.cross_entropy import linear_cross_entropy
+from eco_llm.ops.embedding import embed, tie
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def make(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 16, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+    ids = torch.randint(12, (3, 9), generator=generator).to(device)  # repeated often, and most rows never read
+    return weight, ids, torch.randint(40, (27,), generator=generator).to(device)
+
+
+def loss_of(weight: Tensor, ids: Tensor, targets: Tensor, tied: bool, backend: str = "auto") -> Tensor:
+    table, head = tie(weight) if tied else (weight, weight)
+    x = embed(ids, table) if tied else F.embedding(ids, table)
+    return linear_cross_entropy(torch.tanh(x).flatten(0, 1), head, targets, chunk_tokens=8, backend=backend)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_equals_the_sum_of_two(dtype: torch.dtype, tolerance: float, backend: str, device: str) -> None:
+    inputs = make(device, dtype)
+    weight = inputs[0]
+    (want,) = torch.autograd.grad(loss_of(*inputs, tied=False, backend=backend), weight)
+    loss = loss_of(*inputs, tied=True, backend=backend)
+    walks = [torch.autograd.grad(loss, weight, retain_graph=keep)[0] for keep in (True, True, False)]
+    for got in walks:
+        assert got.layout == torch.strided
+        assert ((got - want).abs().max() / want.abs().max()).item() <= tolerance
+        assert torch.equal(got, walks[0])
+    # Into .grad: micro-steps, and two losses in one graph.
+    loss_of(*inputs, tied=True, backend=backend).backward()
+    (loss_of(*inputs, tied=True, backend=backend) + loss_of(*inputs, tied=True, backend=backend)).backward()
+    assert ((weight.grad / 3 - want).abs().max() / want.abs().max()).item() <= 2 * tolerance
+
+
+def test_one_reader_alone_and_other_readers() -> None:
+    weight, ids, _ = make("cpu", torch.float64)
+    for use in (
+        lambda a, b: embed(ids, a).square().sum(),
+        lambda a, b: b.square().sum(),
+        lambda a, b: F.embedding(ids, a).square().sum() + b.square().sum(),
+    ):
+        (want,) = torch.autograd.grad(use(*tie(weight)), weight)
+        a = weight.detach().clone().requires_grad_()
+        loss = use(a, a) if use(a, a).requires_grad else None
+        (got,) = torch.autograd.grad(loss, a)
+        torch.testing.assert_close(want, got.to_dense())
+
+
+@pytest.mark.gpu
+def test_no_sync_and_the_same_bits_in_a_cuda_graph() -> None:
+    inputs = make("cuda", torch.float32)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(loss_of(*inputs, tied=True), inputs[0])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            (eager,) = torch.autograd.grad(loss_of(*inputs, tied=True), inputs[0])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (captured,) = torch.autograd.grad(loss_of(*inputs, tied=True), inputs[0])
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(captured, eager)

@@ -1,0 +1,158 @@
+"""The fused Mamba mixer against its plain composition in float64; outputs and the gradient of every input.
+
+The kernels need a GPU (`-m gpu`), or Triton's interpreter (float32, small shapes): TRITON_INTERPRET=1 pytest -m gpu.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from eco_llm.ops.mamba_mixer import mamba_mixer
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+only_gpu = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter, or about the GPU itself")
+NAMES = ("u", "in_weight", "conv_weight", "conv_bias", "dt_bias", "A", "D", "norm_weight", "out_weight")
+# As a share of a tensor's norm. bf16: every op on the way rounds to 8 bits. float32: dA is a sum of differences.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.5e-2}
+
+
+def make_inputs(
+    time: int, *, heads: int = 2, width: int = 16, groups: int = 1, state: int = 16, taps: int = 4, model: int = 24,
+    dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype = torch.float32, device: str = DEVICE,
+) -> dict[str, Tensor]:  # fmt: skip
+    g = torch.Generator().manual_seed(time + heads)
+    inner = heads * width
+    conv = inner + 2 * groups * state
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    values = {
+        "u": normal(2, time, model).to(dtype),
+        "in_weight": (normal(inner + conv + heads, model) / model**0.5).to(weight_dtype),
+        "conv_weight": (0.4 * normal(conv, taps)).float(),
+        "conv_bias": (0.1 * normal(conv)).float(),
+        "dt_bias": (normal(heads) - 2).float(),
+        "A": -torch.linspace(0.5, 12, heads),
+        "D": normal(heads).float(),
+        "norm_weight": (1 + 0.3 * normal(inner)).float(),
+        "out_weight": (normal(model, inner) / inner**0.5).to(weight_dtype),
+    }
+    return {name: value.to(device).requires_grad_() for name, value in values.items()}
+
+
+def run(inputs: dict[str, Tensor], state: int, chunk: int = 64, **options: object) -> dict[str, Tensor]:
+    out = mamba_mixer(**inputs, state_dim=state, eps=1e-5, chunk_size=chunk, **options)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out)
+    grads = torch.autograd.grad(out, list(inputs.values()), cotangent)
+    return {"out": out.detach()} | dict(zip(inputs, grads, strict=True))
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, want in expected.items():
+        got, want = actual[name].double(), want.double()
+        assert got.isfinite().all(), name
+        error = (got - want).norm() / want.norm().clamp(min=0.1)  # T = 1 leaves A without a gradient
+        assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.1e}"
+
+
+def as_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("time", [1, 63, 100])
+def test_kernels_equal_the_composition(time: int, taps: int, groups: int) -> None:
+    inputs = make_inputs(time, groups=groups, taps=taps)
+    expected = run(as_float64(inputs), 16, backend="reference")
+    assert_same(run(inputs, 16, backend="triton"), expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.gpu
+@only_gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk", [64, 128, 256])
+@pytest.mark.parametrize(("time", "heads"), [(1, 24), (63, 24), (512, 24), (1000, 6)])
+def test_default_widths_in_bf16(time: int, heads: int, chunk: int, weight_dtype: torch.dtype) -> None:
+    shape = {"heads": heads, "width": 64, "state": 128, "model": 256}
+    inputs = make_inputs(time, **shape, dtype=torch.bfloat16, weight_dtype=weight_dtype)
+    expected = run(as_float64(inputs), 128, backend="reference")
+    actual = run(inputs, 128, chunk, backend="triton")
+    assert actual["out"].dtype == torch.bfloat16
+    assert all(actual[name].dtype == inputs[name].dtype for name in NAMES)
+    assert_same(actual, expected, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.gpu
+@only_gpu
+def test_compiled_captured_and_eager_are_the_same_bits() -> None:
+    inputs = make_inputs(130, heads=8, width=64, state=64, model=128, dtype=torch.bfloat16)
+    expected = run(inputs, 64)
+    compiled = torch.compile(run, dynamic=False)(inputs, 64)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(inputs, 64)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    cotangent = torch.ones(2, 130, 128, device=DEVICE, dtype=torch.bfloat16)
+
+    def step() -> tuple[Tensor, ...]:
+        out = mamba_mixer(**inputs, state_dim=64, eps=1e-5, chunk_size=64)
+        return (out.detach(), *torch.autograd.grad(out, list(inputs.values()), cotangent))
+
+    plain = step()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for name, want in expected.items():
+        assert torch.equal(compiled[name], want), name
+    assert all(torch.equal(a, b) for a, b in zip(captured, plain, strict=True))
+
+
+@pytest.mark.gpu
+@only_gpu
+def test_keeps_little_for_backward() -> None:
+    """Input, in-projection's output, y and the decays; the bound of issue 5 is 18 bytes a token and channel of D."""
+    batch, time, model = 4, 1024, 768
+    inputs = make_inputs(time, heads=24, width=64, state=128, model=model, dtype=torch.bfloat16)
+    inputs["u"] = torch.randn(batch, time, model, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    weights = {
+        n: v.detach().to(torch.bfloat16).requires_grad_() for n, v in inputs.items() if n in ("in_weight", "out_weight")
+    }
+    inputs |= weights  # so that no cast of a weight is counted as an activation
+    mamba_mixer(**inputs, state_dim=128, eps=1e-5, chunk_size=64)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    out = mamba_mixer(**inputs, state_dim=128, eps=1e-5, chunk_size=64)
+    kept = torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
+    assert out.requires_grad
+    a_token_and_channel = (kept + inputs["u"].numel() * 2) / (batch * time * model)  # the input is kept too
+    assert a_token_and_channel <= 15.5
+
+
+def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
+    for change, message in (({"state": 24}, "state size of 24"), ({"width": 8}, "head width of 8")):
+        inputs = make_inputs(8, **change, device="cpu")
+        with pytest.raises(ValueError, match=message):
+            run(inputs, change.get("state", 16), backend="triton")
+        run(inputs, change.get("state", 16))
+
+
+def test_reference_gradients_reach_every_input() -> None:
+    inputs = {
+        n: v.detach().double().requires_grad_() for n, v in make_inputs(5, width=4, state=3, device="cpu").items()
+    }
+
+    def function(*values: Tensor) -> Tensor:
+        return mamba_mixer(*values, state_dim=3, eps=1e-5, chunk_size=4, backend="reference")
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()), fast_mode=True)

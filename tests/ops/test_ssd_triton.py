@@ -1,0 +1,213 @@
+"""The SSD kernels against the time-step loop in float64; outputs, state, gradients.
+
+They need a GPU (`-m gpu`), or Triton's interpreter (slow, small shapes only): TRITON_INTERPRET=1 pytest -m gpu.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from test_ssd import as_float64, assert_same, make_inputs, run
+
+from eco_llm.ops.ssd import ssd
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_buffers")]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+only_gpu = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter, or about the GPU itself")
+# The interpreter cannot multiply bf16 matrices.
+# dA is a sum of differences of sums, each of products that three TF32 ones make.
+TOLERANCE = {torch.float32: 5e-5, torch.float16 if INTERPRETED else torch.bfloat16: 1.5e-2}
+SHARED_MEMORY_OF_CONSUMER_CARDS = 101_376  # bytes a program may have on compute capability 8.6 and 8.9
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("chunk", [64, 128, 256])
+@pytest.mark.parametrize(
+    "time", [1, 63, 64, 200, pytest.param(512, marks=only_gpu), pytest.param(1000, marks=only_gpu)]
+)
+def test_equals_recurrent(time: int, chunk: int, groups: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(time, groups=groups, width=16, state=16, dtype=dtype, device=DEVICE)
+    expected = run(as_float64(inputs), chunk_size=chunk, backend="recurrent")
+    actual = run(inputs, chunk_size=chunk, backend="triton")
+    assert actual["y"].dtype == dtype
+    assert actual["state"].dtype == torch.float32
+    assert_same(actual, expected, TOLERANCE[dtype])
+
+
+@only_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("chunk", [64, 128, 256])
+@pytest.mark.parametrize("time", [63, 512])
+@pytest.mark.parametrize(
+    ("heads", "width", "state"), [(24, 64, 128), (12, 128, 128), (5, 32, 64), (3, 96, 32), (6, 192, 16)]
+)
+def test_every_width_and_state(heads: int, width: int, state: int, time: int, chunk: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(time, heads=heads, width=width, state=state, dtype=dtype, device=DEVICE)
+    expected = run(as_float64(inputs), chunk_size=64, backend="chunked")  # in float64 the loop's equal, and fast
+    assert_same(run(inputs, chunk_size=chunk, backend="triton"), expected, TOLERANCE[dtype])
+
+
+@only_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("decay", [1e-4, 50.0])
+def test_long_sequences(decay: float, dtype: torch.dtype) -> None:
+    """16,384 tokens that hardly decay, and that decay at once: no NaN, no drift."""
+    inputs = make_inputs(16_384, heads=2, width=64, state=64, dtype=dtype, device=DEVICE)
+    with torch.no_grad():
+        inputs["A"].fill_(-decay)
+    expected = run(as_float64(inputs), chunk_size=128, backend="chunked")
+    # Gradients through a decay of e⁻⁵⁰ vanish: compared with the others, near 1. dA sums the errors of 16,384 tokens.
+    assert_same(run(inputs, chunk_size=64, backend="triton"), expected, 2 * TOLERANCE[dtype], floor=1.0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("mixed", [False, True], ids=["everywhere", "then-mild"])
+def test_strong_decay_stays_finite_and_right(mixed: bool, dtype: torch.dtype) -> None:
+    inputs = make_inputs(150, width=16, state=16, dtype=dtype, device=DEVICE)
+    with torch.no_grad():
+        inputs["A"].fill_(-50.0)
+        inputs["dt"].fill_(1.0)
+        if mixed:
+            inputs["dt"][:, 40:] = 1e-3
+    expected = run(as_float64(inputs), chunk_size=64, backend="recurrent")
+    tolerance = max(TOLERANCE[dtype], 1e-3 if mixed else 0.0)
+    assert_same(run(inputs, chunk_size=128, backend="triton"), expected, tolerance, floor=1.0)
+
+
+def test_state_carries_over_a_cut() -> None:
+    inputs = {
+        n: v.detach() for n, v in make_inputs(100, width=16, state=16, dtype=torch.float32, device=DEVICE).items()
+    }
+    whole, final = ssd(**inputs, chunk_size=64, return_final_state=True, backend="triton")
+    parts, state = [], inputs["initial_state"]
+    for cut in (slice(0, 37), slice(37, 100)):
+        part = inputs | {name: inputs[name][:, cut] for name in ("x", "dt", "B", "C")} | {"initial_state": state}
+        y, state = ssd(**part, chunk_size=64, return_final_state=True, backend="triton")
+        parts.append(y)
+    assert_same({"y": torch.cat(parts, 1), "state": state}, {"y": whole, "state": final}, 1e-5)
+
+
+def test_absent_skip_and_state_mean_zero() -> None:
+    inputs = make_inputs(70, width=16, state=16, dtype=torch.float32, device=DEVICE)
+    with torch.no_grad():
+        inputs["D"].zero_()
+        inputs["initial_state"].zero_()
+    bare = {name: value for name, value in inputs.items() if name not in ("D", "initial_state")}
+    zeroed = run(inputs, chunk_size=64, backend="triton")
+    for name, value in run(bare, chunk_size=64, backend="triton").items():
+        assert_same({name: value}, {name: zeroed[name]}, 1e-6)
+
+
+def test_slices_of_a_wider_tensor_go_in_without_a_copy() -> None:
+    heads, width, state = 2, 16, 16
+    inputs = make_inputs(70, heads=heads, width=width, state=state, dtype=torch.float32, device=DEVICE)
+    packed = torch.cat([inputs[name].detach().flatten(2) for name in "xBC"], -1)
+    x, B, C = packed.split((heads * width, state, state), dim=-1)
+    views = {"x": x.unflatten(-1, (heads, width)), "B": B.unsqueeze(2), "C": C.unsqueeze(2)}
+    sliced = inputs | {name: view.requires_grad_() for name, view in views.items()}
+    actual, expected = (run(i, chunk_size=64, backend="triton") for i in (sliced, inputs))
+    assert all(torch.equal(actual[name], want) for name, want in expected.items())
+
+
+def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
+    for change, message in (({"state": 24}, "state size of 24"), ({"width": 8}, "head width of 8")):
+        inputs = make_inputs(8, **{"width": 16, "state": 16, **change}, dtype=torch.float32, device=DEVICE)
+        with pytest.raises(ValueError, match=message):
+            ssd(**inputs, chunk_size=64, backend="triton")
+        ssd(**inputs, chunk_size=64, backend="auto")  # which takes the reference
+    with pytest.raises(ValueError, match="float64"):
+        ssd(**make_inputs(8, width=16, state=16, dtype=torch.float64, device=DEVICE), chunk_size=64, backend="triton")
+
+
+@only_gpu
+def test_runs_repeat_bit_for_bit_without_syncs_and_in_a_graph() -> None:
+    inputs = make_inputs(512, heads=24, width=64, state=128, dtype=torch.bfloat16, device=DEVICE)
+
+    def step() -> dict[str, torch.Tensor]:
+        y, state = ssd(**inputs, chunk_size=64, return_final_state=True, backend="triton")
+        grads = torch.autograd.grad([y, state], list(inputs.values()), [torch.ones_like(y), torch.ones_like(state)])
+        return dict(zip(["y", *inputs], [y, *grads], strict=True))
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for name, want in expected.items():
+        assert torch.equal(again[name], want), name
+        assert torch.equal(captured[name], want), name
+
+
+@only_gpu
+def test_auto_is_triton_inside_and_outside_torch_compile() -> None:
+    inputs = make_inputs(130, width=64, state=64, dtype=torch.bfloat16, device=DEVICE)
+    expected = run(inputs, chunk_size=64, backend="triton")
+    compiled = torch.compile(run, dynamic=False)
+    for actual in (run(inputs, chunk_size=64), compiled(inputs, chunk_size=64)):
+        assert all(torch.equal(actual[name], want) for name, want in expected.items())
+
+
+@only_gpu
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("chunk", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_kernel_fits_the_shared_memory_of_a_consumer_card(
+    dtype: torch.dtype, chunk: int, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled for each card, not run: what the launchers ask for at the default profile's shape."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from eco_llm.ops.ssd import triton as launchers
+    from eco_llm.ops.ssd import triton_kernels as kernels
+
+    sizes: dict[str, int] = {}
+
+    class Spy:
+        def __init__(self, kernel: object) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: object) -> object:
+            def launch(*args: object, num_warps: int, num_stages: int = 3, **constants: object) -> None:
+                names = self.kernel.arg_names
+                signature, constexprs, attributes = {}, dict(constants), {}
+                for i, (name, value) in enumerate(zip(names, args, strict=False)):
+                    if isinstance(value, torch.Tensor):
+                        signature[name] = "*" + {torch.float32: "fp32", torch.bfloat16: "bf16"}[value.dtype]
+                        attributes[(i,)] = [["tt.divisibility", 16]]
+                    elif value is None:
+                        signature[name], constexprs[name] = "constexpr", None
+                    else:
+                        signature[name] = "i32"
+                        if value % 16 == 0:
+                            attributes[(i,)] = [["tt.divisibility", 16]]
+                signature |= dict.fromkeys(constants, "constexpr")
+                source = ASTSource(self.kernel, signature, constexprs, attributes)
+                options = {"num_warps": num_warps, "num_stages": num_stages}
+                compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+                sizes[self.kernel.__name__] = compiled.metadata.shared
+
+            return launch
+
+    for name in ("decay_kernel", "walk_kernel", "output_kernel", "gradient_kernel", "finish_kernel"):
+        monkeypatch.setattr(kernels, name, Spy(getattr(kernels, name)))
+    x, B = torch.empty(4, 512, 24, 64, dtype=dtype), torch.empty(4, 512, 1, 128, dtype=dtype)
+    raw, bias, A, D = torch.empty(4, 512, 24, dtype=dtype), torch.empty(24), torch.empty(24), torch.empty(24)
+    s = launchers.shape_of(x, B, chunk)
+    launchers.forward(x, launchers.decays(raw, bias, A, s), B, B, D, s, initial=None, final=False)
+    launchers.backward(x, x, raw, bias, A, B, B, D, s, initial=None, d_final=None, d_raw=raw)
+    assert len(sizes) == 5
+    assert max(sizes.values()) <= SHARED_MEMORY_OF_CONSUMER_CARDS, sizes
