@@ -1,25 +1,34 @@
 """C3O, the report's optimizer, as a `torch.optim.Optimizer`.
 
 This module holds arguments, state and metrics and chooses a path; the rule itself is in `c3o_reference` (for-loop,
-the judge) and `c3o_foreach` (multi-tensor). The mathematics, the norm skip's proof and the limits: docs/c3o.md.
+the judge), `c3o_foreach` (multi-tensor) and `c3o_triton` (kernels, on a GPU). The mathematics, the norm skip's proof
+and the limits: docs/c3o.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from eco_llm.optim.c3o_foreach import Bucket, Plan, foreach_step
+from eco_llm.ops.backend import uses_triton
+from eco_llm.optim.c3o_foreach import Arena, Bucket, Plan, foreach_step
 from eco_llm.optim.c3o_reference import init_state, reference_step
 from eco_llm.optim.grads import clamp_, clip_factor, global_norm, scale_
 from eco_llm.optim.rule import Rule, check_group
 
+if TYPE_CHECKING:
+    from eco_llm.optim.c3o_triton import KernelPlan
+
+Groups = list[tuple[dict[str, Any], Rule, list[Tensor]]]
+
 _STATS = ("c3o_trust_norm_skipped", "c3o_trust_norm_exact", "c3o_trust_capped", "c3o_update_to_weight")
+_MAX_PLANS = 4  # tables that are kept, for optimizers whose set of gradients alternates
+_KERNEL_TYPES = (torch.float32, torch.bfloat16)
 _COUNTS = ("c3o_foreach_groups", "c3o_grad_clip_foreach_groups", "c3o_grad_clip_scale")
 
 
@@ -49,10 +58,12 @@ class C3O(Optimizer):
         credit_gain: strength of the block credit; 0 is off and keeps no state.
         credit_min, credit_max: range of the credit factors; must contain 1.
         credit_beta: decay of the credit's average.
-        grad_clip: threshold; 0 is off. Clipping changes `.grad` in place.
+        grad_clip: threshold; 0 is off. What `.grad` holds after a step that clips is unspecified: the kernels leave it
+            alone, the other paths clip in place.
         grad_clip_mode: "norm" clips by the norm of all gradients of this optimizer; "value" clamps each element.
         state_dtype: storage of both moments: torch.float32, bfloat16 or float64.
-        foreach: True or False forces the multi-tensor or the for-loop path; None takes multi-tensor.
+        foreach: True or False forces PyTorch's multi-tensor calls or the for-loop; None takes the Triton kernels where
+            they serve (a GPU, float32 or bfloat16, contiguous, no credit), else multi-tensor calls.
 
     Attributes read by `step` when a caller sets them (the first two are PyTorch's gradient-scaler protocol):
         found_inf: 0-dim float tensor. Not 0 means that no bit of any parameter or state changes in this step, even if
@@ -124,6 +135,16 @@ class C3O(Optimizer):
         self._stats: Tensor | None = None
         self._clip_groups = 0
         self._clip_scale: Tensor | None = None
+        self._kernel_arenas: list[tuple[Arena, dict[str, Any]]] = []
+        self._kernel_plans: dict[tuple[Any, ...], KernelPlan] = {}
+        self._kernel_metrics: KernelPlan | None = None  # the last step was all theirs
+        self._split_key: tuple[Any, ...] | None = None
+        self._others: Groups = []
+        self._whole: KernelPlan | None = None  # after make_capturable: every parameter, gradient or not
+        self._whole_key: tuple[Any, ...] = ()
+        self._whole_arenas: tuple[Any, ...] = ()
+        self._guard: Tensor | None = None
+        self._verdict: tuple[Tensor, Tensor] | None = None
 
     # ---- groups and state -------------------------------------------------------------------------------------
 
@@ -180,14 +201,10 @@ class C3O(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         norm, self.grad_norm = self.grad_norm, None
+        guard, self._guard = self._guard, None
         found_inf = getattr(self, "found_inf", None)  # set by the caller, or not there at all
-        skip_step = None if found_inf is None else found_inf.reshape(()) != 0
-        if skip_step is not None and skip_step.device.type == "cpu" and self._read_flag_on_cpu:
-            if skip_step:  # host memory: reading it waits for nothing
-                return loss
-            skip_step = None
 
-        groups = []
+        groups: Groups = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
             for p in params:
@@ -195,19 +212,102 @@ class C3O(Optimizer):
                     raise RuntimeError("C3O does not support sparse gradients; use a dense embedding (sparse=False)")
             groups.append((group, Rule.from_group(group), params))
         if not any(params for _, _, params in groups):
+            if guard is not None:
+                self._judge(guard, found_inf)
             return loss
 
-        buckets = self._bucketed([g for g in groups if g[0]["foreach"] is not False])
+        kernels, rest = self._split(groups)
+        if kernels is None or any(params for _, _, params in rest):
+            self._mixed_step(kernels, rest, groups, norm, guard, found_inf)
+        else:
+            self._kernel_step(kernels, groups, norm, guard, found_inf)
+        return loss
+
+    @torch.no_grad()
+    def guarded_step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """`step`, unless the loss or the norm of all gradients is not finite; the host does not look.
+
+        Args:
+            loss: 0-dim, the loss that the gradients belong to.
+
+        Returns:
+            (norm, applied): the norm before clipping, 0-dim; and whether the step was taken, 0-dim bool. On the
+            gradients' device, and not overwritten by later steps.
+
+        Raises:
+            ValueError: no parameter has a gradient.
+        """
+        self._verdict, self._guard = None, loss.detach()
+        try:
+            self.step()
+        finally:
+            self._guard = None
+        verdict, self._verdict = self._verdict, None
+        assert verdict is not None
+        return verdict
+
+    def _judge(self, loss: Tensor, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Norm of all gradients, and whether to step (`guarded_step`), by PyTorch's calls."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm(grads)
+        applied = torch.isfinite(norm) & torch.isfinite(loss).to(norm.device, non_blocking=True)
+        if found_inf is not None:
+            applied &= _on(found_inf.reshape(()) == 0, norm)
+        self._verdict = norm, applied
+        return norm, applied
+
+    def _kernel_step(
+        self, kernels: KernelPlan, groups: Groups, norm: Tensor | None, guard: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """The step when kernels serve every tensor."""
+        like = kernels.params[0]
+        self._unscale([_Part(_gradients(params), rule, True) for _, rule, params in groups if params])
+        self._verdict = kernels.step(
+            measure=norm is None and (guard is not None or kernels.clips_norm),
+            norm=_on(norm, like),
+            loss=None if guard is None else _on(guard, like).to(torch.float32),
+            found_inf=_on(found_inf, like),
+        )
+        if self._whole is not None:
+            kernels.summarise()
+        self._kernel_metrics = kernels
+
+    def _mixed_step(
+        self,
+        kernels: KernelPlan | None,
+        rest: Groups,
+        groups: Groups,
+        norm: Tensor | None,
+        guard: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """The step when some tensors, or all, take PyTorch's calls: these also measure and judge the gradients."""
+        skip_step = None if found_inf is None else found_inf.reshape(()) != 0
+        parts = [_Part(_gradients(params), rule, True) for _, rule, params in groups if params]
+        if guard is not None:
+            self._unscale(parts)
+            norm, applied = self._judge(guard, found_inf)
+            skip_step = ~applied
+        if skip_step is not None and skip_step.device.type == "cpu" and self._read_flag_on_cpu:
+            if skip_step:  # host memory: reading it waits for nothing
+                return
+            skip_step = None
+        if guard is None:
+            self._unscale(parts)
+
+        buckets = self._bucketed([g for g in rest if g[0]["foreach"] is not False])
         rules = {id(group): rule for group, rule, _ in groups}
         bulk = [_Part(_gradients(b.params), rules[id(b.group)], True) for b in buckets]
         tensors = [
-            (p, _Part([p.grad], rule, False))
-            for group, rule, params in groups
+            (p, _Part(_gradients([p]), rule, False))
+            for group, rule, params in rest
             if group["foreach"] is False
             for p in params
         ]
-        everything = [g for _, _, params in groups for g in _gradients(params)]
-        self._prepare_gradients(bulk + [part for _, part in tensors], everything, norm)
+        if norm is None and any(rule.clips_norm for _, rule, params in groups if params):
+            # In the order of the groups: that of buckets, hence the sum's last bit, may differ after a resume.
+            norm = global_norm([g for _, _, params in groups for g in _gradients(params)])
+        self._clip_gradients(bulk + [part for _, part in tensors], norm)
 
         stats = []
         for bucket, part in zip(buckets, bulk, strict=True):
@@ -215,9 +315,12 @@ class C3O(Optimizer):
         for p, part in tensors:
             init_state(p, part.rule, self.state[p])
             stats.append(reference_step(p, part.grads[0], self.state[p], part.rule, _on(skip_step, p)))
+        if kernels is not None:
+            flag = None if skip_step is None else _on(skip_step, kernels.params[0]).to(torch.float32)
+            kernels.step(measure=False, norm=_on(norm, kernels.params[0]), loss=None, found_inf=flag)
+            stats.append(kernels.stats())
         trusted = sum(len(params) for _, rule, params in groups if rule.has_trust)
         self._record(stats, trusted, skip_step)
-        return loss
 
     _read_flag_on_cpu = True  # tests clear it, to take the device's path without a GPU
 
@@ -233,20 +336,167 @@ class C3O(Optimizer):
             self._buckets_key = (len(self.state), *key[1:])
         return self._buckets
 
-    def _prepare_gradients(self, parts: list[_Part], everything: list[Tensor], norm: Tensor | None) -> None:
-        """Unscale and clip, in place, in lists that share device, dtype and group; `everything` is all of them."""
+    def _split(self, groups: Groups) -> tuple[KernelPlan | None, Groups]:
+        """Which tensors the kernels step, bound to this step's gradients, and all the others."""
+        if self._whole is not None:
+            if self._whole_serves(groups):
+                return self._whole, []
+            if self._whole.capturing:
+                raise RuntimeError("C3O: parameters or settings changed; call make_capturable() before this capture")
+            self._whole = None
+        first = next(p for _, _, params in groups for p in params)
+        key = (
+            len(self.state),
+            self._force_kernels or uses_triton(first),
+            *((id(g), g["foreach"], r.has_credit, r.may_skip_norms, tuple(map(id, ps))) for g, r, ps in groups),
+        )
+        if key != self._split_key:
+            if len(self.state) < len(self._plan):  # someone cleared the state
+                self._plan, self._buckets_key, self._kernel_plans = Plan(), None, {}
+            self._kernel_arenas, self._others = self._served(groups)
+            self._split_key = (len(self.state), *key[1:])
+        arenas, rest = self._kernel_arenas, self._others
+        while arenas:
+            plan_key = tuple((id(group), *_addresses(arena)) for arena, group in arenas)
+            if plan_key not in self._kernel_plans:
+                if len(self._kernel_plans) >= _MAX_PLANS:
+                    self._kernel_plans.clear()
+                self._kernel_plans[plan_key] = self._new_kernel_plan(arenas)
+            plan = self._kernel_plans[plan_key]
+            unfit = plan.bind([Rule.from_group(g) for g in plan.groups])
+            if not unfit:
+                return plan, rest
+            out = {id(plan.arenas[k]) for k in unfit}
+            for arena, group in arenas:
+                if id(arena) in out:
+                    with_grad = [p for p in arena.params if p.grad is not None]
+                    rest = [*rest, (group, Rule.from_group(group), with_grad)]
+            arenas = [x for x in arenas if id(x[0]) not in out]
+        return None, rest
+
+    def _whole_serves(self, groups: Groups) -> bool:
+        """Bind the plan of `make_capturable`, if it is still that of this optimizer."""
+        whole = self._whole
+        assert whole is not None
+        return (
+            self._whole_key == self._settings_of(groups)
+            and len(self.state) >= len(self._plan)
+            and not whole.bind([Rule.from_group(g) for g in whole.groups])
+            and whole.bound == sum(len(params) for _, _, params in groups)
+        )
+
+    @staticmethod
+    def _settings_of(groups: Groups) -> tuple[Any, ...]:
+        return tuple((id(g), g["foreach"], r.has_credit, r.may_skip_norms, len(g["params"])) for g, r, _ in groups)
+
+    _force_kernels = False  # tests set it, to run the kernels in Triton's interpreter without a GPU
+
+    def _may_serve(self, group: dict[str, Any], rule: Rule, p: Tensor) -> bool:
+        return (
+            group["foreach"] is None
+            and not rule.has_credit
+            and (self._force_kernels or uses_triton(p))
+            and p.dtype in _KERNEL_TYPES
+            and rule.state_dtype in _KERNEL_TYPES
+            and p.is_contiguous()
+        )
+
+    def _served(self, groups: Groups) -> tuple[list[tuple[Arena, dict[str, Any]]], Groups]:
+        """Arenas, of one device, whose tensors are all fit for the kernels; and what is left of the groups."""
+        arenas: list[tuple[Arena, dict[str, Any]]] = []
+        rest: Groups = []
+        for group, rule, params in groups:
+            fit = [p for p in params if self._may_serve(group, rule, p)]
+            fit = [p for p in fit if p.device == (arenas[0][0].device if arenas else fit[0].device)]
+            taken: set[int] = set()
+            for arena, _ in self._plan.place(fit, rule, self.state) if fit else ():
+                if arena.state_dtype in _KERNEL_TYPES and all(p.is_contiguous() for p in arena.params):
+                    arenas.append((arena, group))
+                    taken |= set(map(id, arena.params))
+            rest.append((group, rule, [p for p in params if id(p) not in taken]))
+        return arenas, rest
+
+    def _new_kernel_plan(self, arenas: list[tuple[Arena, dict[str, Any]]]) -> KernelPlan:
+        from eco_llm.optim.c3o_triton import KernelPlan  # Triton is optional, and slow to import
+
+        return KernelPlan(arenas)
+
+    # ---- CUDA graphs ------------------------------------------------------------------------------------------
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can record the step: the kernels serve every parameter, on one GPU."""
+        rules = [(group, Rule.from_group(group)) for group in self.param_groups]
+        params = [(group, rule, p) for group, rule in rules for p in _trainable(group)]
+        return (
+            bool(params)
+            and all(self._may_serve(group, rule, p) for group, rule, p in params)
+            and len({p.device for _, _, p in params}) == 1
+        )
+
+    @torch.no_grad()
+    def make_capturable(self) -> None:
+        """Prepare for CUDA-graph capture, changing no parameter; call before each capture.
+
+        Learning rates become one-element device tensors; state and tables are made for every parameter that requires a
+        gradient; the kernels are compiled and loaded by a step of tiny tensors. From here on `step` also refreshes
+        the tensor that `metrics_tensor` returns, which stays the same.
+
+        Raises:
+            RuntimeError: not `capturable`.
+        """
+        if not self.capturable:
+            raise RuntimeError("C3O: to be captured, every parameter must be served by the Triton kernels of one GPU")
+        device = next(p.device for group in self.param_groups for p in _trainable(group))
+        values = torch.empty(len(self.param_groups), dtype=torch.float32, device=device)
+        for i, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if not (isinstance(lr, Tensor) and lr.dtype == torch.float32 and lr.device == device):
+                group["lr"] = values[i].copy_(lr) if isinstance(lr, Tensor) else values[i].fill_(lr)
+        groups = [(group, Rule.from_group(group), _trainable(group)) for group in self.param_groups]
+        arenas, rest = self._served(groups)
+        if any(params for _, _, params in rest):  # a state of another type was loaded
+            raise RuntimeError("C3O: the loaded state cannot be stepped by the Triton kernels")
+        key = tuple((id(group), *_addresses(arena)) for arena, group in arenas)
+        if self._whole is None or key != self._whole_arenas:
+            self._whole, self._whole_arenas = self._new_kernel_plan(arenas), key
+            self._warm()
+        self._whole_key = self._settings_of(groups)
+        self._whole.bind([Rule.from_group(g) for g in self._whole.groups])
+        self._whole.prepare_capture()
+
+    def _warm(self) -> None:
+        """Compile and load every kernel that a step will launch: neither is allowed during capture."""
+        assert self._whole is not None
+        twins = []
+        for arena, group in zip(self._whole.arenas, self._whole.groups, strict=True):
+            settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            tiny = torch.zeros(8, dtype=arena.param_dtype, device=arena.device)
+            twins.append({**settings, "params": [tiny]})
+        twin = C3O(twins)
+        twin._force_kernels = True
+        for group in twins:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        twin.guarded_step(torch.zeros((), device=self._whole.device))
+        twin.metrics_tensor()
+
+    def _unscale(self, parts: list[_Part]) -> None:
+        """Divide gradients by a gradient scaler's factor, in place."""
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             inverse = scale.reshape(()).double().reciprocal()
             for part in parts:
-                scale_(part.grads, _on(inverse, part.grads[0]))
+                for _, grads in _alike(part.grads):
+                    scale_(grads, _on(inverse, grads[0]))
+
+    def _clip_gradients(self, parts: list[_Part], norm: Tensor | None) -> None:
+        """Clip, in place, in lists that share device, dtype and group, by the norm of all gradients."""
         self._clip_groups, self._clip_scale = 0, None
         factors: dict[float, Tensor] = {}
         for grads, rule, bulk in parts:
             if rule.clips_norm:
-                if norm is None:
-                    # In the order of the groups: that of buckets, hence the sum's last bit, may differ after a resume.
-                    norm = global_norm(everything)
+                assert norm is not None
                 if rule.grad_clip not in factors:
                     factors[rule.grad_clip] = clip_factor(norm, rule.grad_clip)
                 self._clip_scale = factors[rule.grad_clip]
@@ -267,13 +517,18 @@ class C3O(Optimizer):
         if skip_step is not None:
             last = torch.zeros_like(total) if self._stats is None else self._stats
             total = torch.where(_on(skip_step, total), last, total)
-        self._stats = total
+        self._stats, self._kernel_metrics = total, None
 
     def metrics_tensor(self) -> tuple[tuple[str, ...], Tensor]:
         """What `metrics` reads, without reading it: (names, float32 [names] on the parameters' device).
 
-        No sync: copy the tensor to the host asynchronously and look at it a step later.
+        No sync: copy the tensor to the host asynchronously and look at it a step later. After `make_capturable` it is
+        the same tensor every time, which steps keep up to date, replayed ones too.
         """
+        if self._whole is not None:
+            return (*_STATS, _COUNTS[2], *_COUNTS[:2]), self._whole.summarise()
+        if self._kernel_metrics is not None:
+            return (*_STATS, _COUNTS[2], *_COUNTS[:2]), self._kernel_metrics.summarise().clone()
         stats = self._stats
         if stats is None:
             some = next(p for group in self.param_groups for p in group["params"])  # the first group may be empty
@@ -287,7 +542,8 @@ class C3O(Optimizer):
         c3o_trust_norm_skipped: tensors whose bound proved that the cap does not bind.
         c3o_trust_norm_exact: tensors under a trust region that needed their norms measured.
         c3o_trust_capped: tensors whose update the cap reduced.
-        c3o_update_to_weight: mean over those tensors of |Δ| / max(|θ|, trust_floor sqrt(n)).
+        c3o_update_to_weight: mean over those tensors of |Δ| / max(|θ|, trust_floor sqrt(n)); with the Triton kernels, a
+            tensor whose norm was skipped counts with the ratio last measured.
         c3o_grad_clip_scale: factor that "norm" clipping applied (of the last group clipped); 1 if it did not.
         c3o_foreach_groups: multi-tensor buckets in a step.
         c3o_grad_clip_foreach_groups: buckets whose gradients were clipped by multi-tensor calls.
@@ -306,6 +562,23 @@ class _Part(NamedTuple):
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:
     return [g for p in params if (g := p.grad) is not None]
+
+
+def _addresses(arena: Arena) -> tuple[int, ...]:
+    """What a table of addresses depends on, but for parameters and gradients."""
+    return (id(arena), *(x.data_ptr() for x in arena.cache or ()))
+
+
+def _alike(grads: list[Tensor]) -> list[tuple[Any, list[Tensor]]]:
+    """Gradients by device and dtype."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for g in grads:
+        kinds.setdefault((g.device, g.dtype), []).append(g)
+    return list(kinds.items())
+
+
+def _trainable(group: dict[str, Any]) -> list[Tensor]:
+    return [p for p in group["params"] if p.requires_grad and p.numel()]
 
 
 def _dtype_name(dtype: torch.dtype | str) -> str:

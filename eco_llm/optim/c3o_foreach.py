@@ -329,12 +329,18 @@ class Plan:
         workspaces: dict[tuple[torch.device, torch.dtype], Workspace] = {}
         result = []
         for group, rule, params in groups:
-            self._adopt([p for p in params if id(p) not in self._place], rule, state)
-            for arena, members in self._by_arena(params):
-                arena.require(rule, state)
+            for arena, members in self.place(params, rule, state):
                 workspace = workspaces.setdefault((arena.device, arena.dtype), Workspace(arena.device, arena.dtype))
                 result += [Bucket(arena, a, b, group, workspace) for a, b in _runs(arena, members)]
         return result
+
+    def place(self, params: list[Tensor], rule: Rule, state: StateMap) -> list[tuple[Arena, list[int]]]:
+        """Arenas of these parameters of one group, and their indices in each; built where there is none yet."""
+        self._adopt([p for p in params if id(p) not in self._place], rule, state)
+        found = self._by_arena(params)
+        for arena, _ in found:
+            arena.require(rule, state)
+        return found
 
     def _adopt(self, params: list[Tensor], rule: Rule, state: StateMap) -> None:
         kinds: dict[Any, list[Tensor]] = {}

@@ -1,8 +1,10 @@
 """The trainer's seam to the optimizer: clip, refuse bad gradients, step.
 
 A step whose loss or gradient norm is not finite changes nothing. For C3O and for PyTorch's fused AdamW the verdict
-stays on the device (`found_inf`, the gradient scalers' protocol) and the host never waits; any other optimizer (Muon,
-unfused AdamW: comparison only) costs one host read a step.
+stays on the device and the host never waits (AdamW: `found_inf`, the gradient scalers' protocol; C3O's kernels also
+measure the norm and clip); any other optimizer (Muon, unfused AdamW: comparison only) costs one host read a step.
+
+CUDA graphs: `make_capturable()` before each capture, then `step` inside it, and `set_lr` between replays.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Update:
     def __init__(self, optimizer: Optimizer, config: OptimizerConfig) -> None:
         self.optimizer = optimizer
         self._clip, self._clip_mode = config.grad_clip, config.grad_clip_mode
+        self._made_capturable = False
         self._gated_on_device = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
     @torch.no_grad()
@@ -47,15 +50,17 @@ class Update:
         Args:
             loss: 0-dim, the loss that the gradients belong to.
 
+        What gradients hold afterwards is unspecified: some paths clip them in place.
+
         Raises:
             ValueError: no parameter has a gradient.
         """
+        if isinstance(self.optimizer, C3O):
+            return UpdateResult(*self.optimizer.guarded_step(loss))
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = global_norm(grads)
         applied = torch.isfinite(norm) & torch.isfinite(loss.detach()).to(norm.device, non_blocking=True)
-        if isinstance(self.optimizer, C3O):
-            self.optimizer.grad_norm = norm
-        elif self._clip > 0:
+        if self._clip > 0:
             self._clip_gradients(grads, norm)
 
         if self._gated_on_device:
@@ -78,6 +83,51 @@ class Update:
                 scale_(members, clip_factor(norm, self._clip).to(members[0].device, non_blocking=True))
             else:
                 clamp_(members, self._clip)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can record `step`: C3O when its kernels serve every parameter, fused AdamW on a GPU.
+
+        Muon never: it reads the verdict on the host, and PyTorch's takes its learning rate as a number.
+        """
+        if isinstance(self.optimizer, C3O):
+            return self.optimizer.capturable
+        return isinstance(self.optimizer, torch.optim.AdamW) and all(
+            group["fused"] and all(p.device.type == "cuda" for p in group["params"])
+            for group in self.optimizer.param_groups
+        )
+
+    @torch.no_grad()
+    def make_capturable(self) -> None:
+        """Prepare for CUDA-graph capture of `step`; changes no parameter. Idempotent; call before each capture.
+
+        Learning rates become device values, which `set_lr` fills between replays. All state that a step would create is
+        created (inside a capture it would be zeroed by every replay), and C3O's kernels are compiled and loaded.
+        `load_state_dict` ends the validity of graphs captured before.
+
+        Raises:
+            RuntimeError: not `capturable`.
+        """
+        if not self.capturable:
+            raise RuntimeError(f"{type(self.optimizer).__name__}: a CUDA graph cannot record this step")
+        if isinstance(self.optimizer, C3O):
+            self.optimizer.make_capturable()
+        else:
+            self._make_adamw_capturable()
+        self._made_capturable = True
+
+    def _make_adamw_capturable(self) -> None:
+        for group in self.optimizer.param_groups:
+            params = [p for p in group["params"] if p.requires_grad]
+            if not isinstance(group["lr"], Tensor) and params:
+                group["lr"] = torch.full((1,), group["lr"], dtype=torch.float32, device=params[0].device)
+            group["capturable"] = True
+            for p in params:
+                state = self.optimizer.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of every group from the next step on."""
@@ -102,9 +152,17 @@ class Update:
         return (), torch.empty(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state dict."""
-        return self.optimizer.state_dict()
+        """The optimizer's state dict; learning rates are numbers in it whatever `make_capturable` made of them."""
+        state = self.optimizer.state_dict()
+        if self._made_capturable:
+            for group in state["param_groups"]:
+                group["lr"] = float(group["lr"])
+                if "capturable" in group:  # a CPU that resumes would refuse it
+                    group["capturable"] = False
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave. Graphs captured before then update memory that is no longer the state."""
         self.optimizer.load_state_dict(state_dict)
+        if self._made_capturable:
+            self.make_capturable()

@@ -280,3 +280,36 @@ def test_global_norm_over_mixed_types() -> None:
     assert norm.item() == pytest.approx((900 + 28 + 4) ** 0.5, rel=1e-7)
     with pytest.raises(ValueError, match="no gradients"):
         global_norm([])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_nothing_is_capturable_without_a_gpu(optimizer: str) -> None:
+    _, update = make(optimizer)
+    assert not update.capturable
+    with pytest.raises(RuntimeError, match=r"captured|graph"):
+        update.make_capturable()
+    assert all(isinstance(group["lr"], float) for group in update.optimizer.param_groups)
+
+
+def test_guarded_step_needs_a_gradient() -> None:
+    model, update = make("c3o")
+    with pytest.raises(ValueError, match="no gradients"):
+        update.step(torch.zeros(()))
+    assert update.step(backward(model)).applied
+
+
+@pytest.mark.gpu
+def test_cuda_capturable_and_saved_learning_rates_are_numbers() -> None:
+    for optimizer, expected in (("c3o", True), ("adamw", True), ("muon", False)):
+        model, update = make(optimizer, "cuda")
+        assert update.capturable is expected
+        if expected:
+            before = bits([p.detach() for p in model.parameters()])
+            update.make_capturable()
+            assert bits([p.detach() for p in model.parameters()]) == before
+            update.set_lr(2e-3)
+            assert update.step(backward(model)).applied
+            saved = update.state_dict()
+            assert {type(group["lr"]) for group in saved["param_groups"]} == {float}
+            _, other = make(optimizer)  # a CPU resumes
+            other.load_state_dict(copy.deepcopy(saved))
