@@ -316,7 +316,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Runtime: device and compilation."""
+    """Runtime: device, compilation and launching."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
@@ -325,6 +325,8 @@ class RuntimeConfig:
     torch_compile: Literal["auto", "on", "off"] = "auto"
     """Compile each block (`--torch-compile`, `--no-torch-compile`); auto is what measured
     faster, and off on a GPU that Triton does not serve."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the whole training step as one CUDA graph; auto does so wherever it can."""
 
     def validate(self) -> None:
         """Raise UserError for a device name that is none."""
@@ -386,6 +388,22 @@ class TrainConfig:
                 f"--perf-warmup-steps {p.perf_warmup_steps} + --perf-measure-steps {p.perf_measure_steps}"
                 f" exceed --steps {t.steps}"
             )
+        if self.runtime.cuda_graph == "on" and (reason := self.excludes_cuda_graph()):
+            raise UserError(f"--cuda-graph on cannot be had with {reason}; use auto or off")
+
+    def excludes_cuda_graph(self) -> str | None:
+        """The setting, if any, with which a step cannot be one CUDA graph, for people to read."""
+        if self.runtime.device == "cpu":
+            return "--device cpu"
+        if self.optimizer.optimizer == "muon":
+            return "--optimizer muon, which is not captured"
+        if self.optimizer.optimizer == "c3o" and self.c3o.c3o_credit_gain > 0:
+            return "--c3o-credit-gain, which C3O's kernels do not compute"
+        if self.perf.perf_sync_boundaries:
+            return "--perf-sync-boundaries, which stop the device inside the step"
+        if self.perf.perf_device_time_mode == "host":
+            return "--perf-device-time-mode host, whose clock does not see into a graph"
+        return None
 
 
 # Settings that may change when a run is resumed: none of them changes what is learned from the same steps,
@@ -395,7 +413,7 @@ FREE_ON_RESUME = frozenset(
     {
         "output_dir", "resume", "steps", "save_interval", "keep_checkpoints", "log_interval", "eval_interval",
         "eval_batches", "max_bad_steps", "sample_tokens", "sample_prompt", "data", "data_cache", "device",
-        "torch_compile",
+        "torch_compile", "cuda_graph",
         *(f.name for f in dataclasses.fields(PerfConfig)),
     }
 )  # fmt: skip

@@ -100,6 +100,8 @@ class Runtime:
             torch.cuda.set_device(self.device)
             # fp32 products that are left under bf16 compute (optimizer, norms) need no full fp32 multiplier.
             torch.backends.cuda.matmul.allow_tf32 = self.compute_dtype != torch.float32
+        if self.compile:
+            _cache_whole_graphs()
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context for forward passes: autocast to bf16, or nothing for fp32."""
@@ -108,6 +110,23 @@ class Runtime:
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
+
+
+def _cache_whole_graphs() -> None:
+    """Let PyTorch keep compiled forward and backward graphs between runs although they switch autocast off inside.
+
+    Its cache of whole graphs passes over any function that it does not know, `_enter_autocast` among them; then every
+    start traces and partitions anew what it has the kernels for. Caching these two is sound: their arguments are
+    constants of the graph, and the graph, like the autocast state around it, is part of the key.
+    """
+    import torch
+    import torch._inductor.config as inductor
+
+    inductor.unsafe_marked_cacheable_functions = {
+        **inductor.unsafe_marked_cacheable_functions,
+        "torch.amp.autocast_mode._enter_autocast": torch.__version__,
+        "torch.amp.autocast_mode._exit_autocast": torch.__version__,
+    }
 
 
 def _triton_serves(device: torch.device) -> bool:

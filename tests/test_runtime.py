@@ -189,3 +189,30 @@ def test_detect_and_setup_on_a_gpu() -> None:
         assert (a @ a).dtype == torch.bfloat16
     with pytest.raises(UserError, match="CUDA devices"):
         Runtime.detect(RuntimeConfig(device="cuda:256"))
+
+
+@pytest.mark.slow
+def test_a_graph_that_switches_autocast_off_is_cached_whole(tmp_path: Path) -> None:
+    """What makes a warm start quick: without `_cache_whole_graphs` PyTorch bypasses its cache for every block."""
+    code = (
+        "import torch; from torch._dynamo.utils import counters; from eco_llm.runtime import Runtime\n"
+        "Runtime(torch.device('cpu'), torch.float32, compile=True).setup(0)\n"
+        "@torch.compile(dynamic=False)\n"
+        "def f(x):\n"
+        "    with torch.autocast('cpu', enabled=False):\n"
+        "        return (x * 2).sum()\n"
+        "f(torch.ones(8, requires_grad=True)).backward()\n"
+        "print({k: int(v) for k, v in counters['aot_autograd'].items() if 'cache' in k})\n"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert "'autograd_cache_miss': 1" in said[0]
+    assert "'autograd_cache_hit': 1" in said[1]

@@ -9,14 +9,20 @@ the host to launch) belongs to the phase in which it arises. In `host` mode a ma
         |- checkpoint -|----------[data]-------[forward]- ... -----|- logging, evaluation -|
         |              |<-------------- core_step_time_s --------->|                       |
         |<------------------------------ step_time_s ------------------------------------->|
+
+A step captured in a CUDA graph passes its phases once, at capture (`capturing`), which leaves an event-record node
+where two phases meet. Each `replay` hands these nodes fresh events from the pool (perf/event_nodes.py), so that steps
+under way keep marks of their own and are read late, like any others. The two rival designs are worse: events fixed in
+the graph are overwritten by the next replay, so the host would have to wait for every step; and PTX documents the
+`%globaltimer` that a kernel could store as target-specific, of no promised resolution.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -97,16 +103,28 @@ class HostMark:
 
 
 class CudaMark:
-    """A CUDA event on the device's current stream (resolution about half a microsecond)."""
+    """A CUDA event on the device's current stream (resolution about half a microsecond).
+
+    Args:
+        device: where the stream is.
+        in_graph: recorded under capture, the mark becomes a node of the graph, and no edge to another stream.
+    """
 
     __slots__ = ("_current_stream", "_device", "_event")
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, in_graph: bool = False) -> None:
         import torch
 
         self._device = device
         self._current_stream = torch.cuda.current_stream
-        self._event = torch.cuda.Event(enable_timing=True)
+        self._event = torch.cuda.Event(enable_timing=True, external=in_graph)
+
+    @property
+    def handle(self) -> int:
+        """The event's CUevent, for the driver. An event exists from its first record on, so that is done here."""
+        if not self._event.cuda_event:
+            self.record()
+        return int(self._event.cuda_event)
 
     def record(self) -> None:
         self._event.record(self._current_stream(self._device))
@@ -122,12 +140,23 @@ class CudaMark:
 
 
 @dataclass(slots=True)
+class CapturedPhases:
+    """The phases that a captured step passes, in order. They touch: what lies between two belongs to the earlier."""
+
+    names: list[Phase] = field(default_factory=list)
+    boundaries: list[Mark] = field(default_factory=list)
+    """The marks that capture left where one phase ends and the next begins: one fewer than names."""
+
+
+@dataclass(slots=True)
 class _Step:
     """The marks of one step, between `begin_step` and the harvest."""
 
     number: int
     started_at: float
     begin: Mark
+    marks: list[Mark]
+    """All of them, each once: neighbouring intervals may share one."""
     intervals: list[tuple[Phase, Mark, Mark]] = field(default_factory=list)
     core_begin: Mark | None = None
     core_end: Mark | None = None
@@ -152,6 +181,9 @@ class _PhaseContext:
         timer = self._timer
         timer._check_can_open(self._name)
         timer._active = self._name
+        if timer._captured is not None:
+            timer._note(self._name)
+            return
         if timer.annotate:
             import torch
 
@@ -163,6 +195,8 @@ class _PhaseContext:
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
         timer = self._timer
         timer._active = None
+        if timer._captured is not None:
+            return
         try:
             if exc_type is not None:  # after a device error no further call is safe: give the step up
                 timer.discard_step()
@@ -220,6 +254,7 @@ class PhaseTimer:
         self.dropped_steps = 0
         """Steps that went untimed because the device was `max_in_flight` steps behind."""
         self._make_mark = make_mark or _mark_source(self.mode, device, host_clock)
+        self._make_boundary = make_mark or _mark_source(self.mode, device, host_clock, in_graph=True)
         self._synchronize = (synchronize or _synchronizer(device)) if sync_boundaries and on_cuda else None
         self._host_clock = host_clock
         self._wall_clock = wall_clock
@@ -232,6 +267,7 @@ class PhaseTimer:
         self._open: _Step | None = None
         self._stage: Literal["outside", "core", "after core"] = "outside"
         self._active: Phase | None = None
+        self._captured: CapturedPhases | None = None
 
     def begin_step(self, step: int | None = None) -> None:
         """Open a step, numbered `step` or one more than the last (the first is 1)."""
@@ -244,11 +280,55 @@ class PhaseTimer:
             self.dropped_steps += 1
             return
         started_at = self._wall_clock()
-        self._open = _Step(self._number, started_at, begin=self._mark())
+        begin = self._mark()
+        self._open = _Step(self._number, started_at, begin, [begin])
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
         """Time the block as part of phase `name`. An exception in the block discards the step."""
         return self._contexts[name]
+
+    @contextmanager
+    def capturing(self) -> Iterator[CapturedPhases]:
+        """While a CUDA graph is captured inside a step: phases are noted for `replay`, and nothing is timed.
+
+        Raises:
+            RuntimeError: the clock is the host's or synchronises the device; neither sees into a graph.
+        """
+        if self.mode != "events" or self._synchronize is not None:
+            raise RuntimeError("only CUDA events without synchronised boundaries can time phases inside a graph")
+        if self._captured is not None or self._active is not None:
+            raise RuntimeError("capturing: a capture or a phase is open")
+        captured = self._captured = CapturedPhases()
+        try:
+            yield captured
+        finally:
+            self._captured = self._active = None
+
+    def replay(
+        self, captured: CapturedPhases, bind: Callable[[Sequence[Mark]], None], launch: Callable[[], None]
+    ) -> None:
+        """Time a replay of captured phases, from here to the end of what `launch` launches.
+
+        Args:
+            captured: what `capturing` noted.
+            bind: makes the next launch record the given marks at the boundaries.
+            launch: launches the graph on the current stream.
+        """
+        self._check_can_open(captured.names[0])
+        if self._open is None:  # an untimed step must not move marks that an earlier one is still to be read from
+            bind(captured.boundaries)
+            launch()
+            return
+        boundaries = [self._take() for _ in captured.boundaries]
+        start = self._mark()
+        try:
+            bind(boundaries)
+            launch()
+        except BaseException:
+            self.discard_step()
+            raise
+        edges = [start, *boundaries, self._mark()]
+        self._open.intervals += zip(captured.names, edges[:-1], edges[1:], strict=True)
 
     def mark_core_begin(self) -> None:
         """What happened since `begin_step` was loop overhead, such as a checkpoint; the core step begins here."""
@@ -305,18 +385,31 @@ class PhaseTimer:
         if self._active is not None:
             raise RuntimeError(f"phase {name!r} inside phase {self._active!r}: phases do not nest")
 
+    def _note(self, name: Phase) -> None:
+        """A phase begins under capture."""
+        assert self._captured is not None
+        if self._captured.names:
+            boundary = self._make_boundary()
+            boundary.record()
+            self._captured.boundaries.append(boundary)
+        self._captured.names.append(name)
+
+    def _take(self) -> Mark:
+        """A mark that is nobody's, or the open step's from now on."""
+        mark = self._pool.pop() if self._pool else self._make_mark()
+        if self._open is not None:
+            self._open.marks.append(mark)
+        return mark
+
     def _mark(self) -> Mark:
         if self._synchronize is not None:
             self._synchronize()
-        mark = self._pool.pop() if self._pool else self._make_mark()
+        mark = self._take()
         mark.record()
         return mark
 
     def _release(self, step: _Step) -> None:
-        self._pool.append(step.begin)
-        for _, start, end in step.intervals:
-            self._pool += (start, end)
-        self._pool += (mark for mark in (step.core_begin, step.core_end, step.end) if mark is not None)
+        self._pool += step.marks
 
     def _harvest(self) -> None:
         """Turn completed steps into times. One query a call in the usual case: the stream is in order, so a
@@ -352,13 +445,15 @@ class PhaseTimer:
             self._release(step)
 
 
-def _mark_source(mode: str, device: torch.device | str, clock: Callable[[], float]) -> Callable[[], Mark]:
+def _mark_source(
+    mode: str, device: torch.device | str, clock: Callable[[], float], in_graph: bool = False
+) -> Callable[[], Mark]:
     if mode == "host":
         return lambda: HostMark(clock)
     import torch
 
     cuda = torch.device(device)
-    return lambda: CudaMark(cuda)
+    return lambda: CudaMark(cuda, in_graph=in_graph)
 
 
 def _synchronizer(device: torch.device | str) -> Callable[[], None]:

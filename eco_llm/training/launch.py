@@ -21,6 +21,7 @@ from eco_llm.data.prepare import prepare
 from eco_llm.data.progress import make_progress
 from eco_llm.data.shards import Manifest, PreparedData, open_prepared
 from eco_llm.errors import UserError
+from eco_llm.model.serving import serving_kernels
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
 from eco_llm.optim.update import Update
@@ -31,6 +32,7 @@ from eco_llm.runtime import Runtime
 from eco_llm.training import checkpoint
 from eco_llm.training.crash import write_crash_report
 from eco_llm.training.evaluation import Validation, evaluate
+from eco_llm.training.graph import CaptureError, GraphedStep, wants_graph
 from eco_llm.training.hooks.base import Hook
 from eco_llm.training.hooks.metrics_file import MetricsFile
 from eco_llm.training.hooks.perf_window import PerfFiles
@@ -39,6 +41,7 @@ from eco_llm.training.hooks.tensorboard import TensorBoard
 from eco_llm.training.outcome import NonFiniteLoss, Outcome, is_compilation_failure, is_out_of_memory
 from eco_llm.training.run_directory import RunDirectory
 from eco_llm.training.sigma_trainer import SigmaTrainer
+from eco_llm.training.step import Step, TrainStep
 from eco_llm.training.trained import TrainedModel, continue_text, load, newest_good
 
 
@@ -52,6 +55,7 @@ def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
     start = run.check(config)
     runtime = Runtime.detect(config.runtime)
     PhaseTimer(runtime.device, config.perf.perf_device_time_mode)  # refuses a clock the device does not have
+    wants_graph(config, runtime)  # refuses a graph that the device cannot have
 
     def accept(manifest: Manifest) -> None:
         require_length(manifest.splits["train"].tokens, config.training.seq_len, "train")
@@ -104,6 +108,8 @@ class _Launch:
     ) -> None:
         self.run, self.config, self.shape, self.runtime, self.data = run, config, shape, runtime, data
         self.command = list(command)
+        self.graph = False
+        self.kernels = serving_kernels(shape, runtime.device, runtime.compute_dtype)
         self.display = ProgressDisplay(config.training.log_interval)
         self.say = self.display.on_message
 
@@ -135,6 +141,7 @@ class _Launch:
         groups = self.model.parameter_groups(self.config.optimizer.weight_decay)
         optimizer = build_optimizer(groups, self.config.optimizer, self.config.c3o, runtime.device)
         update = Update(optimizer, self.config.optimizer)
+        self.graph = wants_graph(self.config, runtime) and update.capturable
         on_cuda = runtime.device.type == "cuda"
         loader = TokenLoader(
             data, "train", batch_size=t.batch_size, seq_len=t.seq_len, seed=t.seed,
@@ -171,11 +178,28 @@ class _Launch:
         ]  # fmt: skip
         trainer = SigmaTrainer(
             training=t, optimizer=self.config.optimizer, runtime=runtime, model=self.model, update=update,
-            loader=loader, timer=timer, validate=validate, checkpoints=self.run.checkpoints, hooks=hooks,
-            probe=self._probe, resume_from=saved,
+            loader=loader, timer=timer, step=self._make_step(update, loader, timer), validate=validate,
+            checkpoints=self.run.checkpoints, hooks=hooks, probe=self._probe, resume_from=saved,
         )  # fmt: skip
         self.loader = loader
         return trainer, hooks
+
+    def _make_step(self, update: Update, loader: TokenLoader, timer: PhaseTimer) -> Step:
+        t = self.config.training
+        step = TrainStep(self.model, update, loader, self.runtime, timer, t.grad_accum)
+        if not self.graph:
+            return step
+        may_fall_back = self.config.runtime.cuda_graph == "auto"
+        return GraphedStep(step, (t.batch_size, t.seq_len), fall_back=self._without_graph if may_fall_back else None)
+
+    def _without_graph(self, why: Exception) -> None:
+        """Capture failed; what was trained is as before, so the run may go on, but not in silence."""
+        self.graph = False
+        reason = f"{type(why).__name__}: {next(iter(str(why).splitlines()), '')}"
+        self.say(f"the step could not be captured in a CUDA graph and runs without, slower: {reason}")
+        content = self.run.saved()
+        content["resolved"] |= {"cuda_graph": False, "cuda_graph_failure": reason}
+        self.run.write_config(content)
 
     def _probe(self, step: int) -> dict[str, Any]:
         reading = self.counters.read()
@@ -203,6 +227,8 @@ class _Launch:
             changed = {k: [before[k], now[k]] for k in now if before[k] != now[k]}
             content["resumed"] = [*content.get("resumed", []), {**entry, "step": saved.step, "changed": changed}]
             content["config"] = to_dict(self.config)
+            content["resolved"]["cuda_graph"] = self.graph
+            content["resolved"].pop("cuda_graph_failure", None)
             if "steps" in changed:
                 self.say(
                     f"--steps {before['steps']} → {now['steps']}: the learning-rate schedule is that of the new length"
@@ -217,6 +243,8 @@ class _Launch:
                     "device": str(self.runtime.device),
                     "compute_dtype": str(self.runtime.compute_dtype).removeprefix("torch."),
                     "torch_compile": self.runtime.compile,
+                    "cuda_graph": self.graph,
+                    "kernels": self.kernels.name,
                     "torch": torch.__version__,
                     "data_fingerprint": manifest.fingerprint(),
                     "data_folder": str(self.data.path.resolve()),  # `evaluate` may be typed in another folder
@@ -237,7 +265,8 @@ class _Launch:
         )
         how = (
             f"{self.runtime.device}, {str(self.runtime.compute_dtype).removeprefix('torch.')},"
-            f" {'compiled' if self.runtime.compile else 'not compiled'}; {self.config.optimizer.optimizer};"
+            f" {self.kernels.name} kernels, {'compiled' if self.runtime.compile else 'not compiled'}{', one CUDA graph' if self.graph else ''};"
+            f" {self.config.optimizer.optimizer};"
             f" {t.batch_size} × {t.seq_len} tokens × {t.grad_accum} a step"
         )
         epochs = t.steps * t.tokens_per_step / train.tokens
@@ -247,6 +276,8 @@ class _Launch:
         )
         begin = f"resuming after step {saved.step} of {t.steps}" if saved else f"run directory: {self.run.path}"
         skips = self.data.manifest.skips
+        if self.runtime.device.type == "cuda" and self.kernels.name != "triton":
+            how += f"\nthe fused kernels do not serve this run, which will be several times slower: {self.kernels.why}"
         lines = [what, how, text, *([f"data skipped: {skips.summary()}"] if skips.total else []), begin]
         return "\n".join(lines)
 
@@ -301,11 +332,15 @@ class _Launch:
             self.say(f"crash report: {path}")
         if is_out_of_memory(error):
             self.say("out of memory: lower --batch-size (with --grad-accum to keep the tokens a step) or --seq-len")
+            if self.graph:
+                self.say("a CUDA graph keeps the step's memory to itself: --cuda-graph off leaves more for the rest")
             return Outcome.OUT_OF_MEMORY
         if "No space left on device" in str(error):
             self.say("the disk is full: free some space; the same command resumes")
         if self.runtime.compile and is_compilation_failure(error):
             self.say("compiling failed: use --no-torch-compile; `eco_train doctor` says what the compiler lacks")
+        if isinstance(error, CaptureError):
+            self.say("--cuda-graph off trains without a graph")
         return Outcome.CRASHED
 
     def _report_crash(self, error: Exception, step: int, last_record: dict[str, Any] | None) -> Path | None:

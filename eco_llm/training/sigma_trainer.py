@@ -26,13 +26,14 @@ from eco_llm.training.hooks.base import Hook
 from eco_llm.training.outcome import NonFiniteLoss, Outcome
 from eco_llm.training.scalars import AsyncScalars
 from eco_llm.training.signals import StopRequest
-from eco_llm.training.step import TrainStep, flat_scalars
+from eco_llm.training.step import Step
 
 
 class SigmaTrainer:
     """Trains one model in one process.
 
     Args:
+        step: does the core of a turn.
         validate: scores the model; called every `eval_interval` steps and after the last one.
         checkpoints: folder for checkpoints.
         probe: further numbers for the record of a step (device counters); must be quick and never wait for the device.
@@ -49,16 +50,17 @@ class SigmaTrainer:
         update: Update,
         loader: TokenLoader,
         timer: PhaseTimer,
+        step: Step,
         validate: Callable[[], Validation],
         checkpoints: Path,
         hooks: Sequence[Hook],
         probe: Callable[[int], dict[str, Any]] = lambda step: {},
         resume_from: checkpoint.Checkpoint | None = None,
     ) -> None:
-        self._training, self._optimizer, self._runtime = training, optimizer, runtime
+        self._training, self._optimizer = training, optimizer
         self._model, self._update, self._loader, self._timer = model, update, loader, timer
         self._validate, self._checkpoints, self._hooks, self._probe = validate, checkpoints, hooks, probe
-        self._step = TrainStep(model, update, loader, runtime, timer, training.grad_accum)
+        self._step = step
         self._scalars = AsyncScalars(runtime.device)
         self._waiting: dict[int, dict[str, Any]] = {}  # step → what is known of its record so far
         self._saved_step: int | None = None
@@ -115,6 +117,7 @@ class SigmaTrainer:
 
     def _turn(self, step: int) -> None:
         self._timer.begin_step(step)
+        self._step.prepare()  # compiling and capturing are in the first step's time, and not in its core
         if self._is_save_due():  # here, so that the cost is inside a step and the step saved has its record written
             self._drain()
             self._save()
@@ -127,8 +130,7 @@ class SigmaTrainer:
         self._timer.mark_core_end()
         self.step = step
 
-        names, metrics = self._update.metrics_tensor()
-        self._scalars.push(step, ("loss", "grad_norm", "applied", *names), flat_scalars(output, metrics))
+        self._scalars.push(step, output.names, output.values)
         record = self._waiting[step] = {"step": step, "lr": lr, **self._probe(step)}
         if self._is_validation_due():
             result = self._validate()

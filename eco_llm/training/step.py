@@ -1,13 +1,18 @@
-"""The seam between the loop and the model: one optimizer step, accumulation and phases included."""
+"""The seam between the loop and the model: one optimizer step, accumulation and phases included.
+
+`TrainStep` launches a step's work piece by piece; `graph.GraphedStep` replays it as one CUDA graph.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from eco_llm.data.loader import TokenLoader
+from eco_llm.data.loader import Batch, TokenLoader
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.update import Update
 from eco_llm.perf.phases import PhaseTimer
@@ -16,14 +21,24 @@ from eco_llm.runtime import Runtime
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Device values of one step; reading them is the caller's affair, later."""
+    """What one step computed, still on the device; reading it is the caller's affair, later."""
 
-    loss: Tensor
-    """Mean loss over the step's micro-batches, nats per token, 0-dim fp32."""
-    grad_norm: Tensor
-    """Global gradient norm before clipping, 0-dim fp32."""
-    applied: Tensor
-    """0-dim bool: False when loss or gradient was not finite, and nothing was changed."""
+    names: tuple[str, ...]
+    """`loss` (mean over the step's micro-batches, nats per token), `grad_norm` (global, before clipping), `applied`
+    (0 when loss or gradient was not finite and nothing was changed), then the optimizer's metrics."""
+    values: Tensor
+    """fp32 [names], one vector, so that a step's values leave the device in one copy. Queue that copy before the next
+    step: it may overwrite them."""
+
+
+class Step(Protocol):
+    """One optimizer step, as the loop sees it."""
+
+    def prepare(self) -> None:
+        """What must happen once before the first step, after any state was restored; later calls do nothing."""
+
+    def run(self) -> StepOutput:
+        """Fetch `grad_accum` batches, accumulate their gradients, update the weights, clear the gradients."""
 
 
 class TrainStep:
@@ -38,31 +53,61 @@ class TrainStep:
         timer: PhaseTimer,
         grad_accum: int,
     ) -> None:
-        self._model, self._update, self._loader = model, update, loader
-        self._runtime, self._timer, self._grad_accum = runtime, timer, grad_accum
+        self.model, self.update, self.timer, self.grad_accum = model, update, timer, grad_accum
+        self.device = runtime.device
+        self._loader, self._runtime = loader, runtime
+        self._prepared = False
+
+    def prepare(self) -> None:
+        """Bring the optimizer into the form that a graph needs, also where none is used: same kernels, same losses."""
+        if not self._prepared and self.device.type == "cuda" and self.update.capturable:
+            self.update.make_capturable()
+        self._prepared = True
 
     def run(self) -> StepOutput:
         """Fetch `grad_accum` batches, accumulate their gradients, update the weights, clear the gradients."""
-        timer = self._timer
+        output = self.compute(self._fetch_to_device)
+        with self.timer.phase("zero_grad"):
+            self.update.zero_grad()
+        return output
+
+    def compute(self, fetch: Callable[[], Batch]) -> StepOutput:
+        """Everything between the data and the cleared gradients; `fetch` is called once for each micro-batch."""
+        timer = self.timer
         total: Tensor | None = None
-        for _ in range(self._grad_accum):
-            with timer.phase("data"):
-                inputs, targets = next(self._loader).to(self._runtime.device)
-            with timer.phase("forward"), self._runtime.autocast():
-                # Micro-batches have equal token counts, so the mean of means is the mean.
-                loss = self._model.loss(inputs, targets) / self._grad_accum
+        for _ in range(self.grad_accum):
+            batch = fetch()
+            with timer.phase("forward"):
+                loss = self._loss(batch)
             with timer.phase("backward"):
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         with timer.phase("opt_step"):
-            result = self._update.step(total)
-        with timer.phase("zero_grad"):
-            self._update.zero_grad()
-        return StepOutput(total, result.grad_norm, result.applied)
+            result = self.update.step(total)
+            names, metrics = self.update.metrics_tensor()
+            values = torch.stack([total.float(), result.grad_norm.float(), result.applied.float()])
+            if names:
+                values = torch.cat([values, metrics.float()])
+        return StepOutput(("loss", "grad_norm", "applied", *names), values)
 
+    def forward_and_backward(self, batch: Batch) -> None:
+        """Leave gradients, change nothing else."""
+        self._loss(batch).backward()
 
-def flat_scalars(output: StepOutput, extra: Tensor) -> Tensor:
-    """One fp32 vector (loss, grad_norm, applied, extra…), so that a step's values leave the device in one copy."""
-    values = torch.stack([output.loss.float(), output.grad_norm.float(), output.applied.float()])
-    return torch.cat([values, extra.float()]) if extra.numel() else values
+    def fetch(self) -> Batch:
+        """The next micro-batch, on the host."""
+        return next(self._loader)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, in a fixed order."""
+        return list(self.model.parameters())
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with self._runtime.autocast():
+            # Micro-batches have equal token counts, so the mean of means is the mean.
+            return self.model.loss(batch.inputs, batch.targets) / self.grad_accum
+
+    def _fetch_to_device(self) -> Batch:
+        with self.timer.phase("data"):
+            return self.fetch().to(self.device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eco_llm.errors import UserError
-from eco_llm.perf.phases import PHASES, HostMark, PhaseTimer, StepTimes
+from eco_llm.perf.phases import PHASES, CapturedPhases, HostMark, PhaseTimer, StepTimes
 
 
 class Stream:
@@ -224,6 +224,110 @@ def test_a_failed_phase_discards_its_step_and_the_next_is_timed() -> None:
     (times,) = timer.collect()
     assert times.step == 2
     assert times.phase_forward_s == pytest.approx(0.010)
+
+
+# -- phases captured in a graph ----------------------------------------------------------------------------------
+
+
+def capture(timer: PhaseTimer) -> CapturedPhases:
+    with timer.capturing() as captured:
+        for name in ("forward", "backward", "forward", "backward", "opt_step"):
+            with timer.phase(name):  # type: ignore[arg-type]
+                pass
+    return captured
+
+
+class Graph:
+    """Work of known length between marks that can be exchanged, as `EventNodes` does."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.marks: list[StreamMark] = []
+
+    def bind(self, marks: object) -> None:
+        self.marks = list(marks)  # type: ignore[call-overload]
+
+    def launch(self) -> None:
+        for mark, milliseconds in zip([*self.marks, None], (10, 20, 11, 22, 4), strict=True):
+            self.stream.work(milliseconds / 1000)
+            if mark is not None:
+                mark.record()
+
+
+def replayed(timer: PhaseTimer, stream: Stream, captured: CapturedPhases, graph: Graph) -> None:
+    timer.begin_step()
+    with timer.phase("data"):
+        stream.work(0.001)
+    timer.replay(captured, graph.bind, graph.launch)
+    timer.mark_core_end()
+    timer.end_step()
+
+
+def test_replayed_phases_are_timed_however_far_the_device_is_behind() -> None:
+    stream = Stream()
+    timer, graph = on_stream(stream), Graph(stream)
+    timer.begin_step()
+    captured = capture(timer)
+    timer.discard_step()
+    stream.run()
+    assert captured.names == ["forward", "backward", "forward", "backward", "opt_step"]
+    assert len(captured.boundaries) == 4
+    for _ in range(5):
+        replayed(timer, stream, captured, graph)
+    assert timer.collect() == []
+    stream.run()
+    times = timer.collect()
+    assert [t.step for t in times] == [2, 3, 4, 5, 6]
+    for t in times:
+        assert (t.phase_forward_s, t.phase_backward_s, t.phase_opt_step_s) == pytest.approx((0.021, 0.042, 0.004))
+        assert t.phase_data_s + t.phase_train_s == pytest.approx(t.core_step_time_s)
+    made = stream.made
+    for _ in range(20):
+        replayed(timer, stream, captured, graph)
+        stream.run()
+        timer.collect()
+    assert stream.made == made  # shared marks go back to the pool, once
+    assert len(timer._pool) == len({id(mark) for mark in timer._pool})
+
+
+def test_an_untimed_replay_moves_no_mark_that_is_still_to_be_read() -> None:
+    stream = Stream()
+    timer, graph = on_stream(stream, max_in_flight=2), Graph(stream)
+    timer.begin_step()
+    captured = capture(timer)
+    timer.discard_step()
+    for _ in range(6):
+        replayed(timer, stream, captured, graph)
+    assert timer.dropped_steps == 4
+    assert graph.marks == captured.boundaries
+    stream.run()
+    assert [t.phase_forward_s for t in timer.collect()] == pytest.approx([0.021, 0.021])
+
+
+def test_a_failed_replay_discards_its_step() -> None:
+    stream = Stream()
+    timer, graph = on_stream(stream), Graph(stream)
+    timer.begin_step()
+    captured = capture(timer)
+
+    def fail() -> None:
+        raise RuntimeError("launch failed")
+
+    with pytest.raises(RuntimeError, match="launch failed"):
+        timer.replay(captured, graph.bind, fail)
+    replayed(timer, stream, captured, graph)
+    stream.run()
+    assert len(timer.collect()) == 1
+
+
+def test_only_events_see_into_a_graph() -> None:
+    for timer in (PhaseTimer("cpu"), on_stream(Stream(), mode="host"), on_stream(Stream(), sync_boundaries=True)):
+        with pytest.raises(RuntimeError, match="only CUDA events"), timer.capturing():
+            pass
+    timer = on_stream(Stream())
+    timer.begin_step()
+    with pytest.raises(RuntimeError, match="a capture or a phase is open"), timer.phase("forward"), timer.capturing():
+        pass
 
 
 def test_calls_out_of_order_are_refused() -> None:
