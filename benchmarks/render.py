@@ -5,8 +5,9 @@
     <!-- /evidence -->
 
 in README.md and docs/*.md. CLAIM and HARDWARE name evidence files (benchmarks/results/HARDWARE/CLAIM.json;
-`*` and `?` match several, one row each). TABLE is `summary` (training runs), `ratio` (A/B comparisons) or `chunk`
-(the tile policy).
+`*` and `?` match several, one row each). TABLE is `summary` (training runs), `ratio` (A/B comparisons), `chunk` (the
+tile policy, T against chunk), `tiles` (the same, with its path) or `table` (the files' own `table`: header, rows).
+A marker that ends in ` pending` may name evidence that does not exist yet: the page then says so.
 Every evidence file whose samples have `step` and `loss` also gives docs/img/CLAIM_HARDWARE.svg.
 """
 
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Evidence = dict[str, Any]
 
 _BLOCK = re.compile(
-    r"(?P<open><!-- evidence:(?P<claim>[^/\s]+)/(?P<hardware>[^/\s]+)/(?P<table>[^/\s]+) -->\n)"
+    r"(?P<open><!-- evidence:(?P<claim>[^/\s]+)/(?P<hardware>[^/\s]+)/(?P<table>[^/\s]+)(?P<pending> pending)? -->\n)"
     r"(?P<body>.*?)"
     r"(?P<close><!-- /evidence -->)",
     re.S,
@@ -89,10 +90,12 @@ def _fill(page: Path, evidence: list[Evidence]) -> str:
             if fnmatch.fnmatchcase(item["claim"], claim) and fnmatch.fnmatchcase(item["hardware"], hardware)
         ]
         where = f"{page.name}: evidence:{claim}/{hardware}/{kind}"
-        if not rows:
-            raise RenderError(f"{where}: no such file under benchmarks/results")
         if kind not in TABLES:
             raise RenderError(f"{where}: unknown table; there are {', '.join(TABLES)}")
+        if not rows and match["pending"]:
+            return match["open"] + "*Not measured yet.*\n" + match["close"]
+        if not rows:
+            raise RenderError(f"{where}: no such file under benchmarks/results")
         try:
             return match["open"] + TABLES[kind](rows) + match["close"]
         except KeyError as error:
@@ -170,6 +173,39 @@ def chunk_table(rows: list[Evidence]) -> str:
     return _markdown(header, body)
 
 
+def tiles_table(rows: list[Evidence]) -> str:
+    """`chunk_table` with the path that was measured, for evidence of more than one."""
+    header = ["hardware", "path", "T", "chunk 64, ms", "chunk 128, ms", "chunk 256, ms", "date", "commit"]
+    body = []
+    for item in rows:
+        path = item.get("path", "reference, eager")
+        for length in sorted({sample["T"] for sample in item["samples"]}):
+            times = [item["summary"].get(f"T{length}_chunk{chunk}_ms") for chunk in (64, 128, 256)]
+            best = min(t for t in times if t is not None)
+            shown = ["–" if t is None else f"**{t:.3f}**" if t == best else f"{t:.3f}" for t in times]
+            body.append([item["hardware"], path, str(length), *shown, *_origin(item)])
+    return _markdown(header, body)
+
+
+def own_table(rows: list[Evidence]) -> str:
+    """The tables that the evidence files bring (`table`: `header`, `rows`, perhaps a `title` that leads each row)."""
+    first = rows[0].get("table") or {}
+    if not all((item.get("table") or {}).get("header") == first.get("header") for item in rows) or not first:
+        raise KeyError("table, or files matched by one marker have different headers, and no such table")
+    titled = any("title" in item["table"] for item in rows)
+    header = ["hardware", *(["shape"] if titled else []), *first["header"], "date", "commit"]
+    body = [
+        [item["hardware"], *([item["table"].get("title", "")] if titled else []), *map(_cell, row), *_origin(item)]
+        for item in rows
+        for row in item["table"]["rows"]
+    ]
+    return _markdown(header, body)
+
+
+def _cell(value: object) -> str:
+    return "–" if value is None else str(value)
+
+
 def _origin(item: Evidence) -> list[str]:
     """Date, and commit (`+` where the code differed from it; the source digest where there was no git)."""
     env = item["environment"]
@@ -183,6 +219,8 @@ TABLES: dict[str, Callable[[list[Evidence]], str]] = {
     "summary": summary_table,
     "ratio": ratio_table,
     "chunk": chunk_table,
+    "tiles": tiles_table,
+    "table": own_table,
 }
 
 

@@ -184,3 +184,38 @@ def test_this_repositorys_pages_are_fresh() -> None:
         [sys.executable, str(ROOT / "benchmarks" / "render.py"), "--check"], capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_pending_evidence_is_admitted_and_then_shown(site: Path) -> None:
+    page = site / "docs" / "speed.md"
+    page.write_text("<!-- evidence:later_*/*/table pending -->\nold\n<!-- /evidence -->\n", encoding="utf-8")
+    assert main(site) == 0
+    assert "*Not measured yet.*" in page.read_text(encoding="utf-8")
+    environment = run_evidence()["environment"]
+    for shape in ("4x512", "1x8"):
+        table = {"title": shape, "header": ["step", "ms"], "rows": [["ours", 1.5], ["theirs", None]]}
+        item = {"claim": f"later_{shape}", "environment": environment, "summary": {"x": 1}, "table": table}
+        folder = site / "benchmarks" / "results" / "nvidia-h200"
+        evidence = json.dumps(item | {"samples": [{"round": 0}]})
+        (folder / f"later_{shape}.json").write_text(evidence, encoding="utf-8")
+    assert main(site) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "| nvidia-h200 | 4x512 | ours | 1.5 | 2026-11-20 | 01234567+ |" in text
+    assert "| nvidia-h200 | 1x8 | theirs | – |" in text
+    assert "Not measured" not in text
+
+
+def test_pending_does_not_excuse_an_unknown_table(site: Path) -> None:
+    (site / "docs" / "x.md").write_text("<!-- evidence:later/*/pie pending -->\n<!-- /evidence -->\n", encoding="utf-8")
+    assert main(site) == 2
+
+
+def test_tiles_name_their_path(site: Path) -> None:
+    summary = {"T512_chunk64_ms": 1.0, "T512_chunk128_ms": 0.5, "T512_chunk256_ms": 2.0}
+    item = ratio_evidence() | {"claim": "tiles_x", "path": "triton, eager", "summary": summary}
+    item["samples"] = [{"T": 512, "chunk": 64, "round": 0, "seconds": 1.0}]
+    (site / "benchmarks" / "results" / "nvidia-h200" / "tiles_x.json").write_text(json.dumps(item), encoding="utf-8")
+    page = site / "docs" / "tiles.md"
+    page.write_text("<!-- evidence:tiles_x/*/tiles -->\n<!-- /evidence -->\n", encoding="utf-8")
+    assert main(site) == 0
+    assert "| nvidia-h200 | triton, eager | 512 | 1.000 | **0.500** | 2.000 |" in page.read_text(encoding="utf-8")

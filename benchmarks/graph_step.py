@@ -1,0 +1,133 @@
+"""Claims: the step as one CUDA graph against the same step launched piece by piece; what timing phases inside costs.
+
+    python benchmarks/graph_step.py [--rounds N] [ARGUMENTS OF eco_train train …]
+
+Three copies of one training (model, C3O, data order), advanced in turn, ten steps a sample: `eager`; `graph`, with the
+phase timer and its event nodes; `untimed`, the same graph without them. Gate: at the end all three have had the same
+losses, bit for bit. Writes `graph_step_BxT` (A eager, B graph) and `graph_phases_BxT` (A graph, B untimed: the ratio is
+the cost of the phases, at most 1.01 wanted).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from common import interleave, require_close, seconds_of, write_evidence
+
+from eco_llm.cli.args_file import expand
+from eco_llm.cli.parse import parse
+from eco_llm.config import TrainConfig
+from eco_llm.runtime import Runtime, set_cache_dirs
+
+DEFAULT = ["@train_sigma_args.txt", "--torch-compile"]
+STEPS = 10
+
+
+class NoTimer:
+    """What GraphedStep asks of a PhaseTimer, doing nothing."""
+
+    annotate = False
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[Any]:
+        from eco_llm.perf.phases import CapturedPhases
+
+        yield CapturedPhases()
+
+    def replay(self, captured: Any, bind: Callable[..., None], launch: Callable[[], None]) -> None:
+        launch()
+
+
+def main(argv: list[str]) -> None:
+    """Measure, print, write the evidence."""
+    rounds = 15
+    if argv[:1] == ["--rounds"]:
+        rounds, argv = int(argv[1]), argv[2:]
+    config = parse(TrainConfig, expand(argv or DEFAULT), prog="graph_step")
+    set_cache_dirs()
+
+    import torch
+
+    from eco_llm.data.loader import Batch
+    from eco_llm.model.sigma_llm import SigmaLLM
+    from eco_llm.optim.factory import build_optimizer
+    from eco_llm.optim.update import Update
+    from eco_llm.perf.phases import PhaseTimer
+    from eco_llm.training.graph import GraphedStep
+    from eco_llm.training.step import Step, TrainStep
+
+    runtime = Runtime.detect(config.runtime)
+    t = config.training
+    runtime.setup(t.seed)
+    drawn = torch.randint(config.model.vocab_size, (8, 2, t.batch_size, t.seq_len)).pin_memory()
+
+    def source() -> Iterator[Batch]:
+        while True:
+            for both in drawn:
+                yield Batch(both[0], both[1])
+
+    losses: dict[str, list[Any]] = {}
+
+    def side(name: str, timer: Any, *, graph: bool) -> Callable[[], None]:
+        torch.manual_seed(t.seed)
+        with torch.device(runtime.device):
+            model = SigmaLLM(config.model)
+        if runtime.compile:
+            model.compile_blocks()
+        groups = model.parameter_groups(config.optimizer.weight_decay)
+        update = Update(build_optimizer(groups, config.optimizer, config.c3o, runtime.device), config.optimizer)
+        batches: Any = source()
+        step: Step = TrainStep(model, update, batches, runtime, timer, t.grad_accum)
+        if graph:
+            step = GraphedStep(step, (t.batch_size, t.seq_len), fall_back=None)  # type: ignore[arg-type]
+        timed = isinstance(timer, PhaseTimer)
+        losses[name] = []
+
+        def advance() -> None:
+            for _ in range(STEPS):
+                if timed:
+                    timer.begin_step()
+                step.prepare()
+                update.set_lr(config.optimizer.lr)
+                output = step.run()
+                losses[name].append(output.values[0].clone())
+                if timed:
+                    timer.mark_core_end()
+                    timer.end_step()
+                    timer.collect()
+
+        return advance
+
+    eager = side("eager", PhaseTimer(runtime.device), graph=False)
+    graph = side("graph", PhaseTimer(runtime.device), graph=True)
+    untimed = side("untimed", NoTimer(), graph=True)
+    wait = torch.cuda.synchronize
+    first = interleave(seconds_of(eager, wait), seconds_of(graph, wait), rounds, warmup=2)
+    second = interleave(seconds_of(graph, wait), seconds_of(untimed, wait), rounds, warmup=2)
+    torch.cuda.synchronize()
+    values = {name: [float(x) for x in kept] for name, kept in losses.items()}
+    for name in ("graph", "untimed"):
+        for expected, loss in zip(values["eager"], values[name], strict=False):
+            require_close(expected, loss, relative=0.0, what=f"loss of eager and {name}")
+    common: dict[str, Any] = {"unit": "s", "steps_per_sample": STEPS, "flags": argv or DEFAULT}
+    shape = f"{t.batch_size}x{t.seq_len}"
+    for claim, a, b, result in (
+        ("graph_step", "eager", "graph", first),
+        ("graph_phases", "graph with timed phases", "graph without", second),
+    ):
+        print(
+            f"{a} {1000 * result.median_a / STEPS:.3f} ms, {b} {1000 * result.median_b / STEPS:.3f} ms:"
+            f" {result.ratio:.4f} ({result.ratio_low:.4f} – {result.ratio_high:.4f})"
+        )
+        payload = {**common, "a": a, "b": b, "summary": result.summary(), "samples": result.samples()}
+        print(write_evidence(f"{claim}_{shape}", payload, device=str(runtime.device)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
