@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from eco_llm.config import RuntimeConfig
 from eco_llm.errors import UserError
+from eco_llm.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +97,8 @@ class Runtime:
         import torch
 
         torch.manual_seed(seed)  # also seeds every CUDA device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             # fp32 products that are left under bf16 compute (optimizer, norms) need no full fp32 multiplier.

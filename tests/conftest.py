@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = (
     "--d-model 32 --n-layers 3 --mamba-ratio 2 --attention-ratio 1 --n-heads 2 --kv-latent-dim 16 --rope-head-dim 8"
-    " --mamba-head-dim 16 --mamba-state-dim 16 --vocab-size 300 --batch-size 2 --seq-len 24 --warmup-steps 2"
+    " --mamba-head-dim 64 --mamba-state-dim 16 --vocab-size 300 --batch-size 2 --seq-len 24 --warmup-steps 2"
     " --eval-batches 2 --sample-tokens 0 --device cpu --no-torch-compile --log-interval 1"
 )
 """Flags of a model of some 30,000 parameters; every part of the real one is in it."""

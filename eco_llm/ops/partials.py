@@ -17,8 +17,8 @@ from torch import Tensor
 
 MAX_MATRICES = 4
 _COLUMNS = 16  # 64 bytes a row: two sectors; more programs than 32 would give
-_ROWS = 256
-_WARPS = 8
+_ROWS = 128
+_WARPS = 4
 
 
 @triton.jit(

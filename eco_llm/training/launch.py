@@ -265,8 +265,8 @@ class _Launch:
         )
         how = (
             f"{self.runtime.device}, {str(self.runtime.compute_dtype).removeprefix('torch.')},"
-            f" {self.kernels.name} kernels, {'compiled' if self.runtime.compile else 'not compiled'}{', one CUDA graph' if self.graph else ''};"
-            f" {self.config.optimizer.optimizer};"
+            f" {self.kernels.name} kernels, {'compiled' if self.runtime.compile else 'not compiled'}"
+            f"{', one CUDA graph' if self.graph else ''}; {self.config.optimizer.optimizer};"
             f" {t.batch_size} × {t.seq_len} tokens × {t.grad_accum} a step"
         )
         epochs = t.steps * t.tokens_per_step / train.tokens

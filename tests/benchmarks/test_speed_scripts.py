@@ -247,7 +247,7 @@ def test_roofline_floor_counts_what_the_model_counts(script: Any) -> None:
         d_model=64, n_layers=6, n_heads=2, vocab_size=320, mamba_state_dim=16, kv_latent_dim=32, rope_head_dim=8
     )
     model = SigmaLLM(shape)
-    floors = script("roofline").floors(shape, 2, 128, 128, model.num_parameters())
+    floors = script("roofline").floors(shape, 2, 128, 64, model.num_parameters())
     flops = sum(floors[name][1] for name in ("matrix products", "attention", "SSD"))
     assert flops == 2 * 128 * model.flops_per_token(128)
     classes = {name for name, _ in script("roofline").CLASSES}

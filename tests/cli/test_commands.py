@@ -47,8 +47,8 @@ def test_the_reports_command_lines_are_accepted_word_for_word(
     assert shown["training"]["resume"] is False
     assert shown["model"] | {"d_model": 768, "n_layers": 18, "n_heads": 12} == shown["model"]
     assert (shown["training"]["batch_size"], shown["training"]["seq_len"]) == (4, 512)
-    assert shown["runtime"]["torch_compile"] == "off"
-    assert shown["c3o"]["c3o_trust_norm_refresh_drift"] == 0.0
+    assert shown["runtime"]["torch_compile"] == "auto"
+    assert shown["c3o"]["c3o_trust_norm_refresh_drift"] == 0.02
 
 
 @pytest.mark.parametrize("line", [SHORT_WINDOW, LONG_RUN])

@@ -196,7 +196,7 @@ def test_flops_equal_what_a_counter_sees(time: int, chunk: int) -> None:
     """The counter sees every product, so these known differences are added to the formula, and nothing else:
 
     causal halves computed in full, and the pass of states between chunks. The convolution is left out on both
-    sides (the counter ignores its groups in backward).
+    sides (it is shifted sums, which the counter does not see).
     """
     batch = 2
     model = make_model(mamba_chunk=chunk)
@@ -209,7 +209,7 @@ def test_flops_equal_what_a_counter_sees(time: int, chunk: int) -> None:
     other_half = 2 * length * (state + inner) // 2 * 2 + 4 * time * 32 // 2  # a token, 2 Mamba blocks and 1 MLA
     passing = 2 * (chunks + 1) ** 2 * inner * state * 2  # a sequence
     seen = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
-    assert set(seen) == {"aten.mm", "aten.bmm", "aten.convolution", "aten.convolution_backward"}
+    assert set(seen) == {"aten.mm", "aten.bmm"}
     products = seen["aten.mm"] + seen["aten.bmm"]
     assert products == batch * time * model.flops_per_token(time) + 3 * batch * (time * other_half + passing)
 

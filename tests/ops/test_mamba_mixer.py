@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.5e-2}
 
 
 def make_inputs(
-    time: int, *, heads: int = 2, width: int = 16, groups: int = 1, state: int = 16, taps: int = 4, model: int = 24,
+    time: int, *, heads: int = 2, width: int = 64, groups: int = 1, state: int = 16, taps: int = 4, model: int = 24,
     dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype = torch.float32, device: str = DEVICE,
 ) -> dict[str, Tensor]:  # fmt: skip
     g = torch.Generator().manual_seed(time + heads)
@@ -140,7 +140,7 @@ def test_keeps_little_for_backward() -> None:
 
 
 def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
-    for change, message in (({"state": 24}, "state size of 24"), ({"width": 8}, "head width of 8")):
+    for change, message in (({"state": 24}, "state size of 24"), ({"width": 32}, "head width of 32")):
         inputs = make_inputs(8, **change, device="cpu")
         with pytest.raises(ValueError, match=message):
             run(inputs, change.get("state", 16), backend="triton")

@@ -27,10 +27,18 @@ SHARED_MEMORY_OF_CONSUMER_CARDS = 101_376  # bytes a program may have on compute
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("chunk", [64, 128, 256])
 @pytest.mark.parametrize(
-    "time", [1, 63, 64, 200, pytest.param(512, marks=only_gpu), pytest.param(1000, marks=only_gpu)]
+    "time",
+    [
+        1,
+        63,
+        64,
+        pytest.param(200, marks=only_gpu),
+        pytest.param(512, marks=only_gpu),
+        pytest.param(1000, marks=only_gpu),
+    ],
 )
 def test_equals_recurrent(time: int, chunk: int, groups: int, dtype: torch.dtype) -> None:
-    inputs = make_inputs(time, groups=groups, width=16, state=16, dtype=dtype, device=DEVICE)
+    inputs = make_inputs(time, groups=groups, width=64, state=16, dtype=dtype, device=DEVICE)
     expected = run(as_float64(inputs), chunk_size=chunk, backend="recurrent")
     actual = run(inputs, chunk_size=chunk, backend="triton")
     assert actual["y"].dtype == dtype
@@ -43,7 +51,7 @@ def test_equals_recurrent(time: int, chunk: int, groups: int, dtype: torch.dtype
 @pytest.mark.parametrize("chunk", [64, 128, 256])
 @pytest.mark.parametrize("time", [63, 512])
 @pytest.mark.parametrize(
-    ("heads", "width", "state"), [(24, 64, 128), (12, 128, 128), (5, 32, 64), (3, 96, 32), (6, 192, 16)]
+    ("heads", "width", "state"), [(24, 64, 128), (12, 128, 128), (5, 64, 64), (3, 192, 32), (2, 64, 16)]
 )
 def test_every_width_and_state(heads: int, width: int, state: int, time: int, chunk: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(time, heads=heads, width=width, state=state, dtype=dtype, device=DEVICE)
@@ -67,7 +75,7 @@ def test_long_sequences(decay: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("mixed", [False, True], ids=["everywhere", "then-mild"])
 def test_strong_decay_stays_finite_and_right(mixed: bool, dtype: torch.dtype) -> None:
-    inputs = make_inputs(150, width=16, state=16, dtype=dtype, device=DEVICE)
+    inputs = make_inputs(150, width=64, state=16, dtype=dtype, device=DEVICE)
     with torch.no_grad():
         inputs["A"].fill_(-50.0)
         inputs["dt"].fill_(1.0)
@@ -80,7 +88,7 @@ def test_strong_decay_stays_finite_and_right(mixed: bool, dtype: torch.dtype) ->
 
 def test_state_carries_over_a_cut() -> None:
     inputs = {
-        n: v.detach() for n, v in make_inputs(100, width=16, state=16, dtype=torch.float32, device=DEVICE).items()
+        n: v.detach() for n, v in make_inputs(100, width=64, state=16, dtype=torch.float32, device=DEVICE).items()
     }
     whole, final = ssd(**inputs, chunk_size=64, return_final_state=True, backend="triton")
     parts, state = [], inputs["initial_state"]
@@ -92,7 +100,7 @@ def test_state_carries_over_a_cut() -> None:
 
 
 def test_absent_skip_and_state_mean_zero() -> None:
-    inputs = make_inputs(70, width=16, state=16, dtype=torch.float32, device=DEVICE)
+    inputs = make_inputs(70, width=64, state=16, dtype=torch.float32, device=DEVICE)
     with torch.no_grad():
         inputs["D"].zero_()
         inputs["initial_state"].zero_()
@@ -103,7 +111,7 @@ def test_absent_skip_and_state_mean_zero() -> None:
 
 
 def test_slices_of_a_wider_tensor_go_in_without_a_copy() -> None:
-    heads, width, state = 2, 16, 16
+    heads, width, state = 2, 64, 16
     inputs = make_inputs(70, heads=heads, width=width, state=state, dtype=torch.float32, device=DEVICE)
     packed = torch.cat([inputs[name].detach().flatten(2) for name in "xBC"], -1)
     x, B, C = packed.split((heads * width, state, state), dim=-1)
@@ -114,13 +122,13 @@ def test_slices_of_a_wider_tensor_go_in_without_a_copy() -> None:
 
 
 def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
-    for change, message in (({"state": 24}, "state size of 24"), ({"width": 8}, "head width of 8")):
-        inputs = make_inputs(8, **{"width": 16, "state": 16, **change}, dtype=torch.float32, device=DEVICE)
+    for change, message in (({"state": 24}, "state size of 24"), ({"width": 32}, "head width of 32")):
+        inputs = make_inputs(8, **{"width": 64, "state": 16, **change}, dtype=torch.float32, device=DEVICE)
         with pytest.raises(ValueError, match=message):
             ssd(**inputs, chunk_size=64, backend="triton")
         ssd(**inputs, chunk_size=64, backend="auto")  # which takes the reference
     with pytest.raises(ValueError, match="float64"):
-        ssd(**make_inputs(8, width=16, state=16, dtype=torch.float64, device=DEVICE), chunk_size=64, backend="triton")
+        ssd(**make_inputs(8, width=64, state=16, dtype=torch.float64, device=DEVICE), chunk_size=64, backend="triton")
 
 
 @only_gpu

@@ -43,8 +43,8 @@ class _Tuning(NamedTuple):
 # Registers a thread, by ptxas for compute capability 9.0: 96 and 96. A multiprocessor of an H200 needs some 25 kB in
 # flight for full bandwidth; these keep 40 kB. Issue slots come next: 15 instructions a channel and token forward, 31 to
 # 35 backward. Four channels a thread would be the cheaper backward, but take 162 registers.
-_FORWARD = _Tuning(channels=4, step=8, resident=5)
-_BACKWARD = _Tuning(channels=2, step=4, resident=5)
+_FORWARD = _Tuning(channels=4, step=4, resident=7)
+_BACKWARD = _Tuning(channels=2, step=8, resident=5)
 
 
 @triton.jit

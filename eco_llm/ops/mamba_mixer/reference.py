@@ -20,10 +20,12 @@ def mamba_mixer_reference(
 ) -> Tensor:  # fmt: skip
     """Shapes as in `eco_llm.ops.mamba_mixer.mamba_mixer`."""
     heads, inner = dt_bias.shape[0], norm_weight.shape[0]
-    z, xbc, dt = F.linear(u, in_weight.to(u.dtype)).split((inner, conv_weight.shape[0], heads), dim=-1)
-    xbc = causal_conv_silu_reference(xbc, conv_weight, conv_bias)
-    groups_state = (conv_weight.shape[0] - inner) // 2
-    x, B, C = xbc.split((inner, groups_state, groups_state), dim=-1)
+    # One product for each part, and B and C convolved apart from x: splitting the result of one product would make its
+    # gradient by concatenation, which on a CPU, compiled, is the slowest thing here after the products.
+    in_weights = in_weight.to(u.dtype).split((inner, inner, conv_weight.shape[0] - inner, heads))
+    z, x, bc, dt = (F.linear(u, part) for part in in_weights)
+    x = causal_conv_silu_reference(x, conv_weight[:inner], conv_bias[:inner])
+    B, C = causal_conv_silu_reference(bc, conv_weight[inner:], conv_bias[inner:]).chunk(2, dim=-1)
     # bf16 has 8 bits: dt + bias must not be rounded to it before softplus, for small steps live in the bias.
     dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + dt_bias)
     x, B, C = x.unflatten(-1, (heads, -1)), B.unflatten(-1, (-1, state_dim)), C.unflatten(-1, (-1, state_dim))

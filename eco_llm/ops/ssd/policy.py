@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 # (shortest sequence of the row, chunk), first match from the bottom up. 256 is allowed only for T ≥ 1024. Edit the
-# table when a measurement says so. Evidence: benchmarks/results/*/chunk_policy*.json and docs/LOG.md. On an H200 64 is the
-# fastest at every length (Triton kernels: 1.3 to 2 times 256); in PyTorch's ops, on a CPU too, 64 and 128 are within
-# noise of each other or 64 ahead.
+# table when a measurement says so. Evidence: benchmarks/results/*/chunk_policy*.json and docs/LOG.md. On an H200 64 is
+# the fastest at every length (Triton kernels: 1.3 to 2 times 256); in PyTorch's ops, on a CPU too, 64 and 128 are
+# within noise of each other or 64 ahead.
 CHUNK_TABLE: tuple[tuple[int, int], ...] = ((1, 64), (1024, 64))
 
 

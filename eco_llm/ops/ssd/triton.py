@@ -7,6 +7,7 @@ that may change from run to run.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,12 +21,10 @@ from eco_llm.ops.ssd.operator import tile_and_chunk
 # Programs that fill a large GPU a few times over; below it, a program takes fewer heads.
 _PROGRAMS = 512
 
-# (warps, stages) of each kernel. Chosen by measurement on an H200: docs/LOG.md. With more than one tile a chunk, two
-# stages of the gradient kernel pass 99 KB of shared memory.
-WALK, OUTPUT, GRADIENT, GRADIENT_LOOPED = (4, 3), (4, 2), (4, 2), (4, 1)
-# Most heads a program takes: they share the scores C·B, and a share of dB and dC is written for each program.
-OUTPUT_HEADS, GRADIENT_HEADS = 8, 8
-ROLES = 3
+# (warps, stages) of each kernel, and the most heads of a program, which share the scores C·B and a share of dB and dC.
+# Chosen by measurement on an H200: docs/LOG.md.
+WALK, OUTPUT, GRADIENT = (4, 3), (4, 2), (4, 2)
+MOST_HEADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +58,11 @@ class Shape:
     def heads_per_group(self) -> int:
         return self.heads // self.groups
 
-    def heads_per_program(self, limit: int) -> int:
-        """The largest divisor of a group's heads, up to `limit`, that leaves enough programs to fill the GPU."""
+    def heads_per_program(self, roles: int) -> int:
+        """The largest divisor of a group's heads, up to the most, that leaves enough programs to fill the GPU."""
         best = 1
-        for count in range(2, min(limit, self.heads_per_group) + 1):
-            programs = self.batch * self.tiles * (self.heads // count)
+        for count in range(2, min(MOST_HEADS, self.heads_per_group) + 1):
+            programs = roles * self.batch * self.tiles * (self.heads // count)
             if self.heads_per_group % count == 0 and programs >= _PROGRAMS:
                 best = count
         return best
@@ -78,7 +77,7 @@ def shape_of(x: Tensor, B: Tensor, chunk_size: int) -> Shape:
     groups, state = B.shape[2:]
     wide = x.dtype == torch.float32
     block, chunk = tile_and_chunk(chunk_size, x.dtype)
-    part = next(size for size in ((32, 16) if wide else (64, 32, 16)) if width % size == 0)
+    part = 32 if wide else 64
     split = width // part
     precision = "tf32x3" if wide else "tf32"  # three TF32 products are a float32 one; bf16 operands ignore it
     return Shape(batch, time, heads * split, part, split, groups, state, block, chunk, precision)
@@ -141,7 +140,7 @@ def forward(
         last = torch.empty(public, dtype=torch.float32, device=x.device)
     states, _ = _walk(s, x, B, d, initial=None if initial is None else initial.contiguous(), final=last)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    per_program = s.heads_per_program(OUTPUT_HEADS)
+    per_program = s.heads_per_program(1)
     kernels.output_kernel[(s.tiles, s.heads // per_program, s.batch)](
         x, B, C, *d.unbind(), states, D, y, s.time, s.padded, s.heads, s.tiles,
         *_rows(x), *_rows(B), *_rows(C), *_rows(y),
@@ -180,6 +179,10 @@ def backward(
         d: the decays, if they are at hand.
     """
     heads = s.heads // s.split
+    if s.chunk != s.block:
+        # Backward knows chunks of one tile only. The result is the same, and longer chunks were slower. A kernel
+        # with loops over a chunk's tiles ran into an invalid address as Triton 3.6 compiled it (docs/LOG.md).
+        s, d = dataclasses.replace(s, chunk=s.block), None
     d = decays(raw, bias, A, s) if d is None else d
     d_initial = None
     if initial is not None:
@@ -188,8 +191,7 @@ def backward(
         s, x, B, d, initial=None if initial is None else initial.contiguous(), dy=dy, C=C,
         d_final=None if d_final is None else d_final.contiguous(), d_initial=d_initial,
     )  # fmt: skip
-    per_program = s.heads_per_program(GRADIENT_HEADS)
-    warps, stages = GRADIENT if s.chunk == s.block else GRADIENT_LOOPED
+    per_program = s.heads_per_program(3)
     shares = s.heads_per_group // per_program
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -198,22 +200,22 @@ def backward(
 
     d_bc = empty(shares, s.batch, s.time, 2 * s.groups * s.state)
     vectors = empty(3, s.batch, s.heads, s.padded)
-    carry, skip = empty(s.batch, s.chunks, s.heads), empty(s.batch, s.tiles, s.heads)
-    kernels.gradient_kernel[(s.tiles, s.heads // per_program, ROLES * s.batch)](
+    carry, skip = empty(s.batch, s.tiles, s.heads), empty(s.batch, s.tiles, s.heads)
+    kernels.gradient_kernel[(s.tiles, s.heads // per_program, 3 * s.batch)](
         x, B, C, dy, *d.unbind(), states, d_states, D, dx, d_bc, *vectors.unbind(), carry, skip,
         s.time, s.padded, s.heads, s.tiles, s.batch, s.groups,
         *_rows(x), *_rows(B), *_rows(C), *_rows(dy), *_rows(dx),
-        P=s.width, N=s.state, BLOCK=s.block, SUB=s.chunk // s.block, SPLIT=s.split, HEADS=per_program,
-        HEADS_PER_GROUP=s.heads_per_group, HAS_D=D is not None, PRECISION=s.precision, ROLES=ROLES,
-        num_warps=warps, num_stages=stages,
+        P=s.width, N=s.state, BLOCK=s.block, SPLIT=s.split, HEADS=per_program,
+        HEADS_PER_GROUP=s.heads_per_group, HAS_D=D is not None, PRECISION=s.precision,
+        num_warps=GRADIENT[0], num_stages=GRADIENT[1],
     )  # fmt: skip
     partial = empty(s.batch * s.chunks, 3, heads)
     if D is None:
         partial[:, 2] = 0.0
     kernels.finish_kernel[(s.chunks, s.batch)](
         raw, bias, A, d[0], *vectors.unbind(), carry, skip, d_raw, partial,
-        s.time, heads, s.padded, s.chunks, s.tiles, *_rows(raw), *_rows(d_raw),
-        CHUNK=s.chunk, SUB=s.chunk // s.block, HEADS=triton.next_power_of_2(heads), SPLIT=s.split,
-        SOFTPLUS=bias is not None, HAS_D=D is not None, num_warps=8 if s.chunk > 64 else 4,
+        s.time, heads, s.padded, s.chunks, *_rows(raw), *_rows(d_raw),
+        CHUNK=s.chunk, HEADS=triton.next_power_of_2(heads), SPLIT=s.split,
+        SOFTPLUS=bias is not None, HAS_D=D is not None, num_warps=4,
     )  # fmt: skip
     return Gradients(dx, d_bc, d_raw, partial, d_initial)

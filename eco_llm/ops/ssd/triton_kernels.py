@@ -1,7 +1,7 @@
 """The SSD kernels. What they compute and why in this order: README.md beside this file, "The Triton kernels".
 
-Shape legend: L = BLOCK tokens (one tile), a chunk is SUB tiles; P channels of a head, N state size; all sums float32.
-"Heads" here are slices of P ≤ 64 channels: a wider head is SPLIT of them, which share dt, A and D.
+Shape legend: L = BLOCK tokens (one tile), a chunk is SUB tiles (in backward one); P channels of a head, N state size;
+all sums float32. "Heads" here are slices of P ≤ 64 channels: a wider head is SPLIT of them, which share dt, A and D.
 Scratch: dt and cum [B, H, Tp], the step sizes and the inclusive sums of dt·A from the start of their chunk (Tp is T
 rounded up to whole chunks; dt = 0 past T); states [B, chunks, heads, N, P], the state that enters each chunk.
 Offsets that grow with B·T are 64-bit.
@@ -165,79 +165,53 @@ def output_kernel(
 def _source_gradients(
     x, B, C, dy, dt, cum, d_states, D, dx, d_b_out, col_out, state_out, d_skip, tile, b, head,
     T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, dx_st, width,
-    P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr, SPLIT: tl.constexpr,
-    HEADS: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr, WANT_X: tl.constexpr, WANT_B: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+    HAS_D: tl.constexpr, PRECISION: tl.constexpr, WANT_X: tl.constexpr,
 ):  # fmt: skip
-    """The tile's tokens as sources s of later outputs t: dx, dB, and two sums a token. Matrices are [s, t]."""
+    """The tile's tokens as sources s of later outputs t: dx and two sums a token, or dB. Matrices are [s, t]."""
     row, n, p = tl.arange(0, BLOCK), tl.arange(0, N), tl.arange(0, P)
     start = tile.to(tl.int64) * BLOCK
     inside = (start + row < T)[:, None]
-    chunk_first = tile // SUB * SUB
     c_tile = tl.load(C + (start + row)[:, None] * C_st + n[None, :], mask=inside, other=0.0)
-    b_tile = tl.load(B + (start + row)[:, None] * B_st + n[None, :], mask=inside, other=0.0)
-    scores = tl.dot(b_tile, tl.trans(c_tile), input_precision=PRECISION)
+    if WANT_X:
+        b_tile = tl.load(B + (start + row)[:, None] * B_st + n[None, :], mask=inside, other=0.0)
+        scores = tl.dot(b_tile, tl.trans(c_tile), input_precision=PRECISION)
     causal = row[:, None] <= row[None, :]
     d_b = tl.zeros((BLOCK, N), tl.float32)
     for _ in range(HEADS):
         of_head = (b * (heads // SPLIT) + head // SPLIT) * Tp + start
         cum_s = tl.load(cum + of_head + row)
         dt_s = tl.load(dt + of_head + row)
-        to_end = tl.exp(tl.load(cum + of_head + (chunk_first + SUB - tile) * BLOCK - 1) - cum_s)
+        to_end = tl.exp(tl.load(cum + of_head + BLOCK - 1) - cum_s)
         x_tile = tl.load(x + (start + row)[:, None] * x_st + head * P + p[None, :], mask=inside, other=0.0)
         dy_tile = tl.load(dy + (start + row)[:, None] * dy_st + head * P + p[None, :], mask=inside, other=0.0)
-        if HAS_D and WANT_X:
-            skip = tl.sum(x_tile.to(tl.float32) * dy_tile.to(tl.float32))
-            tl.store(d_skip + (b * tiles + tile) * heads + head, skip)
-
-        # Outputs of the same tile.
         decay = tl.where(causal, tl.exp(tl.minimum(cum_s[None, :] - cum_s[:, None], 0.0)), 0.0)
         products = tl.dot(x_tile, tl.trans(dy_tile), input_precision=PRECISION) * decay  # dy_t · x_s
-        if WANT_X:
-            d_x = tl.dot((scores * decay).to(x_tile.dtype), dy_tile, input_precision=PRECISION)
-            col = tl.sum(products * scores, 1)
-        if WANT_B:
-            d_b = tl.dot((products * dt_s[:, None]).to(x_tile.dtype), c_tile, d_b, input_precision=PRECISION)
-
-        # Outputs after the chunk, through the state that leaves it.
-        at = ((b * (tiles // SUB) + tile // SUB) * heads + head) * N * P
+        at = ((b * tiles + tile) * heads + head) * N * P
         d_leaving = tl.load(d_states + at + n[:, None] * P + p[None, :])
         x_wide = x_tile.to(tl.float32)
         if WANT_X:
+            # Outputs of the same tile, then those after it, through the state that leaves it.
+            d_x = tl.dot((scores * decay).to(x_tile.dtype), dy_tile, input_precision=PRECISION)
+            col = tl.sum(products * scores, 1)
             to_x = tl.dot(b_tile, d_leaving, input_precision=PRECISION) * to_end[:, None]
             by_state = tl.sum(x_wide * to_x, 1)
-            d_x += to_x
-        if WANT_B:
-            x_wide *= (to_end * dt_s)[:, None]
-            d_b = tl.dot(x_wide.to(x_tile.dtype), tl.trans(d_leaving), d_b, input_precision=PRECISION)
-
-        if SUB > 1:
-            first = start + BLOCK
-            for _j in range(chunk_first + SUB - 1 - tile):  # outputs of later tiles of the chunk
-                real = (first + row < T)[:, None]
-                c_j = tl.load(C + (first + row)[:, None] * C_st + n[None, :], mask=real, other=0.0)
-                dy_j = tl.load(dy + (first + row)[:, None] * dy_st + head * P + p[None, :], mask=real, other=0.0)
-                decay_j = tl.exp(tl.load(cum + of_head - start + first + row)[None, :] - cum_s[:, None])
-                products_j = tl.dot(x_tile, tl.trans(dy_j), input_precision=PRECISION) * decay_j
-                scores_j = tl.dot(b_tile, tl.trans(c_j), input_precision=PRECISION)
-                if WANT_X:
-                    col += tl.sum(products_j * scores_j, 1)
-                    d_x = tl.dot((scores_j * decay_j).to(dy_j.dtype), dy_j, d_x, input_precision=PRECISION)
-                if WANT_B:
-                    products_j = (products_j * dt_s[:, None]).to(c_j.dtype)
-                    d_b = tl.dot(products_j, c_j, d_b, input_precision=PRECISION)
-                first += BLOCK
-
-        if WANT_X:
-            d_x *= dt_s[:, None]
+            d_x = (d_x + to_x) * dt_s[:, None]
             if HAS_D:
-                d_x += tl.load(D + head // SPLIT).to(tl.float32) * dy_tile.to(tl.float32)
+                dy_wide = dy_tile.to(tl.float32)
+                tl.store(d_skip + (b * tiles + tile) * heads + head, tl.sum(x_wide * dy_wide))
+                d_x += tl.load(D + head // SPLIT).to(tl.float32) * dy_wide
             to = dx + (start + row)[:, None] * dx_st + head * P + p[None, :]
             tl.store(to, d_x.to(dx.dtype.element_ty), mask=inside)
             vector = (b * heads + head) * Tp + start + row
             tl.store(col_out + vector, col)
             tl.store(state_out + vector, by_state)
+        else:
+            d_b = tl.dot((products * dt_s[:, None]).to(x_tile.dtype), c_tile, d_b, input_precision=PRECISION)
+            x_wide *= (to_end * dt_s)[:, None]
+            d_b = tl.dot(x_wide.to(x_tile.dtype), tl.trans(d_leaving), d_b, input_precision=PRECISION)
         head += 1
-    if WANT_B:
+    if not WANT_X:
         tl.store(d_b_out + (start + row)[:, None] * width + n[None, :], d_b, mask=inside)
 
 
@@ -245,14 +219,13 @@ def _source_gradients(
 def _output_gradients(
     x, B, C, dy, dt, cum, states, d_states, d_c_out, row_out, carry_out, tile, b, head,
     T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, width,
-    P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr, SPLIT: tl.constexpr,
-    HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile's tokens as outputs t of earlier sources s: dC, and a sum a token. Matrices are [t, s]."""
     row, n, p = tl.arange(0, BLOCK), tl.arange(0, N), tl.arange(0, P)
     start = tile.to(tl.int64) * BLOCK
     inside = (start + row < T)[:, None]
-    chunk_first = tile // SUB * SUB
     c_tile = tl.load(C + (start + row)[:, None] * C_st + n[None, :], mask=inside, other=0.0)
     b_tile = tl.load(B + (start + row)[:, None] * B_st + n[None, :], mask=inside, other=0.0)
     scores = tl.dot(c_tile, tl.trans(b_tile), input_precision=PRECISION)
@@ -271,32 +244,16 @@ def _output_gradients(
         row_sum = tl.sum(products * scores, 1)
         d_c = tl.dot(products.to(x_tile.dtype), b_tile, d_c, input_precision=PRECISION)
 
-        # Sources before the chunk, through the state that enters it.
-        at = ((b * (tiles // SUB) + tile // SUB) * heads + head) * N * P + n[:, None] * P + p[None, :]
+        # Sources before it, through the state that enters it.
+        chunk_head = (b * tiles + tile) * heads + head
+        at = chunk_head * N * P + n[:, None] * P + p[None, :]
         entering = tl.load(states + at)
-        if tile == chunk_first:
-            d_leaving = tl.load(d_states + at)
-            carry = tl.sum(entering.to(tl.float32) * d_leaving.to(tl.float32))
-            carry *= tl.exp(tl.load(cum + of_head + SUB * BLOCK - 1))
-            tl.store(carry_out + (b * (tiles // SUB) + tile // SUB) * heads + head, carry)
+        d_leaving = tl.load(d_states + at)
+        carry = tl.sum(entering.to(tl.float32) * d_leaving.to(tl.float32))
+        tl.store(carry_out + chunk_head, carry * tl.exp(tl.load(cum + of_head + BLOCK - 1)))
         dy_wide = dy_tile.to(tl.float32) * tl.exp(cum_t)[:, None]
         row_sum += tl.sum(tl.dot(c_tile, entering, input_precision=PRECISION) * dy_wide, 1)
         d_c = tl.dot(dy_wide.to(dy_tile.dtype), tl.trans(entering), d_c, input_precision=PRECISION)
-
-        if SUB > 1:
-            first = chunk_first.to(tl.int64) * BLOCK
-            for _j in range(tile - chunk_first):  # sources of earlier tiles of the chunk
-                real = (first + row < T)[:, None]
-                b_j = tl.load(B + (first + row)[:, None] * B_st + n[None, :], mask=real, other=0.0)
-                x_j = tl.load(x + (first + row)[:, None] * x_st + head * P + p[None, :], mask=real, other=0.0)
-                decay_j = tl.exp(cum_t[:, None] - tl.load(cum + of_head - start + first + row)[None, :])
-                decay_j *= tl.load(dt + of_head - start + first + row)[None, :]
-                products_j = tl.dot(dy_tile, tl.trans(x_j), input_precision=PRECISION) * decay_j
-                scores_j = tl.dot(c_tile, tl.trans(b_j), input_precision=PRECISION)
-                row_sum += tl.sum(products_j * scores_j, 1)
-                d_c = tl.dot(products_j.to(b_j.dtype), b_j, d_c, input_precision=PRECISION)
-                first += BLOCK
-
         tl.store(row_out + (b * heads + head) * Tp + start + row, row_sum)
         head += 1
     tl.store(d_c_out + (start + row)[:, None] * width + n[None, :], d_c, mask=inside)
@@ -306,53 +263,51 @@ def _output_gradients(
 def gradient_kernel(
     x, B, C, dy, dt, cum, states, d_states, D, dx, d_bc, row_out, col_out, state_out, carry_out, d_skip,
     T, Tp, heads, tiles, batch, groups, x_sb, x_st, B_sb, B_st, C_sb, C_st, dy_sb, dy_st, dx_sb, dx_st,
-    P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr, SPLIT: tl.constexpr,
-    HEADS: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr,
-    ROLES: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile for HEADS heads; dx, dB and dC are for three programs, whose registers do not hold more.
-    Grid: tile, heads / HEADS, 3 · batch.
+    """Gradients of one tile, which is a chunk, for HEADS heads. dx, dB and dC are for three programs: the registers of
+    one hold no more. Grid: tile, heads / HEADS, 3 · batch.
 
     Writes dx; this program's share of dB or dC into d_bc [shares, batch, T, 2·groups·N]; and what the gradient of the
-    log-decays is made of (see `finish_kernel`): row_out, col_out, state_out [B, heads, Tp], carry_out [B, chunks,
-    heads], d_skip [B, tiles, heads].
+    log-decays is made of (see `finish_kernel`): row_out, col_out, state_out [B, heads, Tp], carry_out and d_skip
+    [B, tiles, heads].
     """
-    tile, b = tl.program_id(0), (tl.program_id(2) // ROLES).to(tl.int64)
-    role = tl.program_id(2) % ROLES
+    tile, b, role = tl.program_id(0), (tl.program_id(2) // 3).to(tl.int64), tl.program_id(2) % 3
     head = tl.program_id(1) * HEADS
     group = head // HEADS_PER_GROUP
     share = (head % HEADS_PER_GROUP) // HEADS
     width = 2 * groups * N
     x += b * x_sb
     dy += b * dy_sb
+    dx += b * dx_sb
     B += b * B_sb + group * N
     C += b * C_sb + group * N
     d_bc += (share * batch + b) * T * width + group * N
     if role == 0:
         _source_gradients(
-            x, B, C, dy, dt, cum, d_states, D, dx + b * dx_sb, d_bc, col_out, state_out, d_skip, tile, b, head,
+            x, B, C, dy, dt, cum, d_states, D, dx, d_bc, col_out, state_out, d_skip, tile, b, head,
             T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, dx_st, width,
-            P, N, BLOCK, SUB, SPLIT, HEADS, HAS_D, PRECISION, True, ROLES == 2,
+            P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, True,
         )  # fmt: skip
-    elif role == 2:
+    elif role == 1:
         _source_gradients(
-            x, B, C, dy, dt, cum, d_states, D, dx + b * dx_sb, d_bc, col_out, state_out, d_skip, tile, b, head,
+            x, B, C, dy, dt, cum, d_states, D, dx, d_bc, col_out, state_out, d_skip, tile, b, head,
             T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, dx_st, width,
-            P, N, BLOCK, SUB, SPLIT, HEADS, HAS_D, PRECISION, False, True,
+            P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, False,
         )  # fmt: skip
     else:
         _output_gradients(
             x, B, C, dy, dt, cum, states, d_states, d_bc + groups * N, row_out, carry_out, tile, b, head,
-            T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, width,
-            P, N, BLOCK, SUB, SPLIT, HEADS, PRECISION,
+            T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, width, P, N, BLOCK, SPLIT, HEADS, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def finish_kernel(
     raw, bias, A, dt, row_in, col_in, state_in, carry_in, d_skip, d_raw, partial,
-    T, H, Tp, chunks, tiles, raw_sb, raw_st, d_raw_sb, d_raw_st,
-    CHUNK: tl.constexpr, SUB: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr, SOFTPLUS: tl.constexpr,
+    T, H, Tp, chunks, raw_sb, raw_st, d_raw_sb, d_raw_st,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
 ):  # fmt: skip
     """Gradient of dt [B, T, H], and this chunk's share of those of A, dt's bias and D: partial [B · chunks, 3, H].
@@ -379,8 +334,7 @@ def finish_kernel(
         by_state += tl.load(state_in + at, mask=real, other=0.0)
         carry += tl.load(carry_in + (b * chunks + chunk) * H * SPLIT + head, mask=h < H, other=0.0)
         if HAS_D:
-            for tile in range(SUB):
-                skip += tl.load(d_skip + (b * tiles + chunk * SUB + tile) * H * SPLIT + head, mask=h < H, other=0.0)
+            skip += tl.load(d_skip + (b * chunks + chunk) * H * SPLIT + head, mask=h < H, other=0.0)
     through = step * by_state
     inner = outputs - step * sources
     # Sums at or after t, and strictly before t.
