@@ -210,9 +210,7 @@ class GraphedStep:
                 batch = self._step.fetch()
                 place.inputs.copy_(batch.inputs, non_blocking=True)
                 place.targets.copy_(batch.targets, non_blocking=True)
-        self._graph.replay(timer, self._phases)
-        with timer.phase("zero_grad"):
-            pass  # there is nothing to clear
+        self._graph.replay(timer, self._phases)  # after which there is nothing to clear
         return self._output
 
     def _capture(self) -> None:

@@ -123,9 +123,9 @@ class SigmaTrainer:
             self._save()
         for hook in self._hooks:
             hook.on_step(step)
-        self._timer.mark_core_begin()
         lr = lr_at(step - 1, config=self._optimizer, total_steps=self._training.steps)
         self._update.set_lr(lr)
+        self._timer.mark_core_begin()
         output = self._step.run()
         self._timer.mark_core_end()
         self.step = step
