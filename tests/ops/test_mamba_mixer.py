@@ -96,23 +96,24 @@ def test_default_widths_in_bf16(time: int, heads: int, chunk: int, weight_dtype:
 @only_gpu
 def test_compiled_captured_and_eager_are_the_same_bits() -> None:
     inputs = make_inputs(130, heads=8, width=64, state=64, model=128, dtype=torch.bfloat16)
-    expected = run(inputs, 64)
-    compiled = torch.compile(run, dynamic=False)(inputs, 64)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run(inputs, 64)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     cotangent = torch.ones(2, 130, 128, device=DEVICE, dtype=torch.bfloat16)
 
     def step() -> tuple[Tensor, ...]:
         out = mamba_mixer(**inputs, state_dim=64, eps=1e-5, chunk_size=64)
         return (out.detach(), *torch.autograd.grad(out, list(inputs.values()), cotangent))
 
-    plain = step()
-    with torch.cuda.graph(graph):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # autograd remembers the stream on which it first met a leaf
+        plain = step()
+        expected = run(inputs, 64)
+        compiled = torch.compile(run, dynamic=False)(inputs, 64)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
         captured = step()
     graph.replay()
+    torch.cuda.synchronize()
     for name, want in expected.items():
         assert torch.equal(compiled[name], want), name
     assert all(torch.equal(a, b) for a, b in zip(captured, plain, strict=True))

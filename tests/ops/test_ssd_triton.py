@@ -151,18 +151,18 @@ def test_runs_repeat_bit_for_bit_without_syncs_and_in_a_graph() -> None:
         grads = torch.autograd.grad([y, state], list(inputs.values()), [torch.ones_like(y), torch.ones_like(state)])
         return dict(zip(["y", *inputs], [y, *grads], strict=True))
 
-    expected = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        again = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # autograd remembers the stream on which it first met a leaf
+        expected = step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         captured = step()
     graph.replay()
     for name, want in expected.items():

@@ -264,14 +264,13 @@ def test_compiled_under_autocast(weight_dtype: torch.dtype, backend: str) -> Non
 @pytest.mark.skipif(INTERPRETED, reason="needs CUDA graphs")
 def test_cuda_graph() -> None:
     leaves, dy = make((2, 63, 64, 40), torch.bfloat16, torch.float32)
-    expected = run(swiglu_mlp, leaves, dy)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(swiglu_mlp, leaves, dy)
+    with torch.cuda.stream(stream):  # autograd remembers the stream on which it first met a leaf
+        expected = run(swiglu_mlp, leaves, dy)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         got = run(swiglu_mlp, leaves, dy)
     graph.replay()
     for actual, other in zip(got, expected, strict=True):
