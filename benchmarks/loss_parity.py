@@ -109,7 +109,7 @@ def main() -> None:
             compiled = (fast and on_cuda) or (arguments.compile_references and not fast)
             side = Ours(
                 shape, itertools.cycle(batches), runtime,
-                compile_blocks=compiled, graph=fast, settings=config.optimizer, seed=t.seed,
+                compile_blocks=compiled, graph=fast, settings=config.optimizer, c3o=config.c3o, seed=t.seed,
             )  # fmt: skip
             started = time.perf_counter()
             for step in range(arguments.steps):

@@ -27,10 +27,10 @@ CLASSES = (
     ("SSD", r"ssd|walk_kernel|output_kernel|gradient_kernel|finish_kernel|decay_kernel|cumsum|scan"),
     ("convolution", r"conv"),
     ("cross-entropy", r"cross_entropy|softmax|nll|_row_kernel|_scale_kernel"),
-    ("optimizer", r"c3o|multi_tensor|foreach|adam|lpnorm|_(squares|measure|trust|update|summary)_kernel"),
-    ("matrix products", r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma"),
-    ("norms", r"norm|rsqrt|_forward_kernel|_backward_kernel"),
+    ("optimizer", r"c3o|multi_tensor|foreach|adam|lpnorm|_(squares|plan|measure|trust|update|summary)_kernel"),
     ("embedding", r"embedding|index"),
+    ("matrix products", r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma"),
+    ("norms", r"norm|rsqrt"),
     ("elementwise", r"triton|elementwise|reduce|copy|cat|fill|kernel"),
 )
 

@@ -110,6 +110,7 @@ class Ours:
         compile_blocks: bool = True,
         graph: bool = True,
         settings: OptimizerConfig | None = None,
+        c3o: C3OConfig | None = None,
         seed: int = 1337,
     ) -> None:
         settings = settings or OptimizerConfig(lr=1e-4)
@@ -119,7 +120,9 @@ class Ours:
         if compile_blocks:
             self.model.compile_blocks()
         groups = self.model.parameter_groups(settings.weight_decay)
-        c3o = C3OConfig(c3o_trust_norm_refresh_drift=0.02 if runtime.device.type == "cuda" else 0.0)  # as the profiles
+        c3o = c3o or C3OConfig(
+            c3o_trust_norm_refresh_drift=0.02 if runtime.device.type == "cuda" else 0.0
+        )  # the profiles'
         self.update = Update(build_optimizer(groups, settings, c3o, runtime.device), settings)
         self._timer = PhaseTimer(runtime.device)
         first = next(source)

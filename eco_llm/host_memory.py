@@ -22,5 +22,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    # Setting either one stops glibc from adapting the other, so both.
-    return bool(mallopt(_M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST))
+    # Setting either one stops glibc from adapting the other, so both. Older versions take at most 32 MiB for the first.
+    kept = any(mallopt(_M_MMAP_THRESHOLD, limit) for limit in (2**30, 2**25))
+    return bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST)) and kept

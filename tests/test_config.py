@@ -184,3 +184,12 @@ def test_sections_and_settings_that_are_not_ours_are_refused() -> None:
         from_dict({k: v for k, v in raw.items() if k != "perf"}, source="config.json")
     with pytest.raises(UserError, match=r"config\.json: no section 'data'"):
         from_dict({**raw, "data": 3}, source="config.json")
+
+
+def test_runs_of_earlier_versions_take_the_defaults_of_later_settings() -> None:
+    raw = to_dict(TrainConfig())
+    del raw["runtime"]["cuda_graph"]
+    assert from_dict(raw, source="config.json") == TrainConfig()
+    del raw["runtime"]["dtype"]
+    with pytest.raises(UserError, match="no setting 'dtype'"):
+        from_dict(raw, source="config.json")

@@ -15,7 +15,7 @@ def serving_kernels(shape: SigmaConfig, device: torch.device, compute_dtype: tor
     """The Triton kernels, or the reference and why."""
     serving = kernels_for(device)
     if serving.name == "triton" and "mamba" in shape.mixer_pattern:
-        reason = unsupported(compute_dtype, shape.mamba_head_dim, shape.mamba_state_dim)
+        reason = unsupported(compute_dtype, shape.mamba_inner_dim, shape.mamba_head_dim, shape.mamba_state_dim)
         if reason is not None:
             return Kernels("reference", f"the Mamba mixer's do not take this shape: {reason}")
     return serving

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -35,7 +38,14 @@ def kernels_for(device: torch.device) -> Kernels:
         return Kernels("reference", "Triton is not installed (on Windows: pip install triton-windows)")
     if torch.cuda.get_device_capability(device) < (8, 0):
         return Kernels("reference", "the Triton kernels need compute capability 8.0 (Ampere) or newer")
+    if sys.platform.startswith("linux") and not _c_compiler():  # triton-windows brings one
+        return Kernels("reference", "Triton needs a C compiler: install gcc, or name one in $CC")
     return Kernels("triton", "CUDA through Triton")
+
+
+def _c_compiler() -> str | None:
+    """What Triton would build its launchers with."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def uses_triton(tensor: Tensor) -> bool:

@@ -227,7 +227,7 @@ class _Launch:
             changed = {k: [before[k], now[k]] for k in now if before[k] != now[k]}
             content["resumed"] = [*content.get("resumed", []), {**entry, "step": saved.step, "changed": changed}]
             content["config"] = to_dict(self.config)
-            content["resolved"]["cuda_graph"] = self.graph
+            content["resolved"] |= self._how()
             content["resolved"].pop("cuda_graph_failure", None)
             if "steps" in changed:
                 self.say(
@@ -240,12 +240,7 @@ class _Launch:
                     "vocab_size": self.shape.vocab_size,
                     "parameters": self.model.num_parameters(),
                     "flops_per_token": self.model.flops_per_token(self.config.training.seq_len),
-                    "device": str(self.runtime.device),
-                    "compute_dtype": str(self.runtime.compute_dtype).removeprefix("torch."),
-                    "torch_compile": self.runtime.compile,
-                    "cuda_graph": self.graph,
-                    "kernels": self.kernels.name,
-                    "torch": torch.__version__,
+                    **self._how(),
                     "data_fingerprint": manifest.fingerprint(),
                     "data_folder": str(self.data.path.resolve()),  # `evaluate` may be typed in another folder
                 },
@@ -254,6 +249,17 @@ class _Launch:
             }
             self.data.tokenizer.save(self.run.tokenizer_file)
         self.run.write_config(content)
+
+    def _how(self) -> dict[str, Any]:
+        """What this process computes with; a resume may be on another machine."""
+        return {
+            "device": str(self.runtime.device),
+            "compute_dtype": str(self.runtime.compute_dtype).removeprefix("torch."),
+            "torch_compile": self.runtime.compile,
+            "cuda_graph": self.graph,
+            "kernels": self.kernels.name,
+            "torch": torch.__version__,
+        }
 
     def _summary(self, saved: checkpoint.Checkpoint | None) -> str:
         s, t = self.shape, self.config.training

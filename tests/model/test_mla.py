@@ -162,3 +162,42 @@ def test_gradients_by_finite_differences(q_latent_dim: int) -> None:
         return torch.func.functional_call(mla, dict(zip(names, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(function, (x, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    [
+        ("cpu", torch.float32, 1e-5),
+        pytest.param("cuda", torch.float32, 1e-4, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, 2e-2, marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+def test_equals_flex_attention(
+    device: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same layer with FlexAttention and a causal mask in place of SDPA; gradients too where it has any."""
+    import torch.nn.functional as F
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mla = make_mla(0, dtype).to(device).requires_grad_(device == "cuda")
+    x = torch.randn(2, 63, WIDTH, generator=torch.Generator().manual_seed(4)).to(device, dtype)
+    x.requires_grad_(device == "cuda")  # on a CPU FlexAttention has no backward
+
+    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    def flex(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+        assert is_causal
+        assert q.shape == k.shape == v.shape  # equal head widths: every SDPA backend applies
+        mask = create_block_mask(causal, None, None, q.shape[2], k.shape[2], device=device)
+        return flex_attention(q, k, v, block_mask=mask)
+
+    results = []
+    for attention in (F.scaled_dot_product_attention, flex):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+        y = mla(x)
+        grads = torch.autograd.grad(y.sum(), (x, *mla.parameters())) if device == "cuda" else ()
+        results.append((y, *grads))
+    for actual, want in zip(*results, strict=True):
+        assert (actual - want).abs().max() <= tolerance * want.abs().max()

@@ -61,6 +61,14 @@ def test_one_reader_alone_and_other_readers() -> None:
         torch.testing.assert_close(want, got.to_dense())
 
 
+def test_a_dense_reader_of_the_table_alone_gives_its_gradient() -> None:
+    weight = torch.randn(5, 3, requires_grad=True)
+    table, _ = tie(weight)
+    (table * 2).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full((5, 3), 2.0))
+
+
 @pytest.mark.gpu
 def test_no_sync_and_the_same_bits_in_a_cuda_graph() -> None:
     inputs = make("cuda", torch.float32)

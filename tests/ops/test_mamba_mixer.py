@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eco_llm.ops.mamba_mixer import mamba_mixer
+from eco_llm.ops.mamba_mixer import mamba_mixer, unsupported
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -146,6 +146,11 @@ def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
         with pytest.raises(ValueError, match=message):
             run(inputs, change.get("state", 16), backend="triton")
         run(inputs, change.get("state", 16))
+
+
+def test_an_inner_width_that_the_norm_does_not_take_is_refused_by_name() -> None:
+    assert unsupported(torch.bfloat16, 8192, 64, 128) is None
+    assert unsupported(torch.bfloat16, 10_240, 64, 128) == "an inner width of 10240 is over 8192"
 
 
 def test_reference_gradients_reach_every_input() -> None:

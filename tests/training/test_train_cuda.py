@@ -101,7 +101,7 @@ def test_stopping_and_resuming_goes_on_where_it_was(
 
 @pytest.mark.parametrize("compile_flag", ["--torch-compile", "--no-torch-compile"])
 def test_bf16_training_learns_and_times_its_phases(compile_flag: str, tiny_flags: Flags, tmp_path: Path) -> None:
-    # Without a graph, whose phases tests/training/test_graph_cuda.py adds up on steps long enough for it: the host's way
+    # Without a graph, whose phases tests/training/test_graph_cuda.py adds up on steps long enough: the host's way
     # from one mark to the next is tens of microseconds, and a replay of this model takes under a millisecond.
     settings = f"--steps 60 --lr 1e-2 --eval-interval 30 --save-interval 1000 --cuda-graph off {compile_flag}"
     assert main(on_cuda(tiny_flags(settings))) == 0

@@ -27,8 +27,10 @@ class _Tie(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Tensor | None:
         rows, head = grad_outputs
-        if rows is None or not rows.is_sparse:  # `embed` was not what read the table
-            return head if rows is None or head is None else head + rows
+        if rows is None:
+            return head
+        if not rows.is_sparse:  # `embed` was not what read the table
+            return rows if head is None else head + rows
         values = rows._values()
         if head is None:
             head = values.new_zeros(rows.shape)

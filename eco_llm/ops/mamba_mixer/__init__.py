@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
+from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.mamba_mixer.reference import mamba_mixer_reference
 from eco_llm.ops.ssd.operator import padded_length, unsupported_by_triton
 
-__all__ = ["mamba_mixer"]
+__all__ = ["mamba_mixer", "unsupported"]
 
 Backend = Literal["auto", "reference", "triton"]
 
@@ -46,7 +47,7 @@ def mamba_mixer(
     device = u.device.type
     if torch.is_autocast_enabled(device) and u.dtype != torch.float64:
         u = u.to(torch.get_autocast_dtype(device))  # out here, where a compiler fuses it into what made u
-    reason = unsupported(u.dtype, inner // heads, state_dim)
+    reason = unsupported(u.dtype, inner, inner // heads, state_dim)
     if backend == "triton" and reason:
         raise ValueError(f"the Triton mixer does not serve this input: {reason}")
     arguments = (u, in_weight, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight)
@@ -57,10 +58,12 @@ def mamba_mixer(
         return mamba_mixer_reference(*arguments, state_dim=state_dim, eps=eps, chunk_size=chunk_size)
 
 
-def unsupported(dtype: torch.dtype, width: int, state_dim: int) -> str | None:
-    """Why the kernels do not take heads of `width` channels and `state_dim` numbers a channel; None if they do."""
+def unsupported(dtype: torch.dtype, inner: int, width: int, state_dim: int) -> str | None:
+    """Why the kernels do not take `inner` channels in heads of `width`, `state_dim` numbers each; None if they do."""
     if dtype == torch.float16:
         return "no convolution kernel for float16"
+    if inner > MAX_TRITON_CHANNELS:
+        return f"an inner width of {inner} is over {MAX_TRITON_CHANNELS}"
     return unsupported_by_triton(dtype, width, state_dim)
 
 
@@ -131,9 +134,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: _Six) -> None:
 
 
 def _differentiate(ctx: Any, d_out: Tensor, *unused: None) -> tuple[Tensor | None, ...]:
-    d_u, d_in, d_conv_weight, d_conv_bias, small, d_norm, d_out_weight = _mixer_backward(
-        d_out, *ctx.saved_tensors, ctx.state_dim, ctx.eps, ctx.chunk_size
-    )
+    with torch.autocast(d_out.device.type, enabled=False):  # backward may be called inside one
+        d_u, d_in, d_conv_weight, d_conv_bias, small, d_norm, d_out_weight = _mixer_backward(
+            d_out, *ctx.saved_tensors, ctx.state_dim, ctx.eps, ctx.chunk_size
+        )
     dA, d_bias, dD = small.unbind()
     return d_u, d_in, d_conv_weight, d_conv_bias, d_bias, dA, dD, d_norm, d_out_weight, None, None, None
 

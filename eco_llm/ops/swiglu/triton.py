@@ -31,7 +31,7 @@ def _tile(rows, F: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward_kernel(a, h, rows, F: tl.constexpr, BLOCK: tl.constexpr):
+def silu_mul_forward_kernel(a, h, rows, F: tl.constexpr, BLOCK: tl.constexpr):
     start, lanes, gates, inside = _tile(rows, F, BLOCK)
     gate = tl.load(a + start + gates, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(a + start + gates + F, mask=inside, other=0.0).to(tl.float32)
@@ -39,7 +39,7 @@ def _forward_kernel(a, h, rows, F: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward_kernel(a, dh, da, rows, F: tl.constexpr, BLOCK: tl.constexpr, ALIKE: tl.constexpr):
+def silu_mul_backward_kernel(a, dh, da, rows, F: tl.constexpr, BLOCK: tl.constexpr, ALIKE: tl.constexpr):
     """dh becomes h."""
     start, lanes, gates, inside = _tile(rows, F, BLOCK)
     here = dh + start + lanes
@@ -72,7 +72,7 @@ def silu_mul_forward(a: Tensor) -> Tensor:
     h = torch.empty((*a.shape[:-1], width), dtype=a.dtype, device=a.device)
     if h.numel():
         grid = (triton.cdiv(h.numel(), _BLOCK),)
-        _forward_kernel[grid](a, h, h.numel() // width, F=width, BLOCK=_BLOCK, num_warps=_WARPS)
+        silu_mul_forward_kernel[grid](a, h, h.numel() // width, F=width, BLOCK=_BLOCK, num_warps=_WARPS)
     return h
 
 
@@ -96,7 +96,7 @@ def silu_mul_backward(a: Tensor, dh: Tensor) -> Tensor:
     if dh.numel():
         grid = (triton.cdiv(dh.numel(), _BLOCK),)
         alike = width % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in (a, dh, da))
-        _backward_kernel[grid](a, dh, da, rows, F=width, BLOCK=_BLOCK, ALIKE=alike, num_warps=_WARPS)
+        silu_mul_backward_kernel[grid](a, dh, da, rows, F=width, BLOCK=_BLOCK, ALIKE=alike, num_warps=_WARPS)
     return da
 
 
