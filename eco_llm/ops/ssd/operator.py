@@ -15,7 +15,7 @@ def unsupported_by_triton(dtype: torch.dtype, width: int, state: int) -> str | N
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
     if width % 64:
-        # For slices of 16 or 32 channels Triton 3.6 compiles bf16 products with a state [N, P] wrongly for Hopper: wrong
+        # For slices of 16 or 32 channels Triton 3.6 compiles bf16 products with a state [N, P] wrongly on Hopper: wrong
         # values in `output_kernel`, an invalid address in `gradient_kernel` (docs/LOG.md). What is served was checked.
         return f"a head width of {width} is no multiple of 64"
     if state not in (16, 32, 64, 128):
