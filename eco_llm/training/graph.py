@@ -30,7 +30,7 @@ from eco_llm.optim.update import Update
 from eco_llm.perf.event_nodes import EventNodes
 from eco_llm.perf.phases import CapturedPhases, CudaMark, Mark, PhaseTimer
 from eco_llm.runtime import Runtime
-from eco_llm.training.outcome import is_out_of_memory
+from eco_llm.training.outcome import headline, is_out_of_memory
 from eco_llm.training.step import StepOutput, TrainStep
 
 WARM_UPS = 2  # the first compiles and tunes; the second is what capture will see
@@ -193,9 +193,9 @@ class GraphedStep:
             if is_out_of_memory(cause):
                 raise cause from None
             if self._fall_back is None:
-                raise CaptureError(f"the step cannot be captured in a CUDA graph: {_line(cause)}") from cause
+                raise CaptureError(f"the step cannot be captured in a CUDA graph: {headline(cause)}") from cause
             if broken is not None:
-                raise CaptureError(f"a failed capture left the device unusable: {_line(broken)}") from cause
+                raise CaptureError(f"a failed capture left the device unusable: {headline(broken)}") from cause
             self._fall_back(cause)
 
     def run(self) -> StepOutput:
@@ -252,8 +252,3 @@ def _cause(error: Exception) -> Exception:
         if is_out_of_memory(link):
             return link
     return next((link for link in chain if "previous error during capture" not in str(link)), error)
-
-
-def _line(error: Exception) -> str:
-    first_line = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first_line}"

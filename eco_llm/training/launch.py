@@ -38,7 +38,7 @@ from eco_llm.training.hooks.metrics_file import MetricsFile
 from eco_llm.training.hooks.perf_window import PerfFiles
 from eco_llm.training.hooks.progress import ProgressDisplay
 from eco_llm.training.hooks.tensorboard import TensorBoard
-from eco_llm.training.outcome import NonFiniteLoss, Outcome, is_compilation_failure, is_out_of_memory
+from eco_llm.training.outcome import NonFiniteLoss, Outcome, headline, is_compilation_failure, is_out_of_memory
 from eco_llm.training.run_directory import RunDirectory
 from eco_llm.training.sigma_trainer import SigmaTrainer
 from eco_llm.training.step import Step, TrainStep
@@ -195,7 +195,7 @@ class _Launch:
     def _without_graph(self, why: Exception) -> None:
         """Capture failed; what was trained is as before, so the run may go on, but not in silence."""
         self.graph = False
-        reason = f"{type(why).__name__}: {next(iter(str(why).splitlines()), '')}"
+        reason = headline(why)
         self.say(f"the step could not be captured in a CUDA graph and runs without, slower: {reason}")
         content = self.run.saved()
         content["resolved"] |= {"cuda_graph": False, "cuda_graph_failure": reason}
@@ -332,8 +332,7 @@ class _Launch:
     def _crashed(self, error: Exception, step: int, last_record: dict[str, Any] | None) -> Outcome:
         """Leave a crash report, say so, and choose the exit code."""
         path = self._report_crash(error, step, last_record)
-        first_line = next(iter(str(error).splitlines()), "")
-        self.say(f"crashed in step {step}: {type(error).__name__}: {first_line}")
+        self.say(f"crashed in step {step}: {headline(error)}")
         if path is not None:
             self.say(f"crash report: {path}")
         if is_out_of_memory(error):

@@ -28,6 +28,11 @@ class NonFiniteLoss(Exception):
     """Too many steps in a row had a NaN or infinite loss or gradient; the weights are those before them."""
 
 
+def headline(error: BaseException) -> str:
+    """An exception's type and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True for CUDA's exception and for the plain RuntimeError of other allocators."""
     import torch

@@ -10,6 +10,7 @@ from torch import Tensor
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.cross_entropy.chunked import linear_cross_entropy_chunked
 from eco_llm.ops.cross_entropy.reference import linear_cross_entropy_reference
+from eco_llm.ops.products import compute_dtype
 
 __all__ = ["linear_cross_entropy"]
 
@@ -71,14 +72,13 @@ def linear_cross_entropy(
         raise ValueError(f"unknown cross-entropy backend {backend!r}; known: auto, reference, chunked, triton")
 
     device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-    compute_dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    dtype = compute_dtype(hidden)
     run = linear_cross_entropy_chunked
-    if backend == "triton" or (backend == "auto" and compute_dtype != torch.float64 and uses_triton(hidden)):
-        if compute_dtype == torch.float64:
+    if backend == "triton" or (backend == "auto" and dtype != torch.float64 and uses_triton(hidden)):
+        if dtype == torch.float64:
             raise ValueError("the Triton cross-entropy sums in float32; float64 needs backend chunked or reference")
         from eco_llm.ops.cross_entropy.triton import linear_cross_entropy_triton  # an optional package
 
         run = linear_cross_entropy_triton
     with torch.autocast(device, enabled=False):
-        return run(hidden, weight, targets, ignore_index, reduction, chunk_tokens, compute_dtype)
+        return run(hidden, weight, targets, ignore_index, reduction, chunk_tokens, dtype)

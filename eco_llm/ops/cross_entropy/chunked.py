@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eco_llm.ops.cross_entropy.products import product
+from eco_llm.ops.products import product
 
 
 def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:

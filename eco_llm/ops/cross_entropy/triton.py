@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eco_llm.ops.cross_entropy.products import product_into
+from eco_llm.ops.products import product_into
 
 
 @triton.jit

@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.partials import sum_partials
 from eco_llm.ops.sigmoid import sigmoid
 
-MAX_CHANNELS = 8192
 _CHUNKS = 3  # at most; more of them would not fit the registers in backward
 
 
@@ -226,8 +226,10 @@ def _strides(tensor: Tensor, flat: bool) -> tuple[int, int]:
 
 
 def _check(y: Tensor, weight: Tensor, **others: Tensor) -> None:
-    if y.ndim != 3 or weight.shape != y.shape[2:] or not 1 <= y.shape[2] <= MAX_CHANNELS:
-        raise ValueError(f"need y [B, T, C ≤ {MAX_CHANNELS}], weight [C], got {tuple(y.shape)}, {tuple(weight.shape)}")
+    if y.ndim != 3 or weight.shape != y.shape[2:] or not 1 <= y.shape[2] <= MAX_TRITON_CHANNELS:
+        raise ValueError(
+            f"need y [B, T, C ≤ {MAX_TRITON_CHANNELS}], weight [C], got {tuple(y.shape)}, {tuple(weight.shape)}"
+        )
     if weight.dtype != torch.float32 or not weight.is_contiguous():
         raise ValueError(f"need weight in float32 and contiguous, got {weight.dtype}")
     for name, tensor in others.items():

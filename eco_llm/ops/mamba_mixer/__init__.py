@@ -10,6 +10,7 @@ from torch import Tensor
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.mamba_mixer.reference import mamba_mixer_reference
+from eco_llm.ops.products import compute_dtype
 from eco_llm.ops.ssd.operator import padded_length, unsupported_by_triton
 
 __all__ = ["mamba_mixer", "unsupported"]
@@ -44,14 +45,12 @@ def mamba_mixer(
         ValueError: `triton` asked for a shape or type that its kernels do not take.
     """
     heads, inner = dt_bias.shape[0], norm_weight.shape[0]
-    device = u.device.type
-    if torch.is_autocast_enabled(device) and u.dtype != torch.float64:
-        u = u.to(torch.get_autocast_dtype(device))  # out here, where a compiler fuses it into what made u
+    u = u.to(compute_dtype(u))  # out here, where a compiler fuses it into what made u
     reason = unsupported(u.dtype, inner, inner // heads, state_dim)
     if backend == "triton" and reason:
         raise ValueError(f"the Triton mixer does not serve this input: {reason}")
     arguments = (u, in_weight, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(u.device.type, enabled=False):
         if backend == "triton" or (backend == "auto" and reason is None and uses_triton(u)):
             out: Tensor = _mixer(*arguments, state_dim, eps, chunk_size)[0]
             return out

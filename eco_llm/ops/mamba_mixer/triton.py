@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.causal_conv.triton import conv_silu_backward_partials, conv_silu_forward
-from eco_llm.ops.cross_entropy.products import product_into
 from eco_llm.ops.gated_norm.triton import gated_norm_backward_partials, gated_norm_forward
 from eco_llm.ops.partials import sum_partials
+from eco_llm.ops.products import cast_weight, weight_gradient
 from eco_llm.ops.ssd import triton as ssd
 
 
@@ -63,29 +63,14 @@ class Kept(NamedTuple):
     out_weight: Tensor
 
 
-def _cast(weight: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(the weight in the type of `like`, what to keep of it)."""
-    if weight.dtype == like.dtype:
-        return weight, weight.new_empty(0)
-    cast = weight.to(like.dtype)
-    return cast, cast
-
-
-def _weight_gradient(d_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """d_outᵀ x over all tokens, in the weight's type, straight from the product's float32 sums."""
-    gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    product_into(gradient, d_out.flatten(0, 1).t(), x.flatten(0, 1))
-    return gradient
-
-
 def mixer_forward(
     u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int,
 ) -> Kept:  # fmt: skip
     """Shapes as in `eco_llm.ops.mamba_mixer.mamba_mixer`."""
     heads, inner = dt_bias.shape[0], norm_weight.shape[0]
-    in_weight, kept_in = _cast(in_weight, u)
-    out_weight, kept_out = _cast(out_weight, u)
+    in_weight, kept_in = cast_weight(in_weight, u)
+    out_weight, kept_out = cast_weight(out_weight, u)
     zxbcdt = u @ in_weight.t()
     z, xbc, dt = _split(zxbcdt, inner, heads)
     x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias), inner, heads, state_dim)
@@ -127,7 +112,7 @@ def mixer_backward(
     gated = torch.empty_like(y)
     norm_partials = gated_norm_backward_partials(d_gated, y, z, norm_weight, eps, d_z, d_gated, gated)
     d_y = d_gated  # overwritten in place
-    d_out_weight = _weight_gradient(d_out, gated, out_weight)
+    d_out_weight = weight_gradient(d_out.flatten(0, 1), gated.flatten(0, 1), out_weight.dtype)
     del gated
 
     x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias), inner, heads, state_dim)
@@ -139,7 +124,7 @@ def mixer_backward(
         *conv_partials, norm_partials, grads.partial.flatten(1)
     )
     d_u = d_zxbcdt @ narrow_in
-    d_in_weight = _weight_gradient(d_zxbcdt, u, in_weight)
+    d_in_weight = weight_gradient(d_zxbcdt.flatten(0, 1), u.flatten(0, 1), in_weight.dtype)
     return MixerGradients(
         d_u, d_in_weight, d_conv_weight.view_as(conv_weight), d_conv_bias, small.view(3, heads), d_norm_weight,
         d_out_weight,

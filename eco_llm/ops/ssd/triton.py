@@ -111,6 +111,7 @@ def _walk(
     dy: Tensor | None = None, C: Tensor | None = None, d_final: Tensor | None = None, d_initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """States that enter each chunk [B, chunks, heads, N, P]; with `dy`, also the gradients of those that leave it."""
+    initial, d_final = (None if state is None else state.contiguous() for state in (initial, d_final))
     states = torch.empty(s.batch, s.chunks, s.heads, s.state, s.width, dtype=x.dtype, device=x.device)
     d_states = None if dy is None else torch.empty_like(states)
     directions = 1 if dy is None else 2
@@ -138,7 +139,7 @@ def forward(
     if final:
         public = (s.batch, s.heads // s.split, s.width * s.split, s.state)
         last = torch.empty(public, dtype=torch.float32, device=x.device)
-    states, _ = _walk(s, x, B, d, initial=None if initial is None else initial.contiguous(), final=last)
+    states, _ = _walk(s, x, B, d, initial=initial, final=last)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     per_program = s.heads_per_program(1)
     kernels.output_kernel[(s.tiles, s.heads // per_program, s.batch)](
@@ -152,14 +153,12 @@ def forward(
 
 
 class Gradients(NamedTuple):
-    """What `backward` returns; None where there was no such input."""
+    """What `backward` returns, besides what it writes into `d_raw`; None where there was no such input."""
 
     dx: Tensor
     """[B, T, H, P], the type of x."""
     d_bc: Tensor
     """[S, B, T, 2·G·N] float32: S shares whose sum is (dB, dC), each [G·N] wide."""
-    d_raw: Tensor
-    """Gradient of the raw step sizes, written where the caller said."""
     partial: Tensor
     """[B · chunks, 3, H] float32: a chunk's shares of the gradients of A, of dt's bias (without softplus: of the sum of
     the steps) and of D (0 if there is none); their sum over the first axis is left to the caller."""
@@ -187,10 +186,7 @@ def backward(
     d_initial = None
     if initial is not None:
         d_initial = torch.empty(initial.shape, dtype=torch.float32, device=x.device)
-    states, d_states = _walk(
-        s, x, B, d, initial=None if initial is None else initial.contiguous(), dy=dy, C=C,
-        d_final=None if d_final is None else d_final.contiguous(), d_initial=d_initial,
-    )  # fmt: skip
+    states, d_states = _walk(s, x, B, d, initial=initial, dy=dy, C=C, d_final=d_final, d_initial=d_initial)
     per_program = s.heads_per_program(3)
     shares = s.heads_per_group // per_program
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -218,4 +214,4 @@ def backward(
         CHUNK=s.chunk, HEADS=triton.next_power_of_2(heads), SPLIT=s.split,
         SOFTPLUS=bias is not None, HAS_D=D is not None, num_warps=4,
     )  # fmt: skip
-    return Gradients(dx, d_bc, d_raw, partial, d_initial)
+    return Gradients(dx, d_bc, partial, d_initial)

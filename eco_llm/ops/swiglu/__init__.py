@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
+from eco_llm.ops.products import compute_dtype
 from eco_llm.ops.swiglu.reference import linear, swiglu_mlp_reference
 
 __all__ = ["swiglu_mlp"]
@@ -40,9 +41,7 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: Backend = "
         raise ValueError(f"need down [D, F], got {tuple(down.shape)} beside gate_up {tuple(gate_up.shape)}")
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"unknown SwiGLU backend {backend!r}; known: auto, reference, triton")
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))  # out here, where a compiler fuses it into what made x
+    x = x.to(compute_dtype(x))  # out here, where a compiler fuses it into what made x
     served = all(t.dtype in (torch.float32, torch.bfloat16) for t in (x, gate_up, down))
     if backend == "triton" and not served:
         raise ValueError(f"the Triton SwiGLU takes float32 or bfloat16, got {x.dtype}, {gate_up.dtype}, {down.dtype}")
@@ -51,7 +50,7 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: Backend = "
     if not torch.is_grad_enabled():
         # The same numbers with nothing kept. `linear` shares autocast's cast of a weight among the tokens generated.
         return linear(_silu_mul(linear(x, gate_up)), down)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         y: Tensor = _mlp(x, gate_up, down)[0]
         return y
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eco_llm.ops.cross_entropy.products import product
+from eco_llm.ops.products import cast_weight, weight_gradient
 from eco_llm.ops.sigmoid import sigmoid
 
 _BLOCK = 1024  # elements of h a program
@@ -100,28 +100,13 @@ def silu_mul_backward(a: Tensor, dh: Tensor) -> Tensor:
     return da
 
 
-def _cast(weight: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight in the type of `like`; and the same if that is a copy, else an empty tensor: an operator must not
-    return what it was given.
-    """
-    if weight.dtype == like.dtype:
-        return weight, like.new_empty(0)
-    copy = weight.to(like.dtype, memory_format=torch.contiguous_format)
-    return copy, copy
-
-
 def mlp_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(result [B, T, D], a [B·T, 2F], and gate_up and down in the type of x, empty where they had it already)."""
-    w_gate_up, gate_up_copy = _cast(gate_up, x)
-    w_down, down_copy = _cast(down, x)
+    w_gate_up, gate_up_copy = cast_weight(gate_up, x)
+    w_down, down_copy = cast_weight(down, x)
     a = x.flatten(0, 1) @ w_gate_up.t()
     y = silu_mul_forward(a) @ w_down.t()
     return y.view(x.shape), a, gate_up_copy, down_copy
-
-
-def _weight_gradient(d_out: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """d_outᵀ · inputs in `dtype`; float32 straight from the product's sums, without a rounding between."""
-    return d_out.t() @ inputs if dtype == inputs.dtype else product(d_out.t(), inputs).to(dtype)
 
 
 def mlp_backward(
@@ -139,7 +124,7 @@ def mlp_backward(
     dy = dy.reshape(-1, dy.shape[-1])
     dh = dy @ down
     da = silu_mul_backward(a, dh)
-    d_down = _weight_gradient(dy, dh, down_dtype)  # dh is h now
+    d_down = weight_gradient(dy, dh, down_dtype)  # dh is h now
     del dh
-    d_gate_up = _weight_gradient(da, x.flatten(0, 1), gate_up_dtype)
+    d_gate_up = weight_gradient(da, x.flatten(0, 1), gate_up_dtype)
     return (da @ gate_up).view(x.shape), d_gate_up, d_down

@@ -1,0 +1,65 @@
+"""What ops share about matrix products: the type they run in, weights in that type, sums left in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that autocast would give a product of x: its own where autocast is off. Float64 is left alone.
+
+    Ops of our own need it, since autocast does not know them.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def cast_weight(weight: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight in the type of `like`; and the same if that is a copy, else an empty tensor: an operator must not
+    return what it was given.
+    """
+    if weight.dtype == like.dtype:
+        return weight, like.new_empty(0)
+    copy = weight.to(like.dtype, memory_format=torch.contiguous_format)
+    return copy, copy
+
+
+def weight_gradient(d_out: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """d_outᵀ · inputs over all rows, in `dtype`; float32 straight from the product's sums, with no rounding between.
+
+    Args:
+        d_out: [rows, outputs].
+        inputs: [rows, inputs].
+    """
+    return d_out.t() @ inputs if dtype == inputs.dtype else product(d_out.t(), inputs).to(dtype)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a result of at least float32.
+
+    CUDA can leave the tensor cores' float32 sums unrounded; elsewhere a half-precision product is rounded first.
+    """
+    if a.dtype in HALF:
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+    return a @ b
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b with `add`; `out` is of the type of `a`, or float32.
+
+    The addition is the product's own epilogue, so that `out` is read and written once; a separate `+=` makes a
+    temporary and moves twice the bytes. A float32 addend of half-precision factors needs torch 2.10 (PyTorch pull
+    request 167931), older than what this package requires.
+    """
+    if out.dtype == a.dtype:
+        _ = torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        wide = out.dtype
+        _ = torch.addmm(out, a, b, out_dtype=wide, out=out) if add else torch.mm(a, b, out_dtype=wide, out=out)
+    else:
+        _ = out.add_(a @ b) if add else out.copy_(a @ b)
