@@ -5,26 +5,18 @@ Tests of the kernels need a GPU (`-m gpu`), or Triton's interpreter: TRITON_INTE
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from kernel_cases import INTERPRETED, assert_close, normal
 from torch import Tensor
 
 from eco_llm.ops.causal_conv import causal_conv_silu
 from eco_llm.ops.causal_conv.reference import causal_conv_silu_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNEL_DEVICE = "cpu" if INTERPRETED else "cuda"
 # Largest error of a result as a share of its largest element, for results in the type of x.
 # The interpreter cuts numbers off to bf16 where a GPU rounds them.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
 SUM_TOLERANCE = 1e-5  # float32 sums over all tokens
-
-
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str = KERNEL_DEVICE) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def slice_of_wider(x: Tensor, offset: int, width: int) -> Tensor:
@@ -44,12 +36,6 @@ def by_definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if back < x.shape[1]:
             pre[:, back:] += weight[:, tap] * x[:, : x.shape[1] - back]
     return pre * torch.sigmoid(pre)
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.isfinite().all()
-    error = (actual.detach().double() - expected.detach().double()).abs().max() / expected.abs().max()
-    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

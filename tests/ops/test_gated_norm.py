@@ -5,27 +5,19 @@ Tests of the kernels need a GPU (`-m gpu`), or Triton's interpreter: TRITON_INTE
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from kernel_cases import INTERPRETED, KERNEL_DEVICE, assert_close, normal
 from torch import Tensor
 
 from eco_llm.ops.gated_norm import gated_rms_norm
 from eco_llm.ops.gated_norm.reference import gated_rms_norm_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNEL_DEVICE = "cpu" if INTERPRETED else "cuda"
 EPS = 1e-5
 # Largest error of a result as a share of its largest element, for results in the type of y.
 # The interpreter cuts numbers off to bf16 where a GPU rounds them.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
 SUM_TOLERANCE = 1e-5  # float32 sums over all tokens
-
-
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str = KERNEL_DEVICE) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def nan_slice(shape: tuple[int, ...], offset: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -37,12 +29,6 @@ def nan_slice(shape: tuple[int, ...], offset: int, width: int, dtype: torch.dtyp
 def by_definition(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     h = y * z * torch.sigmoid(z)
     return weight * h / torch.sqrt(h.square().mean(-1, keepdim=True) + EPS)
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.isfinite().all()
-    error = (actual.detach().double() - expected.detach().double()).abs().max() / expected.abs().max()
-    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
 
 
 def exact(y: Tensor, z: Tensor, weight: Tensor, dg: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,16 +5,14 @@ The kernels need a GPU (`-m gpu`), or Triton's interpreter (float32, small shape
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from kernel_cases import INTERPRETED
+from kernel_cases import KERNEL_DEVICE as DEVICE
 from torch import Tensor
 
 from eco_llm.ops.mamba_mixer import mamba_mixer, unsupported
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 only_gpu = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter, or about the GPU itself")
 NAMES = ("u", "in_weight", "conv_weight", "conv_bias", "dt_bias", "A", "D", "norm_weight", "out_weight")
 # As a share of a tensor's norm. bf16: every op on the way rounds to 8 bits. float32: dA is a sum of differences.

@@ -5,14 +5,12 @@ They need a GPU (`-m gpu`), or Triton's interpreter: TRITON_INTERPRET=1 pytest -
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from kernel_cases import KERNEL_DEVICE
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_buffers")]
-KERNEL_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 def normal(*shape: int, seed: int) -> Tensor:

@@ -5,17 +5,15 @@ They need a GPU (`-m gpu`), or Triton's interpreter (slow, small shapes only): T
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from kernel_cases import INTERPRETED
+from kernel_cases import KERNEL_DEVICE as DEVICE
 from test_ssd import as_float64, assert_same, make_inputs, run
 
 from eco_llm.ops.ssd import ssd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_buffers")]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 only_gpu = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter, or about the GPU itself")
 # The interpreter cannot multiply bf16 matrices.
 # dA is a sum of differences of sums, each of products that three TF32 ones make.

@@ -5,18 +5,16 @@ Tests of the kernels need a GPU (`-m gpu`), or Triton's interpreter: TRITON_INTE
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
+from kernel_cases import INTERPRETED, KERNEL_DEVICE, normal
 from torch import Tensor
 
 from eco_llm.ops import swiglu
 from eco_llm.ops.swiglu import swiglu_mlp
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNEL_DEVICE = "cpu" if INTERPRETED else "cuda"
 # Largest error as a share of the largest element. The interpreter cuts numbers off to bf16 where a GPU rounds them.
 ELEMENTWISE = {torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
 THROUGH_PRODUCTS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.5e-2}
@@ -26,11 +24,6 @@ SHAPES = (  # B, T, D, F
     if INTERPRETED
     else [(2, 1, 64, 40), (3, 63, 640, 1664), (1, 100, 768, 2048), (2, 63, 41, 7)]
 )
-
-
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str = KERNEL_DEVICE) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def make(

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from train_cases import plant_nan_losses
 
 from eco_llm.cli.main import main
-from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.training import checkpoint
 from eco_llm.training.hooks.base import Hook
 from eco_llm.training.sigma_trainer import SigmaTrainer
@@ -57,15 +57,7 @@ def test_no_step_between_logs_synchronises(tiny_flags: Flags, tmp_path: Path, mo
 def test_non_finite_steps_change_nothing_without_the_host_looking(
     optimizer: str, tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = {"n": 0}
-    honest = SigmaLLM.loss
-
-    def loss(self: SigmaLLM, *args: torch.Tensor) -> torch.Tensor:
-        calls["n"] += 1
-        value = honest(self, *args)
-        return value * float("nan") if calls["n"] in (3, 4) else value
-
-    monkeypatch.setattr(SigmaLLM, "loss", loss)
+    plant_nan_losses(monkeypatch, calls=(3, 4))
     settings = f"--steps 6 --save-interval 1 --keep-checkpoints 9 --eval-interval 0 --optimizer {optimizer}"
     settings += " --cuda-graph off"  # calls are counted here, and a graph has none; tests/training/test_graph_cuda.py
     assert main(on_cuda(tiny_flags(settings))) == 0

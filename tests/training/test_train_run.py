@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
+from train_cases import plant_nan_losses
 
 from eco_llm.cli.main import main
 from eco_llm.model.sigma_llm import SigmaLLM
@@ -256,15 +257,7 @@ def test_non_finite_steps_are_not_applied_and_counted(
     optimizer: str, tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 3 and 4 get a NaN loss: the weights of step 2 are those of step 4, and training goes on."""
-    calls = {"n": 0}
-    honest = SigmaLLM.loss
-
-    def loss(self: SigmaLLM, *args: torch.Tensor) -> torch.Tensor:
-        calls["n"] += 1
-        value = honest(self, *args)
-        return value * float("nan") if calls["n"] in (3, 4) else value
-
-    monkeypatch.setattr(SigmaLLM, "loss", loss)
+    plant_nan_losses(monkeypatch, calls=(3, 4))
     settings = f"--steps 6 --save-interval 1 --keep-checkpoints 9 --eval-interval 0 --optimizer {optimizer}"
     assert main(tiny_flags(settings)) == 0
     folder = tmp_path / "run" / "checkpoints"
