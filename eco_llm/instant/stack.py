@@ -240,6 +240,7 @@ class Stack:
 
     def _probe(self, blocks: Sequence[Block], x: Tensor) -> None:
         """Measure on one batch what each mode needs; reads the device once."""
+        self.prepare(x.device)
         limit, config = self._config.instant_reversible_tol, self._config
         setting = Setting.now(x)
         found: list[tuple[int, Tensor]] = []
