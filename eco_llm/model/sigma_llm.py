@@ -4,8 +4,8 @@
 - pre-norm RMSNorm, no biases but the convolution's and dt's, rotary positions in MLA only
 - one matrix for embedding and head, or two (--tie-embeddings)
 - the loss never builds [B·T, V] logits; generation keeps a fixed Mamba state and a small MLA latent a token
-- float32 weights; under autocast products are bf16 and the residual stream stays float32: each of 2·layers
-  small updates would otherwise be rounded to the 8 bits of the large sum (Mamba-2 does the same)
+- float32 weights, or matrices stored in bf16; under autocast products are bf16. The residual stream is float32 always:
+  each of 2·layers small updates would otherwise be rounded to the 8 bits of the large sum (Mamba-2 does the same)
 
 Shape legend: B batch, T tokens, D model width, V vocabulary.
 """
@@ -15,19 +15,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
 from eco_llm.errors import UserError
 from eco_llm.model.block import Block, LayerCache
+from eco_llm.model.linear import Linear
 from eco_llm.model.mamba import Mamba
 from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.cross_entropy import linear_cross_entropy
 from eco_llm.ops.embedding import embed, tie
+from eco_llm.ops.products import linear
 from eco_llm.ops.ssd import choose_chunk
 
 IGNORE = -100  # target of a token that does not count in the loss
@@ -41,24 +42,31 @@ class Cache:
 
 
 class SigmaLLM(nn.Module):
-    """Decoder-only language model. `config` must pass `SigmaConfig.validate` (checked: UserError)."""
+    """Decoder-only language model.
 
-    def __init__(self, config: SigmaConfig) -> None:
+    Args:
+        config: must pass `SigmaConfig.validate` (checked: UserError).
+        weights_dtype: what matrices (2-D parameters, embedding and head too) are stored in, float32 or bfloat16; all
+            else is float32. The numbers are the same float32 draws, rounded. At no time is there a float32 copy of
+            more than a block.
+    """
+
+    def __init__(self, config: SigmaConfig, *, weights_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         config.validate()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixer_pattern)
+        self.embedding = _store(nn.Embedding(config.vocab_size, config.d_model), weights_dtype)
+        self.blocks = nn.ModuleList(_store(Block(config, mixer), weights_dtype) for mixer in config.mixer_pattern)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         # A tied head is no module of its own, so that the matrix is counted, decayed and saved once.
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else _store(Linear(config.d_model, config.vocab_size), weights_dtype)
         self.reset_parameters()
 
     # ---- training -----------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] int64 -> logits [B, T, V]."""
-        return F.linear(self.hidden(input_ids), self.head_weight)
+        return linear(self.hidden(input_ids), self.head_weight)
 
     def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, float32 scalar: targets [B, T] are the tokens that follow input_ids [B, T].
@@ -76,16 +84,16 @@ class SigmaLLM(nn.Module):
         return self._trunk(self.embedding(input_ids))
 
     def _trunk(self, x: Tensor) -> Tensor:
+        x = _at_least_float32(x)
         for block in self.blocks:
             x = block(x)
         return self.final_norm(x)
 
     def _cross_entropy(self, input_ids: Tensor, targets: Tensor, reduction: Any) -> Tensor:
-        if self.head is None:  # one gradient buffer for both uses of the matrix
-            table, head = tie(self.embedding.weight)
-            x = embed(input_ids, table)
-        else:
-            x, head = self.embedding(input_ids), self.head.weight
+        table, head = tie(self.embedding.weight)  # one gradient buffer for both uses of the matrix
+        x = embed(input_ids, table)
+        if self.head is not None:
+            head = self.head.weight
         return linear_cross_entropy(
             self._trunk(x).flatten(0, 1), head, targets.flatten(),
             chunk_tokens=self.config.loss_chunk_tokens, ignore_index=IGNORE, reduction=reduction,
@@ -107,7 +115,7 @@ class SigmaLLM(nn.Module):
         It lives where the weights do, in the type their products have now (the autocast type, if on).
         """
         weight = self.embedding.weight
-        device, dtype = weight.device, weight.dtype
+        device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(device.type)
         return Cache([b.mixer.init_cache(batch_size, max_tokens, device, dtype) for b in self._blocks()])
@@ -115,10 +123,10 @@ class SigmaLLM(nn.Module):
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Read T ≥ 1 tokens [B, T] into the cache; logits [B, V] for the token after the last."""
-        x = self.embedding(input_ids)
+        x = _at_least_float32(self.embedding(input_ids))
         for block, layer in zip(self._blocks(), cache.layers, strict=True):
             x = block.extend(x, layer)
-        return F.linear(self.final_norm(x[:, -1]), self.head_weight)
+        return linear(self.final_norm(x[:, -1]), self.head_weight)
 
     def step(self, token_ids: Tensor, cache: Cache) -> Tensor:
         """Read one token a sequence [B]; logits [B, V] for the next."""
@@ -137,7 +145,7 @@ class SigmaLLM(nn.Module):
         into_residual = 0.02 / math.sqrt(2 * self.config.n_layers)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(0.0, into_residual if name.endswith((".out_proj", ".mlp.down")) else 0.02)
+                _draw(module.weight, into_residual if name.endswith((".out_proj", ".mlp.down")) else 0.02)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
             elif isinstance(module, nn.Conv1d):
@@ -205,3 +213,26 @@ class SigmaLLM(nn.Module):
             )
         for block in self.blocks:
             block.compile(dynamic=False, backend=backend)
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def _store(module: Module, dtype: torch.dtype) -> Module:
+    """The module with its matrices in `dtype`."""
+    for parameter in module.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def _draw(weight: Tensor, deviation: float) -> None:
+    """Normal numbers: the same float32 draws whatever type they are stored in."""
+    if weight.dtype == torch.bfloat16:  # its own draws are others
+        weight.copy_(torch.empty_like(weight, dtype=torch.float32).normal_(0.0, deviation))
+    else:
+        weight.normal_(0.0, deviation)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -28,7 +28,7 @@ from eco_llm.optim.update import Update
 from eco_llm.perf.device_counters import DeviceCounters, memory_stats
 from eco_llm.perf.environment import collect as collect_environment
 from eco_llm.perf.phases import PhaseTimer
-from eco_llm.runtime import Runtime
+from eco_llm.runtime import Runtime, torch_dtype
 from eco_llm.training import checkpoint
 from eco_llm.training.crash import write_crash_report
 from eco_llm.training.evaluation import Validation, evaluate
@@ -137,7 +137,7 @@ class _Launch:
         t, runtime, data = self.config.training, self.runtime, self.data
         runtime.setup(t.seed)
         with torch.device(runtime.device):
-            self.model = SigmaLLM(self.shape)
+            self.model = SigmaLLM(self.shape, weights_dtype=torch_dtype(self.config.runtime.weights_dtype))
         groups = self.model.parameter_groups(self.config.optimizer.weight_decay)
         optimizer = build_optimizer(groups, self.config.optimizer, self.config.c3o, runtime.device)
         update = Update(optimizer, self.config.optimizer)
