@@ -167,6 +167,20 @@ class SigmaLLM(nn.Module):
             {"params": [p for p in inner if p.ndim != 2], "weight_decay": 0.0, "name": "vector"},
         ]
 
+    def update_units(self) -> list[list[nn.Parameter]]:
+        """Every parameter in one of the lists, whose gradients backward completes one list after another.
+
+        A head of its own with the norm before it; the blocks, last first; the embedding, tied or not. With a tied head
+        the final norm goes with the last block, so that its gradient does not wait for the embedding's.
+        """
+        outer = list(self.final_norm.parameters())
+        units = [list(block.parameters()) for block in reversed(self.blocks)]
+        if self.head is None:
+            units[0] = outer + units[0]
+        else:
+            units.insert(0, list(self.head.parameters()) + outer)
+        return [*units, [self.embedding.weight]]
+
     def num_parameters(self, embedding: bool = True) -> int:
         """Trainable numbers, a tied matrix once; without `embedding`, the token embedding and the head are left out."""
         total = sum(p.numel() for p in self.parameters())
