@@ -227,7 +227,7 @@ class OptimizerConfig:
         )
         if self.gradient_release and self.grad_clip > 0 and self.grad_clip_mode == "norm":
             raise UserError(
-                f"--gradient-release cannot clip by the norm of all gradients (--grad-clip {self.grad_clip:g}), which is"
+                f"--gradient-release cannot clip by the norm of all gradients (--grad-clip {self.grad_clip:g}),"
                 " known only when the first are gone; use --grad-clip-mode value or --grad-clip 0"
             )
 
@@ -394,8 +394,8 @@ class TrainConfig:
             raise UserError(f"--batch-size × --seq-len is {tokens} tokens; the limit is {2**31}")
         if self.optimizer.gradient_release and t.grad_accum > 1:
             raise UserError(
-                f"--gradient-release keeps no gradients that --grad-accum {t.grad_accum} could add to; use --grad-accum 1"
-                " and a larger --batch-size"
+                f"--gradient-release keeps no gradients that --grad-accum {t.grad_accum} could add to;"
+                " use --grad-accum 1 and a larger --batch-size"
             )
         if p.perf_profile_enable and p.perf_warmup_steps + p.perf_measure_steps > t.steps:
             raise UserError(

@@ -173,13 +173,13 @@ class SigmaLLM(nn.Module):
         A head of its own with the norm before it; the blocks, last first; the embedding, tied or not. With a tied head
         the final norm goes with the last block, so that its gradient does not wait for the embedding's.
         """
-        outer = list(self.final_norm.parameters())
+        outer: list[nn.Parameter] = list(self.final_norm.parameters())
         units = [list(block.parameters()) for block in reversed(self.blocks)]
         if self.head is None:
             units[0] = outer + units[0]
         else:
             units.insert(0, list(self.head.parameters()) + outer)
-        return [*units, [self.embedding.weight]]
+        return [*units, list(self.embedding.parameters())]
 
     def num_parameters(self, embedding: bool = True) -> int:
         """Trainable numbers, a tied matrix once; without `embedding`, the token embedding and the head are left out."""

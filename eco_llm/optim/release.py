@@ -11,7 +11,7 @@ blocks needs for gradients is a block's worth.
 - The verdict travels on the device: a unit is given the loss, or NaN once a unit before it was refused. The host waits
   for nothing (Muon, which reads every verdict, excepted).
 - A unit whose gradients are not finite stops itself and those after it; those before it (later layers) have been
-  updated already. `applied` is then 0 all the same. A loss that is not finite stops all of them, as in an ordinary step.
+  updated already. `applied` is then 0 all the same. A loss that is not finite stops all, as in an ordinary step.
 
 What cannot be had this way: docs/gradient_release.md.
 """

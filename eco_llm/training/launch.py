@@ -277,7 +277,8 @@ class _Launch:
         how = (
             f"{self.runtime.device}, {str(self.runtime.compute_dtype).removeprefix('torch.')},"
             f" {self.kernels.name} kernels, {'compiled' if self.runtime.compile else 'not compiled'}"
-            f"{', one CUDA graph' if self.graph else ''}{', bf16 weights' if self.config.runtime.weights_dtype == 'bf16' else ''};"
+            f"{', one CUDA graph' if self.graph else ''}"
+            f"{', bf16 weights' if self.config.runtime.weights_dtype == 'bf16' else ''};"
             f" {self.config.optimizer.optimizer}{' inside backward' if self.config.optimizer.gradient_release else ''};"
             f" {t.batch_size} × {t.seq_len} tokens × {t.grad_accum} a step"
         )

@@ -1,4 +1,4 @@
-"""Matrices stored in bf16: the same draws, rounded; the same loss as float32 weights of those values; half the bytes."""
+"""Matrices stored in bf16: the same draws, rounded; the loss of float32 weights of those values; half the bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = SigmaConfig(
 )  # fmt: skip
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HALF_ROUNDING = 2**-8  # of one number; a sum of a few roundings is under twice that in norm
-MB_CHUNKS = pytest.mark.parametrize("chunk", [16, 4096], ids=["chunks", "one-chunk"])
+CHUNKS = pytest.mark.parametrize("chunk", [16, 4096], ids=["chunks", "one-chunk"])
 
 
 def make_model(dtype: torch.dtype, device: str = "cpu", **changes: Any) -> SigmaLLM:
@@ -65,7 +65,7 @@ def test_memory_is_two_bytes_a_number_of_a_matrix() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
-@MB_CHUNKS
+@CHUNKS
 def test_loss_and_gradients_are_those_of_float32_weights(
     compute: torch.dtype, tied: bool, chunk: int, device: str
 ) -> None:

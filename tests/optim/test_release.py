@@ -31,7 +31,7 @@ KERNEL_DEVICE = "cpu" if INTERPRETED else "cuda"
 on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="needs CUDA itself")
 
 TINY = SigmaConfig(
-    d_model=32, n_layers=4, n_heads=2, mamba_ratio=2, mamba_head_dim=16, mamba_state_dim=8, kv_latent_dim=12,
+    d_model=32, n_layers=4, n_heads=2, mamba_ratio=2, mamba_head_dim=64, mamba_state_dim=16, kv_latent_dim=12,
     rope_head_dim=4, mlp_hidden_dim=48, vocab_size=300, q_latent_dim=10, loss_chunk_tokens=64,
 )  # fmt: skip
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -187,7 +187,7 @@ def test_kernels_of_units_equal_those_of_the_whole(rule: str, monkeypatch: pytes
     ordinary, released = both(device=KERNEL_DEVICE, **RULES[rule])
     for s in (ordinary, released):
         s.update.make_capturable()
-    for i in range(3):
+    for i in range(2):
         for s in (ordinary, released):
             s.update.set_lr(1e-2 / (i + 1))
             generator = torch.Generator().manual_seed(i)
@@ -336,7 +336,7 @@ def test_cuda_backward_never_holds_more_than_one_units_gradients(weights: str) -
         update.make_capturable()
         text = torch.randint(1024, (1, 65), device="cuda")
         for _ in range(3):
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast("cuda", torch.bfloat16, enabled=weights == "bf16"):  # no casts that backward would free
                 loss = model.loss(text[:, :-1], text[:, 1:])
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -347,7 +347,7 @@ def test_cuda_backward_never_holds_more_than_one_units_gradients(weights: str) -
         all_gradients = sum(p.nbytes for p in model.parameters())
         largest = max(sum(p.nbytes for p in unit) for unit in model.update_units())
         del model, update, groups, loss
-    assert peaks[2] > 0.9 * all_gradients
+    assert peaks[2] > 0.8 * all_gradients
     assert peaks[5] < largest + 0.1 * all_gradients, (peaks, largest, all_gradients)
 
 
@@ -383,7 +383,9 @@ def check_bad_gradient(s: Side, spoilt: int) -> None:
     assert not result.applied
     assert not torch.isfinite(result.grad_norm)
     # Later layers come first in backward, and are done.
-    done = {n for n in names if n.startswith(tuple(f"blocks.{i}." for i in range(spoilt + 1, 4)))} | {"final_norm.weight"}
+    done = {n for n in names if n.startswith(tuple(f"blocks.{i}." for i in range(spoilt + 1, 4)))} | {
+        "final_norm.weight"
+    }
     changed = {n for n, a, b in zip(names, before, s.parameters(), strict=True) if a != b}
     assert changed == done
     handle.remove()
@@ -440,6 +442,7 @@ def test_cuda_graph_replays_the_released_step(rule: str) -> None:
         return s.update.step(loss.detach())
 
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for _ in range(2):
             captured.update.rehearse(captured.model.loss(text[:, :-1], text[:, 1:]))
