@@ -18,7 +18,7 @@ from eco_llm.ops.cross_entropy import linear_cross_entropy
 from eco_llm.ops.embedding import embed, tie
 
 TINY = SigmaConfig(
-    d_model=32, n_layers=3, n_heads=2, mamba_ratio=2, mamba_head_dim=16, mamba_state_dim=8, kv_latent_dim=12,
+    d_model=32, n_layers=3, n_heads=2, mamba_ratio=2, mamba_head_dim=64, mamba_state_dim=16, kv_latent_dim=12,
     rope_head_dim=4, mlp_hidden_dim=48, vocab_size=300, q_latent_dim=10, loss_chunk_tokens=64,
 )  # fmt: skip
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
