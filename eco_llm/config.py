@@ -382,11 +382,15 @@ class InstantConfig:
         for part in parts:
             name, star, count = part.partition("*")
             if name not in MEMORY_MODES:
-                raise UserError(f"--instant-mode {self.instant_mode!r}: {name!r} is not one of {', '.join(MEMORY_MODES)}")
+                raise UserError(
+                    f"--instant-mode {self.instant_mode!r}: {name!r} is not one of {', '.join(MEMORY_MODES)}"
+                )
             if not star and len(parts) == 1:
                 modes = [name] * len(mixers)
             elif star and (not count.isdecimal() or not 1 <= int(count) <= len(mixers)):
-                raise UserError(f"--instant-mode {self.instant_mode!r}: {part!r} names no number of the {len(mixers)} blocks")
+                raise UserError(
+                    f"--instant-mode {self.instant_mode!r}: {part!r} names no number of the {len(mixers)} blocks"
+                )
             else:
                 modes += [name] * (int(count) if star else 1)
         if len(modes) != len(mixers):

@@ -185,7 +185,7 @@ class Stack:
         return found
 
     def observe(self, values: dict[str, float]) -> dict[str, float]:
-        """Take in a finished step's values; return those that belong in the record (verdicts of single blocks do not)."""
+        """Take in a finished step's values; return those that belong in the record (not single blocks' verdicts)."""
         for index in range(len(self.modes)):
             if values.get(block_name(index)):
                 self._new_trips.add(index)
@@ -260,7 +260,7 @@ class Stack:
                 x = setting.value(block, x)
         sizes = [errors.numel() for _, errors in found]
         numbers = torch.cat([errors.flatten().float() for _, errors in found]).tolist()
-        for (index, errors), size in zip(found, sizes, strict=True):
+        for (index, _), size in zip(found, sizes, strict=True):
             mine, numbers = numbers[:size], numbers[size:]
             if self.modes[index] == "compress":
                 self._decided.bits[index] = 4 if mine[0] <= config.instant_error_threshold else 8
