@@ -2,10 +2,10 @@
 
     python benchmarks/instant_modes.py --peer PATH [--shapes 8x1024,32x1024,1x8192,4x8192] [--cap-gib 8]
 
-PATH is a checkout of nanoGPT; its model as it is, compiled, fused AdamW, bf16 autocast, clipping; `recompute` wraps each
-of its blocks in torch.utils.checkpoint. Ours: the step that `eco_train` runs, compiled blocks, C3O, no CUDA graph (whose
-private pool would blur the memory). Every row is a model of its own in one process, one after the other: peak is the most
-that live tensors held from before the model was made; a row that does not fit under the cap says so.
+PATH is a checkout of nanoGPT; its model as it is, compiled, fused AdamW, bf16 autocast, clipping; `recompute` wraps
+each of its blocks in torch.utils.checkpoint. Ours: the step that `eco_train` runs, compiled blocks, C3O, no CUDA graph
+(whose private pool would blur the memory). Every row is a model of its own in one process, one after the other: peak is
+the most that live tensors held from before the model was made; a row that does not fit under the cap says so.
 Modes that decide by probes are given one before they are timed. Gate: first losses within 5% of ln V, all finite.
 """
 

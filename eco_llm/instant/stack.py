@@ -7,6 +7,7 @@ of the last batch; so a run that is stopped and resumed takes the same ones.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -155,6 +156,16 @@ class Stack:
             mix, feed = block.sub_layers
             x = x + recompute_from_packed(mix, x, packing)
             return x + feed(x)
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Forward and backward in here leave no trace: the steps that follow draw the numbers they would have drawn."""
+        before = None if self._draw is None else self._draw.clone()
+        try:
+            yield
+        finally:
+            if before is not None and self._draw is not None:
+                self._draw.copy_(before)
 
     def guard(self, loss: Tensor) -> Tensor:
         """What the optimizer's guard is given: the loss, or NaN where the gate tripped. 0-dim."""
