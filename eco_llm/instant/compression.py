@@ -78,7 +78,8 @@ class Packing:
         self._seen.clear()
 
     def _pack(self, x: Tensor) -> Tensor | Packed:
-        return self.pack(x) if is_activation(x, self._tokens, self._weights) else x
+        # Detached: kept with its graph, what an op saves of its own output would keep that op alive, and itself.
+        return self.pack(x) if is_activation(x, self._tokens, self._weights) else x.detach()
 
     def pack(self, x: Tensor) -> Packed:
         """Store a dense tensor."""
@@ -135,7 +136,7 @@ class Errors:
     def _measure(self, x: Tensor) -> Tensor:
         if is_activation(x, self._tokens, self._weights):
             self.add(x)
-        return x
+        return x.detach()
 
     def add(self, x: Tensor) -> None:
         """Take a tensor in."""

@@ -5,8 +5,8 @@
 
 One evaluation of f in backward serves both the inverse and the vector-Jacobian product. Streams are float32 on a grid
 (`ops/grid`), where adding and subtracting are exact, and f is the same computation both times (`replay`), so the state
-that backward reconstructs is that of forward. Kept: the two last states, whatever the depth, and 8 bytes a block: its
-input's checksum, compared before the block's gradients are made.
+that backward reconstructs is that of forward. Kept: the two last states, whatever the depth, and of every other state
+its checksums (8 bytes for 4096 numbers), compared before a block's last gradient is made.
 
 Rounding to the grid has derivative 1 here (a straight-through estimate, 2^-15 at most from the truth).
 """
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from eco_llm.instant.replay import Setting, SubLayer, back_propagate
 from eco_llm.instant.verification import Gate
-from eco_llm.ops.grid import advance, checksum, retreat, snap
+from eco_llm.ops.grid import advance, checksums, retreat, snap
 
 
 class Layer(Protocol):
@@ -44,7 +44,7 @@ def coupled_values(blocks: Sequence[Layer], x: Tensor) -> Tensor:
     a, b = start(x)
     for block in blocks:
         for f in block.sub_layers:
-            a, b = b, advance(a, f(b))
+            a, b = b, advance(a, f(b))[0]
     return a + b
 
 
@@ -52,28 +52,30 @@ class _Coupled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, blocks: Sequence[Layer], gate: Gate, setting: Setting) -> tuple[Tensor, Tensor]:
         a, b = start(x)
-        sums = []
+        sums = [checksums(b)] * 2  # of every state, in order
         for block in blocks:
-            sums.append(checksum(a, b))
             for f in block.sub_layers:
-                a, b = b, advance(a, setting.value(f, b))
+                c, seen = advance(a, setting.value(f, b))
+                a, b = b, c
+                sums.append(seen)
+        del sums[-2:]  # of the states that are kept
         ctx.blocks, ctx.gate, ctx.setting, ctx.type = blocks, gate, setting, x.dtype
-        ctx.save_for_backward(a, b, torch.stack(sums))
+        ctx.save_for_backward(a, b, *sums)
         return a, b
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        a, b, sums = ctx.saved_tensors
+        a, b, *sums = ctx.saved_tensors
         da, db = gradients
         for index in reversed(range(len(ctx.blocks))):
             mix, feed = ctx.blocks[index].sub_layers
-            for f, is_first in ((feed, False), (mix, True)):
+            for f in (feed, mix):
                 b, c = a, b
                 leaf, y = ctx.setting.record(f, b)
-                a = retreat(c, y.detach())
-                if is_first:  # before the block's last gradient: with it, gradient release applies the block's update
-                    ctx.gate.expect_equal(index, sums[index], checksum(a, b))
+                a, rebuilt = retreat(c, y.detach())
+                # Before gradients are made: with a block's last one, gradient release applies the block's update.
+                ctx.gate.expect_equal(index, sums.pop(), rebuilt)
                 da, db = db, da + back_propagate(leaf, y, db)
                 del leaf, y
         return (da + db).to(ctx.type), None, None, None
@@ -91,7 +93,7 @@ class _Advance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, y: Tensor) -> Tensor:
         ctx.type = y.dtype
-        return advance(a, y)
+        return advance(a, y)[0]
 
     @staticmethod
     @once_differentiable

@@ -32,8 +32,8 @@ class Gate:
         self._worst.zero_()
 
     def expect_equal(self, block: int, seen: Tensor, rebuilt: Tensor) -> None:
-        """Trip unless two 0-dim integer checksums agree."""
-        wrong = (seen != rebuilt).to(torch.float32)
+        """Trip unless all checksums, int64 [tiles], agree."""
+        wrong = (seen != rebuilt).any().to(torch.float32)
         torch.maximum(self._tripped[block], wrong, out=self._tripped[block])
         torch.maximum(self._worst[1], wrong, out=self._worst[1])
 

@@ -135,8 +135,8 @@ class SigmaLLM(nn.Module):
         if self.stack.coupled:
             a, b = start(x)
             for block, layer in zip(self._blocks(), cache.layers, strict=True):
-                a, b = b, advance(a, block.extend_mix(b, layer))
-                a, b = b, advance(a, block.feed(b))
+                a, b = b, advance(a, block.extend_mix(b, layer))[0]
+                a, b = b, advance(a, block.feed(b))[0]
             x = a + b
         else:
             for block, layer in zip(self._blocks(), cache.layers, strict=True):

@@ -197,7 +197,7 @@ class ReleasedUpdate:
             if self._lr is None:
                 self._lr = torch.empty(1, dtype=torch.float32, device=groups[0]["params"][0].device)
             if lr is not self._lr:
-                self._lr.fill_(lr)
+                _ = self._lr.copy_(lr) if isinstance(lr, Tensor) else self._lr.fill_(lr)
             for group in groups:
                 group["lr"] = self._lr
         for unit in self._units:
@@ -225,7 +225,8 @@ class ReleasedUpdate:
         if not names:
             return names, parts[0][1]
         rows = torch.stack([values for _, values in parts])
-        weights = rows[:, [names.index(name) for name in _COUNTED]].sum(1)
+        # Column by column: a list as an index would be copied to the device, and waited for.
+        weights = torch.stack([rows[:, names.index(name)] for name in _COUNTED]).sum(0)
         total = rows.sum(0)
         mean, least = names.index(_MEAN), names.index(_LEAST)
         total[mean] = (rows[:, mean] * weights).sum() / weights.sum().clamp(min=1)

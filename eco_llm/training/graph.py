@@ -16,6 +16,7 @@ At a few thousand tokens a step, launching some thousand kernels costs more than
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
@@ -88,12 +89,18 @@ class Graph(Protocol):
         """After a failed capture: make the device and its random numbers usable again, or raise."""
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: autograd waits for the stream on which it first met a weight, and a capture must not."""
+    return torch.cuda.Stream(device)
+
+
 class CudaGraph:
     """`Graph` by PyTorch, on a stream of its own: capture is not possible on the default one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graph = torch.cuda.CUDAGraph(keep_graph=True)  # kept: nodes are named through it
         self._nodes: EventNodes | None = None
@@ -224,7 +231,8 @@ class GraphedStep:
 
     def review(self, step: int) -> list[str]:
         """Between steps; after a change the next `prepare` captures anew."""
-        said = self._step.review(step)
+        said: list[str] = []
+        self._graph.warm_up(lambda: said.extend(self._step.review(step)))  # where it will be captured
         if said and self._output is not None:
             self._output = None
             self._gradients = []

@@ -51,11 +51,12 @@ def kept_between(mode: str, layers: int, data: tuple[Tensor, Tensor]) -> int:
 
 
 def test_kept_memory_by_the_allocators_count() -> None:
-    data = tokens(4, 512)
-    stream = 4 * 512 * 256 * 4
-    assert kept_between("coupled", 24, data) - kept_between("coupled", 6, data) <= 18 * 1024
+    data = tokens(16, 512)
+    stream = 16 * 512 * 256 * 4
+    assert kept_between("coupled", 24, data) - kept_between("coupled", 6, data) <= 18 * 2 * 8192
     # What a block keeps is its input; the stack's output is not counted twice.
-    assert kept_between("recompute", 24, data) - kept_between("recompute", 6, data) == 18 * stream
+    recomputed = kept_between("recompute", 24, data) - kept_between("recompute", 6, data)
+    assert 18 * stream <= recomputed <= 1.15 * 18 * stream  # the allocator leaves up to 1 MiB of a block unsplit
     none = kept_between("none", 24, data) - kept_between("none", 6, data)
     packed = kept_between("compress", 24, data) - kept_between("compress", 6, data)
     assert none > 18 * 4 * stream

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
-from eco_llm.ops.grid.reference import checksum_reference, snap_reference
+from eco_llm.ops.grid.reference import checksums_reference, snap_reference
 
-__all__ = ["RANGE", "STEP", "advance", "checksum", "retreat", "snap"]
+__all__ = ["RANGE", "STEP", "TILE", "advance", "checksums", "retreat", "snap"]
 
 STEP = 2.0**-14
 """Distance of neighbouring values of a stream."""
 RANGE = STEP * 2**24
 """1024: streams of float32 are exact while all values stay below it in magnitude."""
+TILE = 4096
+"""Elements that a checksum is over."""
 
 
 def snap(x: Tensor) -> Tensor:
@@ -26,36 +28,38 @@ def snap(x: Tensor) -> Tensor:
     return snap_reference(x.to(torch.promote_types(x.dtype, torch.float32)), STEP)
 
 
-def advance(a: Tensor, y: Tensor) -> Tensor:
-    """a + snap(y): `a` a stream, contiguous, float32 or float64; y of its shape, any floating type. In a's type."""
+def advance(a: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(a + snap(y), its `checksums`). `a` is a stream, contiguous, float32 or float64; y of its shape, any type."""
     return _move(a, y, back=False)
 
 
-def retreat(c: Tensor, y: Tensor) -> Tensor:
-    """c − snap(y), the inverse of `advance`: retreat(advance(a, y), y) is a, bit for bit, within RANGE."""
+def retreat(c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(c − snap(y), its `checksums`), the inverse of `advance`: from advance(a, y) back to a, bit for bit."""
     return _move(c, y, back=True)
 
 
-def checksum(a: Tensor, b: Tensor) -> Tensor:
-    """0-dim int64 that differs, but for one chance in 2^32 or so, if any bit of either stream does.
+def checksums(x: Tensor) -> Tensor:
+    """int64 [⌈n / TILE⌉], one for every TILE elements in order; it differs if one bit of them does.
 
-    The bit patterns, weighted by odd numbers, summed modulo 2^64: integer sums do not depend on their order.
+    The bit patterns, weighted by odd numbers, summed modulo 2^64: integer sums do not depend on their order. Several
+    wrong bits could make up for each other, with a chance of 2^-32 or so.
     """
-    if _served(a) and _served(b) and a.shape == b.shape:
-        from eco_llm.ops.grid.triton import checksum as in_one_pass
+    if _served(x):
+        from eco_llm.ops.grid.triton import checksums as in_one_pass
 
-        return in_one_pass(a, b)
-    return checksum_reference(a, b)
+        return in_one_pass(x, TILE)
+    return checksums_reference(x, TILE)
 
 
 def _served(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_contiguous() and uses_triton(x)
 
 
-def _move(a: Tensor, y: Tensor, *, back: bool) -> Tensor:
+def _move(a: Tensor, y: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
     if _served(a) and y.dtype in (torch.float32, torch.bfloat16) and y.is_contiguous() and y.shape == a.shape:
         from eco_llm.ops.grid.triton import move
 
-        return move(a, y, STEP, back=back)
+        return move(a, y, STEP, TILE, back=back)
     change = snap_reference(y.to(a.dtype), STEP)
-    return a - change if back else a + change
+    moved = a - change if back else a + change
+    return moved, checksums_reference(moved, TILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def snap_reference(x: Tensor, step: float) -> Tensor:
@@ -11,10 +12,8 @@ def snap_reference(x: Tensor, step: float) -> Tensor:
     return torch.round(x * (1 / step)) * step
 
 
-def checksum_reference(a: Tensor, b: Tensor) -> Tensor:
-    """Σ bits(i)·(2i + 1) modulo 2^64 over the elements of a, then of b: 0-dim int64."""
-    bits = torch.cat(
-        [t.contiguous().view(torch.int32 if t.element_size() == 4 else torch.int64).flatten() for t in (a, b)]
-    )
-    odd = torch.arange(bits.numel(), device=bits.device, dtype=torch.int64) * 2 + 1
-    return (bits * odd).sum()
+def checksums_reference(x: Tensor, tile: int) -> Tensor:
+    """Σ bits(i)·(2i + 1) modulo 2^64 over every `tile` elements, the last padded with zeros: int64 [tiles]."""
+    bits = x.contiguous().view(torch.int32 if x.element_size() == 4 else torch.int64).flatten().to(torch.int64)
+    tiles = pad(bits, (0, -bits.numel() % tile)).view(-1, tile)
+    return (tiles * (2 * torch.arange(tile, device=x.device) + 1)).sum(1)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Sums on a grid as one pass each. Import it only where Triton is installed."""
+"""Sums on a grid, with their checksums, as one pass each. Import it only where Triton is installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 4096
 _WARPS = 8
 
 
@@ -23,42 +22,45 @@ def _snap(y, inverse: tl.constexpr, step: tl.constexpr):
 
 
 @triton.jit
-def _move_kernel(
-    a, y, out, n, INVERSE: tl.constexpr, STEP: tl.constexpr, BACK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """out = a ± snap(y)."""
+def _store_checksum(x, sums, inside, TILE: tl.constexpr):
+    bits = tl.where(inside, x.to(tl.int32, bitcast=True), 0).to(tl.int64)
+    tl.store(sums + tl.program_id(0), tl.sum(bits * (2 * tl.arange(0, TILE) + 1)))
+
+
+@triton.jit
+def _move_kernel(a, y, out, sums, n, INVERSE: tl.constexpr, STEP: tl.constexpr, BACK: tl.constexpr, TILE: tl.constexpr):
+    """out = a ± snap(y), and the checksums of out."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = at < n
     change = _snap(tl.load(y + at, mask=inside, other=0.0).to(tl.float32), INVERSE, STEP)
     x = tl.load(a + at, mask=inside, other=0.0)
-    tl.store(out + at, x - change if BACK else x + change, mask=inside)
+    x = x - change if BACK else x + change
+    tl.store(out + at, x, mask=inside)
+    _store_checksum(x, sums, inside, TILE)
 
 
 @triton.jit
-def _checksum_kernel(a, b, out, n, TILE: tl.constexpr):
-    """out[i] = the i-th tile's share of the checksum, over both tensors."""
+def _checksum_kernel(x, sums, n, TILE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = at < n
-    first = tl.load(a + at, mask=inside, other=0).to(tl.int64)
-    second = tl.load(b + at, mask=inside, other=0).to(tl.int64)
-    share = first * (2 * at + 1) + second * (2 * (at + n) + 1)
-    tl.store(out + tl.program_id(0), tl.sum(tl.where(inside, share, 0)))
+    _store_checksum(tl.load(x + at, mask=inside, other=0.0), sums, inside, TILE)
 
 
-def move(a: Tensor, y: Tensor, step: float, *, back: bool) -> Tensor:
-    """a + snap(y), or a − snap(y) with `back`; a float32, y float32 or bfloat16, both contiguous and of one shape."""
-    out = torch.empty_like(a)
-    n = a.numel()
+def move(a: Tensor, y: Tensor, step: float, tile: int, *, back: bool) -> tuple[Tensor, Tensor]:
+    """(a + snap(y), or a − snap(y) with `back`; its checksums).
+
+    a float32, y float32 or bfloat16, both contiguous and of one shape.
+    """
+    out, n = torch.empty_like(a), a.numel()
+    sums = torch.empty(triton.cdiv(n, tile), dtype=torch.int64, device=a.device)
     with torch.cuda.device_of(a):
-        _move_kernel[(triton.cdiv(n, _TILE),)](a, y, out, n, 1 / step, step, back, _TILE, num_warps=_WARPS)
-    return out
+        _move_kernel[sums.shape](a, y, out, sums, n, 1 / step, step, back, tile, num_warps=_WARPS)
+    return out, sums
 
 
-def checksum(a: Tensor, b: Tensor) -> Tensor:
-    """`checksum_reference` of two contiguous float32 tensors of one size."""
-    n = a.numel()
-    tiles = triton.cdiv(n, _TILE)
-    out = torch.empty(tiles, dtype=torch.int64, device=a.device)
-    with torch.cuda.device_of(a):
-        _checksum_kernel[(tiles,)](a.view(torch.int32), b.view(torch.int32), out, n, _TILE, num_warps=_WARPS)
-    return out.sum()
+def checksums(x: Tensor, tile: int) -> Tensor:
+    """`checksums_reference` of a contiguous float32 tensor."""
+    sums = torch.empty(triton.cdiv(x.numel(), tile), dtype=torch.int64, device=x.device)
+    with torch.cuda.device_of(x):
+        _checksum_kernel[sums.shape](x, sums, x.numel(), tile, num_warps=_WARPS)
+    return sums

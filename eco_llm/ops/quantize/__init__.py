@@ -44,8 +44,7 @@ def quantize(x: Tensor, bits: int, *, step: Tensor, stream: int, backend: Backen
     recorded for autograd. One launch on a GPU; no host sync.
 
     Args:
-        x: float32, bfloat16 or float16, any shape, fewer than 2^34 elements. A contiguous last axis below up to three
-            leading axes with strides of their own (a slice of a wider tensor) is read in place; else x is copied first.
+        x: float32, bfloat16 or float16, any shape, fewer than 2^34 elements; copied first unless it is contiguous.
         bits: 8 or 4.
         step: 0-dim int32 or int64 on the device of x; a new one gives new random numbers, also when a CUDA graph is
             replayed.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -21,7 +20,6 @@ from eco_llm.ops.quantize import reference as numbers
 
 _GROUPS = 64  # a program; 32 elements a thread
 _WARPS = 4
-_MAX_LEADING = 3
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
@@ -80,42 +78,12 @@ def _lanes(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _read(
-    x, units, n1, n2, s0, s1, s2,
-    GROUPS: tl.constexpr, ALIGN: tl.constexpr, STRIDE_ALIGN: tl.constexpr, LEADING: tl.constexpr, WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """float32 [GROUPS, GROUP] of this program, 0 past the end. x has units · ALIGN elements: rows of WIDTH below
-    LEADING axes, the inner ones of n1 and n2, with strides s0, s1, s2 in units of STRIDE_ALIGN; contiguous if 0.
-    WHOLE: rows hold whole groups.
-    """
+def _read(x, units, GROUPS: tl.constexpr, ALIGN: tl.constexpr):
+    """float32 [GROUPS, GROUP] of this program, 0 past the end. x has units · ALIGN elements."""
     start = tl.program_id(0).to(tl.int64) * (GROUPS * GROUP)
     lanes = _lanes(GROUPS, GROUP)
     inside = lanes < units.to(tl.int64) * ALIGN - start
-    if LEADING == 0:
-        pointers = x + start + lanes
-    else:
-        first_row = start // WIDTH
-        rest = (start - first_row * WIDTH).to(tl.int32)
-        # Rows inside the tile count in 32 bits: a 64-bit division for every element would cost more than the loads.
-        begin = lanes
-        if WHOLE:
-            begin = _lanes(GROUPS, 1) * GROUP
-        further = (rest + begin) // WIDTH
-        column = rest + lanes - further * WIDTH
-        row = (first_row + further).to(tl.int32)
-        if LEADING == 1:
-            at = row.to(tl.int64) * s0
-        elif LEADING == 2:
-            outer = row // n1
-            at = outer.to(tl.int64) * s0 + (row - outer * n1).to(tl.int64) * s1
-        else:
-            middle = row // n2
-            outer = middle // n1
-            at = outer.to(tl.int64) * s0 + (middle - outer * n1).to(tl.int64) * s1
-            at += (row - middle * n2).to(tl.int64) * s2
-        pointers = x + (at * STRIDE_ALIGN + column)
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(x + start + lanes, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -161,15 +129,14 @@ def _rounded(y, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
     return y.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["units", "key0", "key1", "n1", "n2", "s0", "s1", "s2"])
+@triton.jit(do_not_specialize=["units", "key0", "key1"])
 def quantize_kernel(
-    x, codes, scales, step, key0, key1, units, n1, n2, s0, s1, s2,
+    x, codes, scales, step, key0, key1, units,
     BITS: tl.constexpr, SLOPE: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
-    STRIDE_ALIGN: tl.constexpr, LEADING: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """codes int8 or uint8; scales int16, the upper bits of float32 numbers."""
     key0, key1 = _step_keys(step, key0, key1)
-    values = _read(x, units, n1, n2, s0, s1, s2, GROUPS, ALIGN, STRIDE_ALIGN, LEADING, WIDTH, WHOLE)
+    values = _read(x, units, GROUPS, ALIGN)
     scale_bits = _scales(values, SLOPE)
     scale = scale_bits.to(tl.float32, bitcast=True)
     program = tl.program_id(0).to(tl.int64)
@@ -222,15 +189,14 @@ def dequantize_kernel(
     tl.store(y + start + lanes, _rounded(code * scale, y.dtype.element_ty, LARGEST), mask=lanes < numel - start)
 
 
-@triton.jit(do_not_specialize=["units", "key0", "key1", "n1", "n2", "s0", "s1", "s2"])
+@triton.jit(do_not_specialize=["units", "key0", "key1"])
 def error_kernel(
-    x, partials, step, key0, key1, units, n1, n2, s0, s1, s2,
+    x, partials, step, key0, key1, units,
     SLOPE: tl.constexpr, LARGEST: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
-    STRIDE_ALIGN: tl.constexpr, LEADING: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """partials float32 [2, programs]: this program's squared error and squares."""
     key0, key1 = _step_keys(step, key0, key1)
-    values = _read(x, units, n1, n2, s0, s1, s2, GROUPS, ALIGN, STRIDE_ALIGN, LEADING, WIDTH, WHOLE)
+    values = _read(x, units, GROUPS, ALIGN)
     scale = _scales(values, SLOPE).to(tl.float32, bitcast=True)
     code0, code1, code2, code3 = _codes(values, scale, key0, key1, GROUPS, SIGNED)
     code = tl.reshape(tl.join(tl.join(code0, code2), tl.join(code1, code3)), (GROUPS, GROUP)).to(tl.float32)
@@ -238,41 +204,6 @@ def error_kernel(
     program = tl.program_id(0)
     tl.store(partials + program, tl.sum(error * error))
     tl.store(partials + tl.num_programs(0) + program, tl.sum(values * values))
-
-
-def _merged(x: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the fewest axes that visit x in row-major order."""
-    axes: list[tuple[int, int]] = []
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        if size == 1:
-            continue
-        if axes and axes[-1][1] == size * stride:
-            axes[-1] = (axes[-1][0] * size, stride)
-        else:
-            axes.append((size, stride))
-    return axes or [(1, 1)]
-
-
-def _layout(x: Tensor) -> tuple[Tensor, list[int], dict[str, Any]]:
-    """(x or a copy that `_read` can walk, its numbers, its constants)."""
-    axes = _merged(x)
-    if axes[-1][1] != 1 or len(axes) > _MAX_LEADING + 1 or x.numel() // axes[-1][0] >= 2**31:
-        x = x.contiguous()
-        axes = _merged(x)
-    *leading, (width, _) = axes
-    align = math.gcd(x.numel(), 16)  # of masks and strides: all that wide loads need to know
-    stride_align = math.gcd(16, *(stride for _, stride in leading)) if leading else 1
-    sizes = [size for size, _ in leading[1:]] + [1, 1]
-    strides = [stride // stride_align for _, stride in leading] + [0, 0, 0]
-    constants = {
-        "GROUPS": _GROUPS,
-        "ALIGN": align,
-        "STRIDE_ALIGN": stride_align,
-        "LEADING": len(leading),
-        "WIDTH": width if leading else 0,
-        "WHOLE": width % numbers.GROUP == 0,
-    }
-    return x, [x.numel() // align, *sizes[:2], *strides[:3]], constants
 
 
 def _keys(stream: int) -> list[int]:
@@ -291,10 +222,10 @@ def quantize_triton(x: Tensor, bits: int, step: Tensor, stream: int) -> tuple[Te
     size, dtype = (n, torch.int8) if bits == 8 else (-(-n // 2), torch.uint8)
     codes = torch.empty(size, dtype=dtype, device=x.device)
     if n:
-        x, layout, constants = _layout(x)
+        align = math.gcd(n, 16)  # all that wide loads need to know of the masks
         quantize_kernel[(_programs(n),)](
-            x, codes, scales.view(torch.int16), step, *_keys(stream), *layout,
-            BITS=bits, SLOPE=numbers.slope(bits), **constants, num_warps=_WARPS, enable_fp_fusion=False,
+            x.contiguous(), codes, scales.view(torch.int16), step, *_keys(stream), n // align,
+            BITS=bits, SLOPE=numbers.slope(bits), GROUPS=_GROUPS, ALIGN=align, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales
 
@@ -316,9 +247,9 @@ def error_triton(x: Tensor, bits: int, step: Tensor, stream: int) -> Tensor:
     n = x.numel()
     partials = torch.empty(2, _programs(n), dtype=torch.float32, device=x.device)
     if n:
-        x, layout, constants = _layout(x)
+        align = math.gcd(n, 16)
         error_kernel[(_programs(n),)](
-            x, partials, step, *_keys(stream), *layout, SLOPE=numbers.slope(bits),
-            LARGEST=torch.finfo(x.dtype).max, **constants, num_warps=_WARPS, enable_fp_fusion=False,
+            x.contiguous(), partials, step, *_keys(stream), n // align, SLOPE=numbers.slope(bits),
+            LARGEST=torch.finfo(x.dtype).max, GROUPS=_GROUPS, ALIGN=align, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return partials.sum(dim=1)
