@@ -1,0 +1,355 @@
+"""One training step as a sequence of allocations, and the peak that it comes to. Modes: eco_llm/instant/*.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from eco_llm.instant.plan.layers import F32, Buffer, Kind, Parts, Tape
+from eco_llm.instant.plan.sizes import Job
+
+GIB = 2**30
+CUBLAS_WORKSPACE = 32 * 2**20
+"""Of one (thread, stream) on Hopper; other cards take 8.1 MiB. Forward and backward run on threads of their own."""
+CONTEXT = GIB // 2
+"""What the CUDA context, libraries and loaded kernels take outside the allocator: assumed."""
+INVERSIONS = 3
+"""Iterations of `fixed-point`, which the run chooses by itself: assumed."""
+FORWARDS = {"none": 0.0, "compress": 0.0, "recompute": 1.0, "coupled": 1.0, "fixed-point": INVERSIONS + 1.0}
+"""Extra forward work of a block in backward."""
+BITS = {8: 8.25, 4: 4.25}
+"""Of a number that `compress` stores, with its share of the scales."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job takes, bytes."""
+
+    by_kind: dict[Kind, int]
+    """At the peak of `torch.cuda.max_memory_allocated`, which is their sum."""
+    reserved: int
+    """What the allocator holds once validation has run too (`torch.cuda.max_memory_reserved`)."""
+    extra_forwards: float
+    """Forward passes over the whole stack that backward adds."""
+
+    @property
+    def peak(self) -> int:
+        """Of allocated memory."""
+        return sum(self.by_kind.values())
+
+    @property
+    def total(self) -> int:
+        """What must be free on the card."""
+        return self.reserved + CONTEXT
+
+    @property
+    def reserve(self) -> int:
+        """What is needed beside the peak: the allocator's gaps, validation's memory, the CUDA context."""
+        return self.total - self.peak
+
+    @property
+    def relative_cost(self) -> float:
+        """Time of a step against one that keeps everything, if a backward is two forwards."""
+        return (3.0 + self.extra_forwards) / 3.0
+
+
+@dataclass
+class Kept:
+    """What a block keeps, by the half of the block that backward frees it with."""
+
+    x: list[Buffer] = field(default_factory=list)
+    mixer: list[Buffer] = field(default_factory=list)
+    mlp: list[Buffer] = field(default_factory=list)
+
+    def all(self) -> list[Buffer]:
+        return [*self.x, *self.mixer, *self.mlp]
+
+
+def estimate(job: Job) -> Estimate:
+    """Play one step of `job`.
+
+    Raises:
+        UserError: a shape that the kernels planned for do not take.
+    """
+    job.check()
+    step = _Step(job)
+    step.play()
+    extra = sum(FORWARDS[mode] for mode in job.modes) / len(job.modes)
+    return Estimate(step.tape.at_peak, step.tape.allocator.reserved, extra)
+
+
+class _Step:
+    """The tape of one job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.tape = job, Tape()
+        self.parts = Parts(job, self.tape)
+        self.mixers = job.model.mixer_pattern
+        self.outer: list[Buffer] = []  # the head's gradient, to which a tied table's is added at the very end
+
+    def play(self) -> None:
+        """Everything a process does until it has trained and validated once."""
+        self._set_up()
+        self.tape.pool = "graph" if self.job.graph else ""
+        if self.job.grad_accum > 1:  # the last micro-step finds the gradients of those before
+            for size in self._weights():
+                self.tape.take(size, "gradients")
+            self.parts.transient = True
+        self._train()
+        self.tape.pool = ""
+        if self.job.evaluates:
+            self._validate()
+
+    def _weights(self) -> list[int]:
+        """Bytes of every weight, in the order of the modules."""
+        m, parts = self.job.model, self.parts
+        sizes = [m.vocab_size * m.d_model * parts.w]
+        for mixer in self.mixers:
+            sizes += [x.numbers * parts.w for x in parts.shapes.block_matrices(mixer)]
+            sizes += [F32 * n for n in parts.shapes.vectors(mixer)]
+        sizes.append(F32 * m.d_model)
+        if not m.tie_embeddings:
+            sizes.append(m.vocab_size * m.d_model * parts.w)
+        return sizes
+
+    def _set_up(self) -> None:
+        """Weights, optimizer state, static inputs, workspaces."""
+        m, tape, job = self.job.model, self.tape, self.job
+        for size in self._weights():
+            tape.take(size, "weights")
+        numbers = self.parts.shapes.parameters()
+        outer = m.vocab_size * m.d_model * (1 if m.tie_embeddings else 2)
+        for group in (numbers - outer, outer):  # C3O lays a group's moments out back to back, one buffer each
+            for _ in range(2):
+                tape.take(group * job.state_bytes / 2, "optimizer")
+        if job.error_bytes:
+            tape.take(numbers * job.error_bytes, "optimizer")
+        tape.take(2 * 8 * job.tokens * job.grad_accum)
+        for _ in range(2):
+            tape.take(CUBLAS_WORKSPACE)
+
+    # -- training --
+
+    def _train(self) -> None:
+        """One micro-step: forward, loss, backward. The update works in place."""
+        x = self.parts.wide("activations")
+        dx = self._coupled(x) if self.job.coupled else self._plain(x)
+        self._embedding(dx)
+
+    def _plain(self, x: Buffer) -> Buffer:
+        saved: list[Kept] = []
+        ends: list[Buffer] = []  # outputs of runs of fixed-point blocks
+        modes = self.job.modes
+        for i, (mixer, mode) in enumerate(zip(self.mixers, modes, strict=True)):
+            x, kept = self._forward(mixer, mode, x)
+            if mode == "fixed-point" and modes[i + 1 : i + 2] != (mode,):
+                ends.append(x)
+            saved.append(kept)
+        dx = self._head(x, owned=modes[-1] != "fixed-point")
+        for i in reversed(range(len(saved))):
+            starts_run = modes[i] == "fixed-point" and modes[i + 1 : i + 2] != (modes[i],)
+            if starts_run:
+                y = ends[-1]
+            dx = self._inverted(self.mixers[i], dx) if modes[i] == "fixed-point" else self._backward(i, saved[i], dx)
+            if modes[i] == "fixed-point" and (i == 0 or modes[i - 1] != modes[i]):
+                self.tape.give(ends.pop())
+            self._settle(self.mixers[i])
+        return dx
+
+    def _settle(self, mixer: str) -> None:
+        """A block's vectors get their gradients; what becomes of all of them when backward leaves it."""
+        for length in self.parts.shapes.vectors(mixer) if mixer else []:
+            self.parts.gradient(length, F32)
+        if self.parts.transient or self.job.release:
+            self.tape.give(*self.parts.gradients)
+        self.parts.gradients = []
+
+    def _head(self, x: Buffer, *, owned: bool) -> Buffer:
+        """Final norm, product and loss, which makes its gradients in forward; then their backward. Frees x if owned."""
+        m, tape, parts = self.job.model, self.tape, self.parts
+        numbers = m.vocab_size * parts.D
+        hidden = parts.wide()
+        casts = ([] if parts.c == F32 else [parts.narrow()]) + parts.cast(numbers, "temporaries")
+        logits, losses = tape.take(F32 * min(m.loss_chunk_tokens, parts.M) * m.vocab_size), tape.take(F32 * parts.M)
+        d_hidden = parts.narrow()
+        d_weight = tape.take(F32 * numbers, "gradients")
+        tape.give(losses, logits, *casts, hidden)
+        wide = d_hidden if parts.c == F32 else parts.wide()
+        if parts.w != F32:  # cast to the weight's type
+            narrow = tape.take(parts.w * numbers, "gradients")
+            tape.give(d_weight)
+            d_weight = narrow
+        if wide is not d_hidden:
+            tape.give(d_hidden)
+        dx = parts.wide()
+        tape.give(wide, *([x] if owned else []))
+        self.outer = [d_weight]
+        return dx
+
+    def _embedding(self, dx: Buffer) -> None:
+        """The table's gradient: rows added to the head's, or a matrix of its own. Sorting takes 4 numbers a token."""
+        m, tape, parts = self.job.model, self.tape, self.parts
+        sort = tape.take(4 * 8 * parts.M)
+        if not m.tie_embeddings:
+            parts.gradient(m.vocab_size * parts.D)
+        tape.give(sort, dx)
+        parts.gradient(parts.D, F32)  # of the final norm
+        self._settle("")
+        if self.parts.transient or self.job.release:
+            tape.give(*self.outer)
+
+    # -- blocks of the plain residual form --
+
+    def _forward(self, mixer: str, mode: str, x: Buffer) -> tuple[Buffer, Kept]:
+        """(the block's output, what it keeps); its input is kept or freed."""
+        tape = self.tape
+        y, kept = self._residuals(mixer, "activations" if mode == "none" else "temporaries")
+        if mode == "none":
+            kept.x = [x]
+        elif mode == "recompute":
+            tape.give(*kept.all())
+            kept = Kept(x=[x])
+        elif mode == "compress":
+            packed = self._packed(mixer)
+            tape.give(*kept.all(), x)
+            kept = packed
+        else:
+            tape.give(*kept.all(), x)
+            kept = Kept()
+        return y, kept
+
+    def _residuals(self, mixer: str, kind: Kind) -> tuple[Buffer, Kept]:
+        """x + mix(x), then + feed: (output, kept), the input being the caller's."""
+        parts, tape = self.parts, self.tape
+        mixed, first = parts.sub_forward(mixer, kind)
+        if self.job.compiled:
+            first.append(mixed)  # x + mix(x) is added again in backward
+        else:
+            first.append(parts.wide(kind))
+            tape.give(mixed)
+        fed, second = parts.sub_forward("mlp", kind)
+        y = parts.wide("activations")
+        tape.give(fed)
+        return y, Kept(mixer=first, mlp=second)
+
+    def _backward(self, i: int, kept: Kept, dy: Buffer) -> Buffer:
+        """The gradient of the block's input; frees what it kept, and dy."""
+        parts, tape, mixer, mode = self.parts, self.tape, self.mixers[i], self.job.modes[i]
+        output: list[Buffer] = []
+        if mode != "none":
+            x = kept.x if mode == "recompute" else [parts.wide()]
+            y, again = self._residuals(mixer, "temporaries")
+            if mode == "recompute":
+                output = [y]
+            else:  # what was packed is unpacked, all at once
+                tape.give(y, *kept.all())
+            kept = Kept(x, again.mixer, again.mlp)
+        middle = parts.sub_backward("mlp", kept.mlp)
+        dx = parts.sub_backward(mixer, kept.mixer, into=middle)
+        tape.give(*kept.x, *output, dy)
+        return dx
+
+    def _packed(self, mixer: str) -> Kept:
+        """What `compress` keeps of a block: an MLA mixer's input and the MLP's tensors, or all that grows with M."""
+        parts, m = self.parts, self.job.model
+        M, D = parts.M, parts.D
+        numbers = [M * D, M * D, M * 2 * m.mlp_dim, M, M]  # x, the MLP's u and a, statistics
+        w_in = parts.shapes.mamba()["in_proj"].rows
+        if mixer == "mamba":
+            numbers += [M * D, M * D, M * w_in, M * parts.inner]  # u, x + mix(x) or what it is made from, zxbcdt, y
+        kept = Kept(mlp=[self.tape.take(n * BITS[self.job.bits] / 8, "activations") for n in numbers])
+        weights = list(parts.shapes.mlp().values()) + (
+            list(parts.shapes.mamba().values()) if mixer == "mamba" else []
+        )
+        for w in weights:
+            kept.mlp += parts.cast(w.numbers, "activations")
+        if mixer == "mamba":
+            kept.mlp.append(self.tape.take(parts.scan.decays(parts.scan.chunk), "activations"))
+        return kept
+
+    def _inverted(self, mixer: str, dy: Buffer) -> Buffer:
+        """A block of a fixed-point run: each sub-layer inverted by iteration, evaluated once more, differentiated."""
+        parts, tape = self.parts, self.tape
+        y = parts.wide()
+        for part in ("mlp", mixer):
+            x = parts.wide()
+            out, kept = parts.sub_forward(part, "temporaries")  # one iteration
+            following = parts.wide()
+            tape.give(out, *kept, x)
+            x = following
+            out, kept = parts.sub_forward(part, "temporaries")
+            checks = [parts.wide(), parts.wide()]
+            tape.give(*checks)
+            grad = parts.sub_backward(part, kept)
+            total = parts.wide()
+            tape.give(grad, dy, out, y)
+            dy, y = total, x
+        tape.give(y)
+        return dy
+
+    # -- the coupled form --
+
+    def _coupled(self, x: Buffer) -> Buffer:
+        """The whole stack: two streams forward; backward from the two last states."""
+        parts, tape = self.parts, self.tape
+        a = parts.wide("activations")  # snapped; both streams at first
+        tape.give(x)
+        b = parts.wide("activations")
+        for mixer in self.mixers:
+            for part in (mixer, "mlp"):
+                out, kept = parts.sub_forward(part, "temporaries")
+                new = parts.wide("activations")
+                tape.give(out, *kept, a)
+                a, b = b, new
+        total = parts.wide("activations")
+        dy = self._head(total, owned=True)
+        held = {id(a), id(b), id(dy)}  # what forward saved and autograd handed in: freed with the whole
+        end = (a, b)
+        da = db = dy
+        c: Buffer | None = None
+
+        def drop(buffer: Buffer | None) -> None:
+            if buffer is not None and id(buffer) not in held:
+                tape.give(buffer)
+
+        for mixer in reversed(self.mixers):
+            for part in ("mlp", mixer):
+                drop(c)
+                b, c = a, b
+                out, kept = parts.sub_forward(part, "temporaries")
+                a = parts.wide()
+                grad = parts.sub_backward(part, kept)
+                tape.give(out)
+                total = parts.wide()
+                tape.give(grad)
+                before, da, db = da, db, total
+                if before is not da:
+                    drop(before)
+            self._settle(mixer)
+        dx = parts.wide()
+        for buffer in {id(x): x for x in (c, a, b, da, db) if x is not None}.values():
+            drop(buffer)
+        tape.give(*end, dy)
+        return dx
+
+    # -- validation --
+
+    def _validate(self) -> None:
+        """A forward pass in which nothing is kept, beside a graph's private memory if there is a graph."""
+        parts, tape, m = self.parts, self.tape, self.job.model
+        tokens = tape.take(2 * 8 * parts.M)
+        streams = [parts.wide()] + ([parts.wide()] if self.job.coupled else [])
+        cached: list[Buffer] = []  # autocast's casts, until its context ends; compiled blocks cast for themselves
+        for mixer in self.mixers:
+            out, kept = parts.sub_forward(mixer, "temporaries")
+            middle = parts.wide()
+            tape.give(out, *kept)
+            fed, kept = parts.sub_forward("mlp", "temporaries")
+            after = parts.wide()
+            tape.give(fed, *kept, middle, streams.pop())
+            streams.append(after)
+            if not self.job.compiled:
+                cached += [b for w in parts.shapes.mlp().values() for b in parts.cast(w.numbers, "temporaries")]
+        hidden = parts.wide()
+        casts = ([] if parts.c == F32 else [parts.narrow()]) + parts.cast(m.vocab_size * parts.D, "temporaries")
+        logits = tape.take(F32 * min(m.loss_chunk_tokens, parts.M) * m.vocab_size)
+        tape.give(logits, *casts, hidden, *streams, *cached, tokens)
