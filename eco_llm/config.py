@@ -335,6 +335,71 @@ class RuntimeConfig:
             raise UserError(f"--device {self.device!r} is not one of auto, cpu, cuda, cuda:N")
 
 
+MEMORY_MODES = ("none", "recompute", "compress", "fixed-point", "coupled")
+"""What a block keeps for backward; docs/instant.md."""
+
+
+@dataclass(frozen=True)
+class InstantConfig:
+    """INSTANT: what is kept for backward, and how it is checked."""
+
+    instant_mode: str = "none"
+    """Memory mode: none, recompute, compress, fixed-point, coupled (whole stack only), or one for each block, first to
+    last, as in `recompute*12,none*6`."""
+    instant_reversible_tol: float = 3e-3
+    """fixed-point: largest relative residual of an inversion that the gate lets pass."""
+    instant_max_iters: int = 12
+    """fixed-point: most iterations of one inversion; a block that needs more is recomputed."""
+    instant_bits: Literal["auto", "8", "4"] = "auto"
+    """compress: bits of a stored number; auto is 8, and 4 for blocks whose probe allows it."""
+    instant_int4_probe_interval: int = 200
+    """Steps between probes: of 4 bits (compress) and of the iterations each block needs (fixed-point)."""
+    instant_error_threshold: float = 0.1
+    """compress: largest relative error of what is stored with which 4 bits are used."""
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the network is of the coupled form: another function of the same weights, at inference too."""
+        return self.instant_mode == "coupled"
+
+    def block_modes(self, mixers: tuple[str, ...]) -> tuple[str, ...]:
+        """The mode of every block. Blocks without a Mamba mixer are not inverted but recomputed.
+
+        Raises:
+            UserError: an unknown mode, or one for more or fewer blocks than there are.
+        """
+        parts = [part.strip() for part in self.instant_mode.split(",")]
+        modes: list[str] = []
+        for part in parts:
+            name, star, count = part.partition("*")
+            if name not in MEMORY_MODES:
+                raise UserError(f"--instant-mode {self.instant_mode!r}: {name!r} is not one of {', '.join(MEMORY_MODES)}")
+            if not star and len(parts) == 1:
+                modes = [name] * len(mixers)
+            elif star and (not count.isdecimal() or not 1 <= int(count) <= len(mixers)):
+                raise UserError(f"--instant-mode {self.instant_mode!r}: {part!r} names no number of the {len(mixers)} blocks")
+            else:
+                modes += [name] * (int(count) if star else 1)
+        if len(modes) != len(mixers):
+            raise UserError(f"--instant-mode {self.instant_mode!r} is for {len(modes)} blocks, not for {len(mixers)}")
+        if "coupled" in modes and not self.coupled:
+            raise UserError("--instant-mode coupled is a form of the whole stack; it cannot be had for some blocks")
+        return tuple(
+            "recompute" if mode == "fixed-point" and mixer != "mamba" else mode
+            for mode, mixer in zip(modes, mixers, strict=True)
+        )
+
+    def validate(self) -> None:
+        """Raise UserError for values outside their range; `block_modes` judges the mode."""
+        _check_range(
+            self,
+            instant_reversible_tol=(1e-7, 1.0),
+            instant_max_iters=(1, 100),
+            instant_int4_probe_interval=(1, 1_000_000),
+            instant_error_threshold=(1e-6, 1.0),
+        )
+
+
 @dataclass(frozen=True)
 class PerfConfig:
     """Perf: a measured window of steps and its profile."""
@@ -373,12 +438,14 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     c3o: C3OConfig = field(default_factory=C3OConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    instant: InstantConfig = field(default_factory=InstantConfig)
     perf: PerfConfig = field(default_factory=PerfConfig)
 
     def validate(self) -> None:
         """Raise UserError for the first setting, or pair of settings, that cannot work."""
         for group in dataclasses.fields(self):
             getattr(self, group.name).validate()
+        self.instant.block_modes(self.model.mixer_pattern)
         t, p = self.training, self.perf
         tokens = t.batch_size * t.seq_len
         if tokens > 2**31:
@@ -416,11 +483,12 @@ FREE_ON_RESUME = frozenset(
         "torch_compile", "cuda_graph",
         "c3o_trust_norm_refresh_drift",  # a norm is skipped only where a bound proves that the cap is idle
         *(f.name for f in dataclasses.fields(PerfConfig)),
+        *(f.name for f in dataclasses.fields(InstantConfig)),  # but for the coupled form: see `differences`
     }
 )  # fmt: skip
 
-# Settings that runs of earlier versions do not have; they take their defaults.
-ADDED_SINCE_0_1_0 = frozenset({"cuda_graph"})
+# Settings, and sections, that runs of earlier versions do not have; they take their defaults.
+ADDED_SINCE_0_1_0 = frozenset({"cuda_graph", "instant"})
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -444,6 +512,9 @@ def from_dict(raw: dict[str, Any], *, source: str) -> TrainConfig:
     """
     groups: dict[str, Any] = {}
     for name, cls in get_type_hints(TrainConfig).items():
+        if name not in raw and name in ADDED_SINCE_0_1_0:
+            groups[name] = cls()
+            continue
         values = raw.get(name)
         if not isinstance(values, dict):
             raise UserError(f"{source}: no section {name!r}")
@@ -473,7 +544,10 @@ def _fits(value: Any, hint: Any) -> bool:
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings, other than those free on resume, in which two configurations differ: {name: (old, new)}."""
     a, b = flatten(old), flatten(new)
-    return {k: (a[k], b[k]) for k in b if k not in FREE_ON_RESUME and a[k] != b[k]}
+    found = {k: (a[k], b[k]) for k in b if k not in FREE_ON_RESUME and a[k] != b[k]}
+    if old.instant.coupled != new.instant.coupled:
+        found["instant_mode"] = (old.instant.instant_mode, new.instant.instant_mode)
+    return found
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "eco_llm"
 # layer → layers it may import from (besides the root modules config, errors, files, runtime, version)
 ALLOWED = {
     "ops": {"ops"},
-    "model": {"model", "ops"},
+    "instant": {"instant", "ops"},
+    "model": {"model", "instant", "ops"},
     "optim": {"optim", "ops"},
     "data": {"data"},
     "perf": {"perf"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
@@ -13,6 +15,7 @@ from eco_llm.model.mlp import SwiGLU
 from eco_llm.model.norm import RMSNorm
 
 LayerCache = MambaCache | MLACache
+SubLayer = Callable[[Tensor], Tensor]
 
 
 class Block(nn.Module):
@@ -24,6 +27,7 @@ class Block(nn.Module):
         self.mixer: Mamba | MLA = Mamba(config) if mixer == "mamba" else MLA(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
+        self._compiled: tuple[SubLayer, SubLayer] | None = None
 
     def mix(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -38,7 +42,20 @@ class Block(nn.Module):
         x = x + self.mix(x)
         return x + self.feed(x)
 
+    @property
+    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
+        """(mix, feed), as training calls them: compiled if `compile_sub_layers` was."""
+        return self._compiled or (self.mix, self.feed)
+
+    def compile_sub_layers(self, **options: Any) -> None:
+        """Compile mix and feed each for itself, with `torch.compile`'s options; `forward` stays as it is."""
+        self._compiled = torch.compile(self.mix, **options), torch.compile(self.feed, **options)
+
+    def extend_mix(self, x: Tensor, cache: LayerCache) -> Tensor:
+        """`mix` for the next T tokens after those in `cache`, which takes them in."""
+        return self.mixer.extend(self.mixer_norm(x), cache)  # type: ignore[arg-type]  # built for this mixer
+
     def extend(self, x: Tensor, cache: LayerCache) -> Tensor:
         """`forward` for the next T tokens after those in `cache`, which takes them in."""
-        x = x + self.mixer.extend(self.mixer_norm(x), cache)  # type: ignore[arg-type]  # built for this mixer
+        x = x + self.extend_mix(x, cache)
         return x + self.feed(x)

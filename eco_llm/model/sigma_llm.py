@@ -21,13 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eco_llm.config import SigmaConfig
+from eco_llm.config import InstantConfig, SigmaConfig
 from eco_llm.errors import UserError
+from eco_llm.instant.coupled import start
+from eco_llm.instant.stack import Stack
 from eco_llm.model.block import Block, LayerCache
 from eco_llm.model.mamba import Mamba
 from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.cross_entropy import linear_cross_entropy
 from eco_llm.ops.embedding import embed, tie
+from eco_llm.ops.grid import advance
 from eco_llm.ops.ssd import choose_chunk
 
 IGNORE = -100  # target of a token that does not count in the loss
@@ -41,14 +44,18 @@ class Cache:
 
 
 class SigmaLLM(nn.Module):
-    """Decoder-only language model. `config` must pass `SigmaConfig.validate` (checked: UserError)."""
+    """Decoder-only language model. `config` must pass `SigmaConfig.validate` (checked: UserError).
 
-    def __init__(self, config: SigmaConfig) -> None:
+    `instant` says what training keeps for backward; its coupled mode is another function of the same weights.
+    """
+
+    def __init__(self, config: SigmaConfig, instant: InstantConfig | None = None) -> None:
         super().__init__()
         config.validate()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixer_pattern)
+        self.stack = Stack(instant or InstantConfig(), config.mixer_pattern)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         # A tied head is no module of its own, so that the matrix is counted, decayed and saved once.
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -76,9 +83,11 @@ class SigmaLLM(nn.Module):
         return self._trunk(self.embedding(input_ids))
 
     def _trunk(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.final_norm(x)
+        return self.final_norm(self.stack(self._blocks(), x))
+
+    def review_memory(self, step: int, input_ids: Tensor) -> list[str]:
+        """`Stack.review`, with input_ids [B, T] as the batch to probe with."""
+        return self.stack.review(step, self._blocks(), lambda: self.embedding(input_ids).detach())
 
     def _cross_entropy(self, input_ids: Tensor, targets: Tensor, reduction: Any) -> Tensor:
         if self.head is None:  # one gradient buffer for both uses of the matrix
@@ -116,8 +125,15 @@ class SigmaLLM(nn.Module):
     def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Read T ≥ 1 tokens [B, T] into the cache; logits [B, V] for the token after the last."""
         x = self.embedding(input_ids)
-        for block, layer in zip(self._blocks(), cache.layers, strict=True):
-            x = block.extend(x, layer)
+        if self.stack.coupled:
+            a, b = start(x)
+            for block, layer in zip(self._blocks(), cache.layers, strict=True):
+                a, b = b, advance(a, block.extend_mix(b, layer))
+                a, b = b, advance(a, block.feed(b))
+            x = a + b
+        else:
+            for block, layer in zip(self._blocks(), cache.layers, strict=True):
+                x = block.extend(x, layer)
         return F.linear(self.final_norm(x[:, -1]), self.head_weight)
 
     def step(self, token_ids: Tensor, cache: Cache) -> Tensor:
@@ -191,8 +207,8 @@ class SigmaLLM(nn.Module):
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile every block in place with torch.compile, for static shapes.
 
-        Blocks of a kind share one compiled graph, so this costs two compilations, not one a layer; names in the
-        state dict do not change. Generation (`prefill`, `step`) stays uncompiled.
+        Blocks of a kind share one compiled graph, so this costs two compilations, not one a layer (four where INSTANT
+        runs the halves of a block on their own); names in the state dict do not change. Generation (`prefill`, `step`) stays uncompiled.
 
         Raises:
             UserError: a pinned chunk of 256 on CUDA before torch 2.13, whose compiler cannot scan 256 tokens.
@@ -203,5 +219,7 @@ class SigmaLLM(nn.Module):
                 f"--mamba-chunk 256 cannot be compiled by torch {torch.__version__}:"
                 " use 64 or 128, --no-torch-compile, or torch 2.13"
             )
-        for block in self.blocks:
+        for block, halves in zip(self._blocks(), self.stack.by_sub_layer, strict=True):
             block.compile(dynamic=False, backend=backend)
+            if halves:
+                block.compile_sub_layers(dynamic=False, backend=backend)

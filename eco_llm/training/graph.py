@@ -81,6 +81,9 @@ class Graph(Protocol):
     def replay(self, timer: PhaseTimer, phases: CapturedPhases) -> None:
         """Launch the recorded work on the current stream, timed."""
 
+    def discard(self) -> None:
+        """Give back what was recorded and its memory; no replay may follow."""
+
     def abandon(self) -> None:
         """After a failed capture: make the device and its random numbers usable again, or raise."""
 
@@ -120,6 +123,12 @@ class CudaGraph:
         assert nodes is not None
         timer.replay(phases, lambda marks: nodes.bind(_handles(marks)), self._graph.replay)
 
+    def discard(self) -> None:
+        torch.cuda.synchronize(self._device)
+        self._graph.reset()
+        self._nodes = None
+        torch.cuda.empty_cache()
+
     def abandon(self) -> None:
         # The object is kept by its owner: where ending the capture failed, the allocator still asks it whether a stream
         # is under capture, until the pool is closed here.
@@ -145,7 +154,7 @@ class GraphedStep:
         step: does the work that is captured.
         shape: (B, T) of every micro-batch.
         fall_back: told why, when capture fails and steps will run eagerly instead; None: that is an error.
-        graph: tests give another.
+        make_graph: tests give another.
     """
 
     def __init__(
@@ -154,10 +163,10 @@ class GraphedStep:
         shape: tuple[int, int],
         *,
         fall_back: Callable[[Exception], None] | None,
-        graph: Graph | None = None,
+        make_graph: Callable[[torch.device], Graph] = CudaGraph,
     ) -> None:
-        self._step, self._fall_back = step, fall_back
-        self._graph = graph or CudaGraph(step.device)
+        self._step, self._fall_back, self._make_graph = step, fall_back, make_graph
+        self._graph = make_graph(step.device)
         tokens = torch.zeros((step.grad_accum, 2, *shape), dtype=torch.int64, device=step.device)
         self._inputs = [Batch(both[0], both[1]) for both in tokens]
         self._phases = CapturedPhases()
@@ -212,6 +221,17 @@ class GraphedStep:
                 place.targets.copy_(batch.targets, non_blocking=True)
         self._graph.replay(timer, self._phases)  # after which there is nothing to clear
         return self._output
+
+    def review(self, step: int) -> list[str]:
+        """Between steps; after a change the next `prepare` captures anew."""
+        said = self._step.review(step)
+        if said and self._output is not None:
+            self._output = None
+            self._gradients = []
+            self._graph.discard()
+            self._graph = self._make_graph(self._step.device)
+            self._prepared = False
+        return said
 
     def _capture(self) -> None:
         def work() -> StepOutput:

@@ -137,7 +137,7 @@ class _Launch:
         t, runtime, data = self.config.training, self.runtime, self.data
         runtime.setup(t.seed)
         with torch.device(runtime.device):
-            self.model = SigmaLLM(self.shape)
+            self.model = SigmaLLM(self.shape, self.config.instant)
         groups = self.model.parameter_groups(self.config.optimizer.weight_decay)
         optimizer = build_optimizer(groups, self.config.optimizer, self.config.c3o, runtime.device)
         update = Update(optimizer, self.config.optimizer)

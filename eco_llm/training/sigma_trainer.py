@@ -8,6 +8,7 @@ happens to a step's numbers is the hooks' affair.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ class SigmaTrainer:
                 while self.step < last and stop.outcome is None:
                     self._turn(self.step + 1)
                 self._drain()
+                self._review()
                 if self._saved_step != self.step:
                     self._save()
         except BaseException as error:
@@ -117,6 +119,7 @@ class SigmaTrainer:
 
     def _turn(self, step: int) -> None:
         self._timer.begin_step(step)
+        self._review()
         self._step.prepare()  # compiling and capturing are in the first step's time, and not in its core
         if self._is_save_due():  # here, so that the cost is inside a step and the step saved has its record written
             self._drain()
@@ -131,12 +134,21 @@ class SigmaTrainer:
         self.step = step
 
         self._scalars.push(step, output.names, output.values)
-        record = self._waiting[step] = {"step": step, "lr": lr, **self._probe(step)}
+        record = self._waiting[step] = {"step": step, "lr": lr, **self._model.stack.figures(), **self._probe(step)}
         if self._is_validation_due():
             result = self._validate()
             record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
         self._timer.end_step()
         self._deliver(self._timer.collect(), self._scalars.collect())
+
+    def _review(self) -> None:
+        """What INSTANT decides between steps; before a save, so that the checkpoint knows of it."""
+        if not self._model.stack.review_due(self.step):
+            return
+        self._drain()
+        for said in self._step.review(self.step):
+            for hook in self._hooks:
+                hook.on_message(f"step {self.step}: {said}")
 
     def _is_save_due(self) -> bool:
         return self.step != self._saved_step and self.step > 0 and self.step % self._training.save_interval == 0
@@ -155,7 +167,7 @@ class SigmaTrainer:
         for t in times:
             self._waiting[t.step] |= dataclasses.asdict(t) | rates(t, self._training.tokens_per_step)
         for step, values in scalars:
-            self._waiting[step] |= values
+            self._waiting[step] |= self._model.stack.observe(values)
         while self._waiting:
             record = next(iter(self._waiting.values()))
             if "loss" not in record or "step_time_s" not in record:
@@ -170,7 +182,9 @@ class SigmaTrainer:
 
     def _emit(self, record: dict[str, Any]) -> None:
         applied = bool(record.pop("applied"))
-        self._bad_steps_in_a_row = 0 if applied else self._bad_steps_in_a_row + 1
+        # A step that the gate refused, of a sound loss, is answered by a review.
+        if not (record.pop("instant_tripped_blocks", 0) and math.isfinite(record["loss"])):
+            self._bad_steps_in_a_row = 0 if applied else self._bad_steps_in_a_row + 1
         self.skipped_steps += not applied
         record["tokens"] = record["step"] * self._training.tokens_per_step
         record["skipped_steps"] = self.skipped_steps
@@ -195,6 +209,7 @@ class SigmaTrainer:
                 "loader": self._loader.state_dict(),
                 "random": checkpoint.random_state(),
                 "skipped_steps": self.skipped_steps,
+                "instant": self._model.stack.state_dict(),
             },
             keep=self._training.keep_checkpoints,
         )
@@ -209,4 +224,6 @@ class SigmaTrainer:
         self._loader.load_state_dict(saved.trainer["loader"])
         checkpoint.set_random_state(saved.trainer["random"])
         self.skipped_steps = saved.trainer["skipped_steps"]
+        if "instant" in saved.trainer:  # not in checkpoints of 0.1.0
+            self._model.stack.load_state_dict(saved.trainer["instant"])
         self.step = self._saved_step = saved.step

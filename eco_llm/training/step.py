@@ -40,6 +40,9 @@ class Step(Protocol):
     def run(self) -> StepOutput:
         """Fetch `grad_accum` batches, accumulate their gradients, update the weights, clear the gradients."""
 
+    def review(self, step: int) -> list[str]:
+        """Let INSTANT decide anew after this finished step, whose values it was shown; what changed, for people."""
+
 
 class TrainStep:
     """Runs optimizer steps on one device. No host synchronisation happens here."""
@@ -57,6 +60,8 @@ class TrainStep:
         self.device = runtime.device
         self._loader, self._runtime = loader, runtime
         self._prepared = False
+        self._last: Batch | None = None
+        model.stack.prepare(runtime.device)
 
     def prepare(self) -> None:
         """Bring the optimizer into the form that a graph needs, also where none is used: same kernels, same losses."""
@@ -73,10 +78,11 @@ class TrainStep:
 
     def compute(self, fetch: Callable[[], Batch]) -> StepOutput:
         """Everything between the data and the cleared gradients; `fetch` is called once for each micro-batch."""
-        timer = self.timer
+        timer, stack = self.timer, self.model.stack
+        stack.begin_step()
         total: Tensor | None = None
         for _ in range(self.grad_accum):
-            batch = fetch()
+            batch = self._last = fetch()
             with timer.phase("forward"):
                 loss = self._loss(batch)
             with timer.phase("backward"):
@@ -84,12 +90,20 @@ class TrainStep:
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         with timer.phase("opt_step"):
-            result = self.update.step(total)
+            result = self.update.step(stack.guard(total))
             names, metrics = self.update.metrics_tensor()
+            verdicts, verdict_values = stack.metrics_tensor()
             values = torch.stack([total.float(), result.grad_norm.float(), result.applied.float()])
-            if names:
-                values = torch.cat([values, metrics.float()])
-        return StepOutput(("loss", "grad_norm", "applied", *names), values)
+            if names or verdicts:
+                values = torch.cat([values, *(part.float() for part in (metrics, verdict_values) if part is not None)])
+        return StepOutput(("loss", "grad_norm", "applied", *names, *verdicts), values)
+
+    def review(self, step: int) -> list[str]:
+        """Between steps; probes with the last batch."""
+        if self._last is None:
+            return []
+        with self._runtime.autocast():
+            return self.model.review_memory(step, self._last.inputs)
 
     def forward_and_backward(self, batch: Batch) -> None:
         """Leave gradients, change nothing else."""

@@ -62,7 +62,7 @@ def load(run: RunDirectory, runtime: Runtime, *, step: int = 0) -> TrainedModel:
             raise UserError(f"{run.path} has no checkpoint yet")
         loaded = found
     shape = dataclasses.replace(config.model, vocab_size=saved["resolved"]["vocab_size"])
-    model = SigmaLLM(shape)
+    model = SigmaLLM(shape, config.instant)
     model.load_state_dict(loaded.model)
     model.to(runtime.device).eval()
     tokenizer = Tokenizer.load(run.tokenizer_file)

@@ -131,7 +131,7 @@ def train(p: Parts, step: TrainStep | GraphedStep, n: int, *, profiled: range = 
 def graphed(p: Parts, **options: object) -> tuple[GraphedStep, StandIn]:
     stand_in = StandIn(p.parameters(), p.update.optimizer, options.pop("failure", None))  # type: ignore[arg-type]
     fall_back = options.pop("fall_back", None)
-    return GraphedStep(p.step, SHAPE, fall_back=fall_back, graph=stand_in), stand_in  # type: ignore[arg-type]
+    return GraphedStep(p.step, SHAPE, fall_back=fall_back, make_graph=lambda device: stand_in), stand_in  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("accum", [1, 3])

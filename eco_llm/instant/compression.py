@@ -1,0 +1,168 @@
+"""`compress`: what ops keep for backward, stored in 8 or 4 bits a number. Gradients are approximate, and unbiased in
+what is stored, since rounding is stochastic.
+
+- A block with a Mamba mixer runs once; hooks of autograd pack what its ops keep. Weights, and their casts, stay as
+  they are, and so does what is small.
+- An MLA mixer keeps its input alone, packed; backward makes its latent, keys, values and attention again.
+- A tensor that two ops keep is stored once.
+- 4 bits are never tried within a step: `Stack` probes between steps and stays with 8 until a probe allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from eco_llm.instant.replay import Setting, SubLayer, back_propagate
+from eco_llm.ops.quantize import Quantized, dequantize, quantization_error, quantize
+
+_SMALL = 4096  # numbers; scales and launches would cost more than is saved
+_STREAMS_A_BLOCK = 256
+
+
+class Packed(NamedTuple):
+    """A kept tensor: its numbers in the order of memory, and how they lay there."""
+
+    numbers: Quantized
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class Bytes:
+    """What compression saved in one forward: bytes as bfloat16, and bytes stored. Host numbers."""
+
+    def __init__(self) -> None:
+        self.before = 0
+        self.after = 0
+
+    @property
+    def ratio(self) -> float:
+        """before / after; 1 if nothing was packed."""
+        return self.before / self.after if self.after else 1.0
+
+
+class Packing:
+    """A context in which one block's forward runs: what its ops keep is packed.
+
+    Args:
+        bits: 8 or 4.
+        draw: 0-dim integer tensor on the device, another value in every forward: the random numbers' counter.
+        block: the block's number, so that blocks draw different numbers.
+        tokens: (B, T) of the block's input.
+        weights: shapes of the block's parameters; a two-dimensional tensor of such a shape is taken for the cast of one.
+        sizes: adds up what was packed.
+    """
+
+    def __init__(
+        self, bits: int, draw: Tensor, block: int, tokens: tuple[int, int], weights: Iterable[torch.Size], sizes: Bytes
+    ) -> None:
+        self._bits, self._draw, self._stream = bits, draw, block * _STREAMS_A_BLOCK
+        self._tokens, self._weights, self._sizes = tokens, {tuple(shape) for shape in weights}, sizes
+        # What was packed, with the tensors themselves: while they live no other tensor can have their address.
+        self._seen: dict[tuple[Any, ...], tuple[Tensor, Quantized]] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def __enter__(self) -> Packing:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, trace)
+        self._seen.clear()
+
+    def _pack(self, x: Tensor) -> Tensor | Packed:
+        return self.pack(x) if is_activation(x, self._tokens, self._weights) else x
+
+    def pack(self, x: Tensor) -> Packed:
+        """Store a dense tensor."""
+        key = (x.data_ptr(), x.numel(), x.dtype, x._version)
+        if key not in self._seen:
+            flat = x.detach().as_strided((x.numel(),), (1,))
+            numbers = quantize(flat, self._bits, step=self._draw, stream=self._stream)
+            self._stream += 1
+            self._seen[key] = x, numbers
+            self._sizes.before += 2 * x.numel()
+            self._sizes.after += numbers.nbytes
+        return Packed(self._seen[key][1], x.shape, x.stride())
+
+
+def _unpack(kept: Tensor | Packed) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    return dequantize(kept.numbers).as_strided(kept.shape, kept.stride)
+
+
+def is_activation(x: Tensor, tokens: tuple[int, int], weights: set[tuple[int, ...]]) -> bool:
+    """Whether a kept tensor is one that grows with the batch and is worth packing."""
+    if not x.is_floating_point() or x.numel() < _SMALL or isinstance(x, torch.nn.Parameter):
+        return False
+    batch, time = tokens
+    leads = x.ndim >= 3 and x.shape[:2] == (batch, time)
+    heads = x.ndim == 4 and (x.shape[0], x.shape[2]) == (batch, time)
+    rows = x.ndim == 2 and x.shape[0] == batch * time
+    if not (leads or heads or rows) or tuple(x.shape) in weights or tuple(reversed(x.shape)) in weights:
+        return False
+    return cast(bool, torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+class Errors:
+    """A context like `Packing` that stores nothing but measures what storing would lose."""
+
+    def __init__(
+        self, bits: Iterable[int], draw: Tensor, tokens: tuple[int, int], weights: Iterable[torch.Size]
+    ) -> None:
+        self._tokens, self._weights, self._draw = tokens, {tuple(shape) for shape in weights}, draw
+        zero = torch.zeros(2, dtype=torch.float32, device=draw.device)
+        self._sums = {b: zero.clone() for b in bits}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._measure, lambda x: x)
+
+    def __enter__(self) -> Errors:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, trace)
+
+    def _measure(self, x: Tensor) -> Tensor:
+        if is_activation(x, self._tokens, self._weights):
+            self.add(x)
+        return x
+
+    def add(self, x: Tensor) -> None:
+        """Take a tensor in."""
+        flat = x.detach().as_strided((x.numel(),), (1,))
+        for bits, total in self._sums.items():
+            total += torch.stack(quantization_error(flat, bits, step=self._draw, stream=0))
+
+    def relative(self) -> Tensor:
+        """|what would be stored − what is| / |what is| over all tensors taken in, one value for each of `bits`."""
+        return torch.stack([(total[0] / total[1].clamp(min=1e-30)).sqrt() for total in self._sums.values()])
+
+
+class _RecomputeFromPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: SubLayer, pack: Callable[[Tensor], Packed], setting: Setting) -> Tensor:
+        packed = pack(x.contiguous())
+        ctx.f, ctx.setting, ctx.packed = f, setting, packed
+        return setting.value(f, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        x = _unpack(ctx.packed)
+        ctx.packed = None
+        return back_propagate(*ctx.setting.record(ctx.f, x), gradients[0]), None, None, None
+
+
+def recompute_from_packed(f: SubLayer, x: Tensor, packing: Packing) -> Tensor:
+    """f(x), with x kept in few bits and f run again on what they give. x and result [B, T, D]."""
+    return cast(Tensor, _RecomputeFromPacked.apply(x, f, packing.pack, Setting.now(x)))

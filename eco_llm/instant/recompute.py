@@ -1,0 +1,34 @@
+"""`recompute`: keep a block's input, run the block again in backward (arXiv 1604.06174). Gradients are exact."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from eco_llm.instant.replay import Setting, SubLayer, back_propagate
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: SubLayer, setting: Setting) -> Tensor:
+        ctx.f, ctx.setting = f, setting
+        ctx.save_for_backward(x)
+        return setting.value(f, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return back_propagate(*ctx.setting.record(ctx.f, x), gradients[0]), None, None
+
+
+def recompute(f: SubLayer, x: Tensor) -> Tensor:
+    """f(x), with only x kept for backward. x and result [B, T, D]; f must be a pure function of x.
+
+    First derivatives only. Like every mode, it needs an x that requires a gradient: where gradients of nothing before
+    the stack are wanted, autograd would not come here.
+    """
+    return cast(Tensor, _Recompute.apply(x, f, Setting.now(x)))

@@ -1,0 +1,315 @@
+"""The blocks of a model as one stack: which mode serves each, and what is decided about them between steps.
+
+Inside a step nothing is read by the host. Decisions (iterations of an inversion, 8 or 4 bits, falling back to
+`recompute` after a trip) are taken by `review`, at fixed steps, from values that have arrived by then and from probes
+of the last batch; so a run that is stopped and resumed takes the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from eco_llm.config import InstantConfig
+from eco_llm.instant.compression import Bytes, Errors, Packing, recompute_from_packed
+from eco_llm.instant.coupled import Layer, coupled, coupled_stored, coupled_values
+from eco_llm.instant.fixed_point import Run, errors_by_iteration, fixed_point, iterations_needed
+from eco_llm.instant.recompute import recompute
+from eco_llm.instant.replay import Setting
+from eco_llm.instant.verification import NAMES, Gate, block_name
+
+GATE_REVIEW = 8
+"""Steps between looks at the gate: after a trip, at most so many steps are not applied."""
+EARLY_PROBES = (10, 50)
+"""Further steps with a probe: much changes at the start, and nothing is saved before the first."""
+MARGIN = 0.5
+"""Share of the tolerance that a probe may use up; halved for a block with every trip of the gate."""
+
+
+class Block(Layer, Protocol):
+    """What the stack needs of a block."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Both sub-layers, plain residual form: [B, T, D] -> [B, T, D]."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Its weights."""
+
+
+@dataclasses.dataclass
+class _Decisions:
+    """What `review` has decided, one entry a block; plain numbers, saved with checkpoints."""
+
+    iterations: list[tuple[int, int] | None]
+    """fixed-point: of (mix, feed); None: recomputed."""
+    bits: list[int]
+    """compress: of what is kept."""
+    trips: list[int]
+    """Steps in which the block's gate tripped."""
+    fallback: bool = False
+    """coupled: every state is kept."""
+    reviewed: int = 0
+    """The last step after which a review was held."""
+
+
+class Stack:
+    """Runs a model's blocks. `mixers` names each block's mixer ("mamba" or "mla")."""
+
+    def __init__(self, config: InstantConfig, mixers: Sequence[str]) -> None:
+        self._config, self._mixers = config, tuple(mixers)
+        self.modes = config.block_modes(self._mixers)
+        count = len(self.modes)
+        bits = 4 if config.instant_bits == "4" else 8
+        self._decided = _Decisions([None] * count, [bits] * count, [0] * count)
+        self._gate: Gate | None = None
+        self._draw: Tensor | None = None
+        self._new_trips: set[int] = set()
+        self.sizes = Bytes()
+
+    # ---- properties of the modes --------------------------------------------------------------------------
+
+    @property
+    def by_sub_layer(self) -> tuple[bool, ...]:
+        """For each block, whether its two halves are called on their own (and are to be compiled so)."""
+        return tuple(
+            mode in ("coupled", "fixed-point") or (mode == "compress" and mixer != "mamba")
+            for mode, mixer in zip(self.modes, self._mixers, strict=True)
+        )
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the network has the coupled form."""
+        return self._config.coupled
+
+    @property
+    def gated(self) -> bool:
+        """Whether anything is reconstructed, and so verified."""
+        return "coupled" in self.modes or "fixed-point" in self.modes
+
+    @property
+    def probed(self) -> bool:
+        """Whether probes decide anything."""
+        return "fixed-point" in self.modes or ("compress" in self.modes and self._config.instant_bits == "auto")
+
+    # ---- a step -------------------------------------------------------------------------------------------
+
+    def prepare(self, device: torch.device) -> None:
+        """Make what lives on the device; before the first step, and outside any CUDA graph. Idempotent."""
+        if self.gated and self._gate is None:
+            self._gate = Gate(len(self.modes), device)
+        if "compress" in self.modes and self._draw is None:
+            self._draw = torch.zeros((), dtype=torch.int64, device=device)
+
+    def begin_step(self) -> None:
+        """Forget the verdicts of the step before."""
+        if self._gate is not None:
+            self._gate.begin_step()
+
+    def __call__(self, blocks: Sequence[Block], x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D], what the final norm reads."""
+        if not torch.is_grad_enabled():
+            return coupled_values(blocks, x) if self._config.coupled else _plain(blocks, x)
+        if not x.requires_grad:  # a frozen embedding: autograd would not enter a mode's backward
+            x = x.detach().requires_grad_()
+        self.prepare(x.device)
+        if self._config.coupled:
+            if self._decided.fallback:
+                return coupled_stored(blocks, x, recompute)
+            assert self._gate is not None
+            return coupled(blocks, x, self._gate)
+        self.sizes = Bytes()
+        if self._draw is not None:
+            self._draw += 1
+        at = 0
+        while at < len(blocks):
+            mode, inverted = self.modes[at], self._decided.iterations[at]
+            if inverted is not None:
+                end = at + 1
+                while end < len(blocks) and self._decided.iterations[end] is not None:
+                    end += 1
+                counts = [c for c in self._decided.iterations[at:end] if c is not None]
+                assert self._gate is not None
+                x = fixed_point(Run(at, blocks[at:end], counts, self._config.instant_reversible_tol), x, self._gate)
+                at = end
+                continue
+            if mode == "none":
+                x = blocks[at](x)
+            elif mode == "compress":
+                x = self._compressed(blocks[at], at, x)
+            else:
+                x = recompute(blocks[at], x)
+            at += 1
+        return x
+
+    def _compressed(self, block: Block, index: int, x: Tensor) -> Tensor:
+        assert self._draw is not None
+        shapes = [p.shape for p in block.parameters()]
+        bits = self._decided.bits[index]
+        with Packing(bits, self._draw, index, (x.shape[0], x.shape[1]), shapes, self.sizes) as packing:
+            if self._mixers[index] == "mamba":
+                return block(x)
+            mix, feed = block.sub_layers
+            x = x + recompute_from_packed(mix, x, packing)
+            return x + feed(x)
+
+    def guard(self, loss: Tensor) -> Tensor:
+        """What the optimizer's guard is given: the loss, or NaN where the gate tripped. 0-dim."""
+        return loss if self._gate is None else self._gate.guard(loss)
+
+    def metrics_tensor(self) -> tuple[tuple[str, ...], Tensor | None]:
+        """(names, float32 [names] on the device) of the step; nothing where nothing is verified."""
+        if self._gate is None:
+            return (), None
+        return (*NAMES, *(block_name(i) for i in range(len(self.modes)))), self._gate.values()
+
+    # ---- between steps ------------------------------------------------------------------------------------
+
+    def figures(self) -> dict[str, float]:
+        """What the host knows of the step without asking: for the record."""
+        found: dict[str, float] = {}
+        if "fixed-point" in self.modes:
+            counts = [n for pair in self._decided.iterations if pair is not None for n in pair]
+            found["instant_inverted_blocks"] = len(counts) // 2
+            if counts:
+                found["instant_inversion_iters"] = sum(counts) / len(counts)
+        if "compress" in self.modes:
+            bits = [b for b, mode in zip(self._decided.bits, self.modes, strict=True) if mode == "compress"]
+            found["instant_bits"] = sum(bits) / len(bits)
+            found["instant_compression_ratio"] = self.sizes.ratio
+        if self._decided.fallback:
+            found["instant_fallback"] = 1
+        return found
+
+    def observe(self, values: dict[str, float]) -> dict[str, float]:
+        """Take in a finished step's values; return those that belong in the record (verdicts of single blocks do not)."""
+        for index in range(len(self.modes)):
+            if values.get(block_name(index)):
+                self._new_trips.add(index)
+                self._decided.trips[index] += 1
+        kept = {k: v for k, v in values.items() if not k.startswith("instant_tripped_block_")}
+        return {**kept, "instant_gate_trips": sum(self._decided.trips)} if self.gated else kept
+
+    def review_due(self, step: int) -> bool:
+        """Whether `review` is to be held after this step, once its values have arrived."""
+        if step <= self._decided.reviewed:
+            return False
+        return (self.gated and step % GATE_REVIEW == 0) or self._probe_due(step)
+
+    def _probe_due(self, step: int) -> bool:
+        interval = self._config.instant_int4_probe_interval
+        return self.probed and (step % interval == 0 or (step in EARLY_PROBES and step < interval))
+
+    def review(self, step: int, blocks: Sequence[Block], embed: Callable[[], Tensor]) -> list[str]:
+        """Decide from what was observed, and from a probe if one is due.
+
+        Args:
+            step: the last finished one.
+            blocks: the model's.
+            embed: gives the embedding [B, T, D] of a batch to probe with, without a graph.
+
+        Returns:
+            What changed, for people; empty if nothing did. After a change the step is another computation.
+        """
+        decided = self._decided
+        decided.reviewed = step
+        before = dataclasses.replace(decided, iterations=list(decided.iterations), bits=list(decided.bits))
+        said = []
+        for index in sorted(self._new_trips):
+            said.append(
+                f"the gate tripped at block {index} ({self.modes[index]}): the steps concerned were not applied;"
+                " it is recomputed from now on" + (", as every block" if self._config.coupled else "")
+            )
+            decided.iterations[index] = None
+            decided.fallback |= self._config.coupled
+        self._new_trips.clear()
+        if self._probe_due(step):
+            self._probe(blocks, embed())
+        if decided.iterations != before.iterations and not said:
+            counts = [n for pair in decided.iterations if pair is not None for n in pair]
+            said.append(
+                f"{len(counts) // 2} of {self.modes.count('fixed-point')} blocks are inverted"
+                + (f", by {sum(counts) / len(counts):.1f} iterations on average" if counts else "")
+            )
+        if decided.bits != before.bits:
+            said.append(f"{decided.bits.count(4)} of {self.modes.count('compress')} blocks are kept in 4 bits")
+        return said
+
+    def _probe(self, blocks: Sequence[Block], x: Tensor) -> None:
+        """Measure on one batch what each mode needs; reads the device once."""
+        limit, config = self._config.instant_reversible_tol, self._config
+        setting = Setting.now(x)
+        found: list[tuple[int, Tensor]] = []
+        for index, block in enumerate(blocks):
+            mode = self.modes[index]
+            if mode == "fixed-point":
+                curves = []
+                for f in block.sub_layers:
+                    x, errors = errors_by_iteration(f, x, config.instant_max_iters, setting)
+                    curves.append(errors)
+                found.append((index, torch.stack(curves)))
+            elif mode == "compress" and config.instant_bits == "auto":
+                assert self._draw is not None
+                x, errors = self._four_bit_error(block, index, x, setting)
+                found.append((index, errors))
+            else:
+                x = setting.value(block, x)
+        sizes = [errors.numel() for _, errors in found]
+        numbers = torch.cat([errors.flatten().float() for _, errors in found]).tolist()
+        for (index, errors), size in zip(found, sizes, strict=True):
+            mine, numbers = numbers[:size], numbers[size:]
+            if self.modes[index] == "compress":
+                self._decided.bits[index] = 4 if mine[0] <= config.instant_error_threshold else 8
+                continue
+            allowed = limit * MARGIN / 2 ** self._decided.trips[index]
+            mixing, feeding = (iterations_needed(curve, allowed) for curve in (mine[: size // 2], mine[size // 2 :]))
+            self._decided.iterations[index] = None if mixing is None or feeding is None else (mixing, feeding)
+
+    def _four_bit_error(self, block: Block, index: int, x: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+        assert self._draw is not None
+        measured = Errors([4], self._draw, (x.shape[0], x.shape[1]), [p.shape for p in block.parameters()])
+        with setting.restored():
+            leaf = x.detach().requires_grad_()
+            if self._mixers[index] == "mamba":
+                with measured:
+                    y = block(leaf)
+            else:
+                measured.add(x)
+                mix, feed = block.sub_layers
+                middle = (x + setting.value(mix, x)).requires_grad_()
+                with measured:
+                    y = middle + feed(middle)
+        return y.detach(), measured.relative()
+
+    # ---- state --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers: decisions, and the counter of random draws (read from the device)."""
+        draw = 0 if self._draw is None else int(self._draw)
+        return {**dataclasses.asdict(self._decided), "draw": draw, "new_trips": sorted(self._new_trips)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with saved decisions, as far as they concern the modes that are now set."""
+        if len(state["bits"]) != len(self.modes):
+            return
+        decided = _Decisions(**{f.name: state[f.name] for f in dataclasses.fields(_Decisions)})
+        decided.iterations = [
+            tuple(pair) if pair is not None and mode == "fixed-point" else None  # type: ignore[misc]
+            for pair, mode in zip(decided.iterations, self.modes, strict=True)
+        ]
+        if self._config.instant_bits != "auto":
+            decided.bits = [int(self._config.instant_bits)] * len(self.modes)
+        decided.fallback = decided.fallback and self._config.coupled
+        self._decided = decided
+        self._new_trips = set(state["new_trips"])
+        if self._draw is not None:
+            self._draw.fill_(state["draw"])
+
+
+def _plain(blocks: Sequence[Block], x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x

@@ -1,0 +1,154 @@
+"""Activations in 8 or 4 bits a number, by groups, with stochastic rounding. Maths and bytes: README.md beside this file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eco_llm.ops.backend import uses_triton
+from eco_llm.ops.quantize.reference import GROUP, dequantize_reference, error_reference, quantize_reference
+
+__all__ = ["GROUP", "Quantized", "dequantize", "quantization_error", "quantize"]
+
+Backend = Literal["auto", "reference", "triton"]
+
+
+class Quantized(NamedTuple):
+    """A tensor in few bits; `dequantize` gives it back."""
+
+    codes: Tensor
+    """Flat, in row-major order: int8 [n], or for 4 bits uint8 [⌈n / 2⌉], an even element in the lower nibble."""
+    scales: Tensor
+    """bfloat16 [⌈n / 64⌉], one for every GROUP elements in row-major order."""
+    shape: tuple[int, ...]
+    """Of the tensor that was quantized."""
+    dtype: torch.dtype
+    """Of the tensor that was quantized."""
+    bits: int
+    """8 or 4."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that codes and scales take."""
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def quantize(x: Tensor, bits: int, *, step: Tensor, stream: int, backend: Backend = "auto") -> Quantized:
+    """x in `bits` bits a number: in every group of 64, in row-major order, x ≈ code · scale.
+
+    Rounded up or down at random, so that the mean over steps is x; the same x, step and stream give the same bits, on
+    every device, whatever the strides. A group that holds an infinity or NaN comes back as NaN throughout. Nothing is
+    recorded for autograd. One launch on a GPU; no host sync.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape, fewer than 2^34 elements. A contiguous last axis below up to three
+            leading axes with strides of their own (a slice of a wider tensor) is read in place; else x is copied first.
+        bits: 8 or 4.
+        step: 0-dim int32 or int64 on the device of x; a new one gives new random numbers, also when a CUDA graph is
+            replayed.
+        stream: 0 … 2^31 − 1; tensors with streams of their own have random numbers of their own.
+        backend: `auto` takes Triton on CUDA, else the reference.
+
+    Raises:
+        ValueError: another type of x, bits, step or stream, or an unknown backend.
+    """
+    codes, scales = _quantize(x.detach(), bits, step, stream, _takes_triton(x, bits, step, stream, backend))
+    return Quantized(codes, scales, tuple(x.shape), x.dtype, bits)
+
+
+def dequantize(q: Quantized, *, backend: Backend = "auto") -> Tensor:
+    """code · scale, rounded to nearest; contiguous, in the shape and type of what was quantized.
+
+    Never infinite: what would be, for a number at the very end of its type's range, is the largest number of the type.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    return _dequantize(q.codes, q.scales, q.shape, q.dtype, q.bits, _named(backend, q.codes))
+
+
+def quantization_error(
+    x: Tensor, bits: int, step: Tensor, stream: int, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(Σ (x̂ − x)², Σ x²) with x̂ what `dequantize(quantize(x, …))` returns; x̂ is never written.
+
+    Arguments and refusals as `quantize`.
+
+    Returns:
+        Two 0-dim float32 tensors on the device of x; NaN if x has a number that is not finite. Deterministic.
+    """
+    sums = _error(x.detach(), bits, step, stream, _takes_triton(x, bits, step, stream, backend))
+    return sums[0], sums[1]
+
+
+def _takes_triton(x: Tensor, bits: int, step: Tensor, stream: int, backend: Backend) -> bool:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"can quantize float32, bfloat16 or float16, not {x.dtype}")
+    if bits not in (8, 4):
+        raise ValueError(f"can quantize to 8 or 4 bits, not {bits}")
+    if step.ndim or step.dtype not in (torch.int32, torch.int64) or step.device != x.device:
+        raise ValueError(
+            f"step must be a 0-dim int32 or int64 tensor on {x.device}, not {step.ndim}-dim {step.dtype} on {step.device}"
+        )
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"stream must be 0 … 2^31 - 1, not {stream}")
+    if x.numel() >= 2**34:
+        raise ValueError(f"can quantize fewer than 2^34 elements, not {x.numel()}")
+    return _named(backend, x)
+
+
+def _named(backend: Backend, x: Tensor) -> bool:
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"unknown quantizer backend {backend!r}; known: auto, reference, triton")
+    return backend == "triton" or (backend == "auto" and uses_triton(x))
+
+
+# Operators, on the CPU too: torch.compile sees opaque nodes with known shapes, and does not fuse the reference's sums
+# and products into other roundings.
+@torch.library.custom_op("eco_llm::quantize", mutates_args=())
+def _quantize(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> tuple[Tensor, Tensor]:
+    if not triton:
+        return quantize_reference(x, bits, step, stream)
+    from eco_llm.ops.quantize.triton import quantize_triton
+
+    return quantize_triton(x, bits, step, stream)
+
+
+@_quantize.register_fake
+def _(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> tuple[Tensor, Tensor]:
+    n = x.numel()
+    codes = x.new_empty(n, dtype=torch.int8) if bits == 8 else x.new_empty((n + 1) // 2, dtype=torch.uint8)
+    return codes, x.new_empty((n + GROUP - 1) // GROUP, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("eco_llm::dequantize", mutates_args=())
+def _dequantize(
+    codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, bits: int, triton: bool
+) -> Tensor:
+    if not triton:
+        return dequantize_reference(codes, scales, shape, dtype, bits)
+    from eco_llm.ops.quantize.triton import dequantize_triton
+
+    return dequantize_triton(codes, scales, shape, dtype, bits)
+
+
+@_dequantize.register_fake
+def _(codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, bits: int, triton: bool) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("eco_llm::quantization_error", mutates_args=())
+def _error(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> Tensor:
+    if not triton:
+        return error_reference(x, bits, step, stream)
+    from eco_llm.ops.quantize.triton import error_triton
+
+    return error_triton(x, bits, step, stream)
+
+
+@_error.register_fake
+def _(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> Tensor:
+    return x.new_empty(2, dtype=torch.float32)

@@ -1,0 +1,139 @@
+"""Quantizing in PyTorch's own ops, and the numbers that the kernels share. Maths: README.md beside this file.
+
+Every line below rounds as the kernels do, so that codes, scales and results are the same bits on every device.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUP = 64
+"""Elements that share a scale."""
+LARGEST = {8: 127, 4: 7}
+"""The largest code, and minus the smallest."""
+ZERO_NIBBLE = 8
+"""A 4-bit code is stored with this added, so that a nibble is never negative."""
+
+FRACTION = 15
+"""Bits behind the point with which x / scale is compared with a random number."""
+UNIT = float(1 << FRACTION)
+MAGIC = 12582912.0
+"""1.5 · 2^23: v + MAGIC has the bits of round(v) in its own, for |v| < 2^22. Its lowest 15 bits are 0."""
+MAGIC_BITS = 0x4B400000
+SMALLEST_SCALE = 2.0**-112
+"""So that 2^15 / scale is a float32. Smaller numbers than this one are still unbiased."""
+NAN_BITS = 0x7FC00000
+INFINITY_BITS = 0x7F800000
+
+# Odd multipliers with evenly spread bits, the primes of xxHash32.
+PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
+_MASK = 0xFFFFFFFF
+
+
+def slope(bits: int) -> float:
+    """The scale of a group over its largest magnitude: a float32 a hair above 1 / LARGEST.
+
+    The hair, 2^-20, is more than all roundings between here and the code, so that none exceeds LARGEST.
+    """
+    value: float = struct.unpack("<f", struct.pack("<f", (1 + 2.0**-20) / LARGEST[bits]))[0]
+    return value
+
+
+def stream_keys(stream: int) -> tuple[int, int]:
+    """Two 32-bit words (unsigned) that `step` is mixed into; pi's first bits, and the stream."""
+    return tuple(_folded(_folded(start ^ stream, PRIMES[0]), PRIMES[1]) for start in (0x243F6A88, 0x85A308D3))  # type: ignore[return-value]
+
+
+def _folded(x: int, prime: int) -> int:
+    product = x * prime
+    return (product ^ (product >> 32)) & _MASK
+
+
+def _fold(x: Tensor, prime: int) -> Tensor:
+    """Both halves of the 64-bit product, one upon the other. int64 holding 32 unsigned bits, in and out."""
+    product = x * prime  # may wrap round to below 0; its bits are those of the unsigned product
+    return (product ^ (product >> 32)) & _MASK
+
+
+def random_numbers(count: int, step: Tensor, stream: int) -> Tensor:
+    """`count` numbers of FRACTION bits, those of elements 0, 1, …
+
+    Args:
+        count: of elements.
+        step: 0-dim int32 or int64; a device tensor is not read by the host.
+        stream: 0 … 2^31 − 1.
+
+    Returns:
+        int32, [count rounded up to 4], on the device of `step`.
+    """
+    step = step.to(torch.int64)
+    keys = [_fold(_fold((step & _MASK) ^ k, PRIMES[2]) ^ ((step >> 32) & _MASK), PRIMES[3]) for k in stream_keys(stream)]
+    quads = torch.arange(-(-count // 4), dtype=torch.int64, device=step.device)
+    mixed = _fold(_fold(quads ^ keys[0], PRIMES[0]) ^ keys[1], PRIMES[1])
+    words = (_fold(mixed, PRIMES[2]), _fold(mixed, PRIMES[3]))
+    parts = [part for word in words for part in (word & ((1 << FRACTION) - 1), word >> (32 - FRACTION))]
+    return torch.stack(parts, dim=1).flatten().to(torch.int32)
+
+
+def _groups(x: Tensor) -> Tensor:
+    """x in row-major order as float32 [groups, GROUP], padded with zeros."""
+    flat = x.reshape(-1).float()
+    return F.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
+
+
+def _scales(groups: Tensor, bits: int) -> Tensor:
+    """float32 [groups], each a bfloat16 number; NaN where the group has a number that is not finite."""
+    # As integers, magnitudes sort as they do as numbers, and NaN comes last.
+    top = (groups.view(torch.int32) & 0x7FFFFFFF).amax(dim=1)
+    scale = (top.view(torch.float32) * slope(bits)).clamp_min(SMALLEST_SCALE)
+    up = (scale.view(torch.int32) + 0xFFFF) & -0x10000  # away from 0, so that the largest code is not exceeded
+    return torch.where(top < INFINITY_BITS, up, NAN_BITS).view(torch.float32)
+
+
+def _codes(groups: Tensor, scale: Tensor, step: Tensor, stream: int) -> Tensor:
+    """int32 [groups, GROUP]: x / scale, rounded up with the probability that its fraction asks for."""
+    fixed = (groups * (UNIT / scale)[:, None] + MAGIC).view(torch.int32) - MAGIC_BITS
+    drawn = random_numbers(groups.numel(), step, stream).view(groups.shape)
+    codes = (fixed + drawn) >> FRACTION
+    return torch.where(scale.isnan()[:, None], 0, codes)
+
+
+def _decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes · scale in `dtype`; what would be infinite by rounding up is the largest number instead, NaN stays."""
+    largest = torch.finfo(dtype).max
+    return (codes.float() * scale[:, None]).clamp(-largest, largest).to(dtype)
+
+
+def quantize_reference(x: Tensor, bits: int, step: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of `eco_llm.ops.quantize.quantize`."""
+    groups = _groups(x)
+    scale = _scales(groups, bits)
+    codes = _codes(groups, scale, step, stream).flatten()[: x.numel() + (x.numel() % 2 if bits == 4 else 0)]
+    if bits == 8:
+        return codes.to(torch.int8), scale.to(torch.bfloat16)
+    low, high = (codes + ZERO_NIBBLE).view(-1, 2).unbind(dim=1)
+    return (low | high << 4).to(torch.uint8), scale.to(torch.bfloat16)
+
+
+def dequantize_reference(
+    codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, bits: int
+) -> Tensor:
+    """The result of `eco_llm.ops.quantize.dequantize`."""
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=1).flatten().to(torch.int8) - ZERO_NIBBLE
+    numel = torch.Size(shape).numel()
+    groups = F.pad(codes[:numel], (0, -numel % GROUP)).view(-1, GROUP)
+    return _decoded(groups, scales.float(), dtype).flatten()[:numel].view(shape).clone()
+
+
+def error_reference(x: Tensor, bits: int, step: Tensor, stream: int) -> Tensor:
+    """float32 [2] of `eco_llm.ops.quantize.quantization_error`."""
+    groups = _groups(x)
+    scale = _scales(groups, bits)
+    error = _decoded(_codes(groups, scale, step, stream), scale, x.dtype).float() - groups
+    return torch.stack((error.square().sum(), groups.square().sum()))
