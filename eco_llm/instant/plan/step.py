@@ -71,10 +71,15 @@ def estimate(job: Job) -> Estimate:
         UserError: a shape that the kernels planned for do not take.
     """
     job.check()
-    step = _Step(job)
-    step.play()
+    # A block is recomputed until a probe has shown that it can be inverted, and again after a trip of the gate.
+    forms = {job.modes, tuple("recompute" if mode == "fixed-point" else mode for mode in job.modes)}
+    steps = [_Step(job.replace(modes=modes)) for modes in sorted(forms)]
+    for step in steps:
+        step.play()
+    worst = max(steps, key=lambda step: step.tape.peak)
+    reserved = max(step.tape.allocator.reserved for step in steps)
     extra = sum(FORWARDS[mode] for mode in job.modes) / len(job.modes)
-    return Estimate(step.tape.at_peak, step.tape.allocator.reserved, extra)
+    return Estimate(worst.tape.at_peak, reserved, extra)
 
 
 class _Step:
@@ -136,24 +141,35 @@ class _Step:
         self._embedding(dx)
 
     def _plain(self, x: Buffer) -> Buffer:
-        saved: list[Kept] = []
+        tape, modes = self.tape, self.job.modes
+        embedded, saved = x, []
         ends: list[Buffer] = []  # outputs of runs of fixed-point blocks
-        modes = self.job.modes
-        for i, (mixer, mode) in enumerate(zip(self.mixers, modes, strict=True)):
-            x, kept = self._forward(mixer, mode, x)
-            if mode == "fixed-point" and modes[i + 1 : i + 2] != (mode,):
-                ends.append(x)
+        for i, mode in enumerate(modes):
+            y, kept = self._forward(self.mixers[i], mode, x)
+            if mode not in ("none", "recompute") and x not in (embedded, *ends):
+                tape.give(x)
+            if self._ends_run(i):
+                ends.append(y)
+            x = y
             saved.append(kept)
-        dx = self._head(x, owned=modes[-1] != "fixed-point")
+        dx = self._head(x, owned=x not in ends)
+        if modes[0] not in ("none", "recompute"):  # the caller of the stack held it
+            tape.give(embedded)
+        y = x
         for i in reversed(range(len(saved))):
-            starts_run = modes[i] == "fixed-point" and modes[i + 1 : i + 2] != (modes[i],)
-            if starts_run:
-                y = ends[-1]
-            dx = self._inverted(self.mixers[i], dx) if modes[i] == "fixed-point" else self._backward(i, saved[i], dx)
-            if modes[i] == "fixed-point" and (i == 0 or modes[i - 1] != modes[i]):
-                self.tape.give(ends.pop())
+            if modes[i] == "fixed-point":
+                if self._ends_run(i):
+                    y = ends[-1]
+                y, dx = self._inverted(self.mixers[i], y, dx, y_owned=y is not ends[-1])
+                if i == 0 or modes[i - 1] != "fixed-point":
+                    tape.give(y, ends.pop())
+            else:
+                dx = self._backward(i, saved[i], dx)
             self._settle(self.mixers[i])
         return dx
+
+    def _ends_run(self, i: int) -> bool:
+        return self.job.modes[i] == "fixed-point" and self.job.modes[i + 1 : i + 2] != ("fixed-point",)
 
     def _settle(self, mixer: str) -> None:
         """A block's vectors get their gradients; what becomes of all of them when backward leaves it."""
@@ -200,7 +216,7 @@ class _Step:
     # -- blocks of the plain residual form --
 
     def _forward(self, mixer: str, mode: str, x: Buffer) -> tuple[Buffer, Kept]:
-        """(the block's output, what it keeps); its input is kept or freed."""
+        """(the block's output, what it keeps); its input, unless kept, is the caller's to free."""
         tape = self.tape
         y, kept = self._residuals(mixer, "activations" if mode == "none" else "temporaries")
         if mode == "none":
@@ -210,10 +226,10 @@ class _Step:
             kept = Kept(x=[x])
         elif mode == "compress":
             packed = self._packed(mixer)
-            tape.give(*kept.all(), x)
+            tape.give(*kept.all())
             kept = packed
         else:
-            tape.give(*kept.all(), x)
+            tape.give(*kept.all())
             kept = Kept()
         return y, kept
 
@@ -254,8 +270,9 @@ class _Step:
         M, D = parts.M, parts.D
         numbers = [M * D, M * D, M * 2 * m.mlp_dim, M, M]  # x, the MLP's u and a, statistics
         w_in = parts.shapes.mamba()["in_proj"].rows
+        numbers += [M * D]  # x + mix(x), or what it is made from
         if mixer == "mamba":
-            numbers += [M * D, M * D, M * w_in, M * parts.inner]  # u, x + mix(x) or what it is made from, zxbcdt, y
+            numbers += [M * D, M * w_in, M * parts.inner]  # u, zxbcdt, y
         kept = Kept(mlp=[self.tape.take(n * BITS[self.job.bits] / 8, "activations") for n in numbers])
         weights = list(parts.shapes.mlp().values()) + (
             list(parts.shapes.mamba().values()) if mixer == "mamba" else []
@@ -266,42 +283,43 @@ class _Step:
             kept.mlp.append(self.tape.take(parts.scan.decays(parts.scan.chunk), "activations"))
         return kept
 
-    def _inverted(self, mixer: str, dy: Buffer) -> Buffer:
-        """A block of a fixed-point run: each sub-layer inverted by iteration, evaluated once more, differentiated."""
+    def _inverted(self, mixer: str, y: Buffer, dy: Buffer, *, y_owned: bool) -> tuple[Buffer, Buffer]:
+        """A block of a fixed-point run: each sub-layer inverted by iteration, evaluated once more, differentiated.
+
+        (its input, the gradient of that), from its output, which is freed if owned, and the gradient of that.
+        """
         parts, tape = self.parts, self.tape
-        y = parts.wide()
         for part in ("mlp", mixer):
             x = parts.wide()
-            out, kept = parts.sub_forward(part, "temporaries")  # one iteration
-            following = parts.wide()
-            tape.give(out, *kept, x)
-            x = following
+            for _ in range(2):  # iterations beyond the second take no other memory
+                out, kept = parts.sub_forward(part, "temporaries")
+                following = parts.wide()
+                tape.give(out, *kept, x)
+                x = following
             out, kept = parts.sub_forward(part, "temporaries")
             checks = [parts.wide(), parts.wide()]
             tape.give(*checks)
-            grad = parts.sub_backward(part, kept)
+            gradient = parts.sub_backward(part, kept)
             total = parts.wide()
-            tape.give(grad, dy, out, y)
-            dy, y = total, x
-        tape.give(y)
-        return dy
+            tape.give(gradient, dy, out, *([y] if y_owned else []))
+            dy, y, y_owned = total, x, True
+        return y, dy
 
     # -- the coupled form --
 
     def _coupled(self, x: Buffer) -> Buffer:
         """The whole stack: two streams forward; backward from the two last states."""
         parts, tape = self.parts, self.tape
-        a = parts.wide("activations")  # snapped; both streams at first
-        tape.give(x)
-        b = parts.wide("activations")
+        a = b = parts.wide("activations")  # snapped; both streams at first
         for mixer in self.mixers:
             for part in (mixer, "mlp"):
                 out, kept = parts.sub_forward(part, "temporaries")
                 new = parts.wide("activations")
-                tape.give(out, *kept, a)
+                tape.give(out, *kept, *([a] if a is not b else []))
                 a, b = b, new
         total = parts.wide("activations")
         dy = self._head(total, owned=True)
+        tape.give(x)  # the caller of the stack held it
         held = {id(a), id(b), id(dy)}  # what forward saved and autograd handed in: freed with the whole
         end = (a, b)
         da = db = dy
