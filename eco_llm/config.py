@@ -345,7 +345,7 @@ class InstantConfig:
 
     instant_mode: str = "none"
     """Memory mode: none, recompute, compress, fixed-point, coupled (whole stack only), or one for each block, first to
-    last, as in `recompute*12,none*6`."""
+    last, as in `recompute*12,none*6`; auto is the fastest exact one that fits into --vram-gib."""
     instant_reversible_tol: float = 3e-3
     """fixed-point: largest relative residual of an inversion that the gate lets pass."""
     instant_max_iters: int = 12
@@ -356,6 +356,8 @@ class InstantConfig:
     """Steps between probes: of 4 bits (compress) and of the iterations each block needs (fixed-point)."""
     instant_error_threshold: float = 0.1
     """compress: largest relative error of what is stored with which 4 bits are used."""
+    vram_gib: float = 0.0
+    """GPU memory that training may take, for `--instant-mode auto` and `eco_train plan`; 0 is not given."""
 
     @property
     def coupled(self) -> bool:
@@ -373,7 +375,7 @@ class InstantConfig:
         for part in parts:
             name, star, count = part.partition("*")
             if name not in MEMORY_MODES:
-                raise UserError(f"--instant-mode {self.instant_mode!r}: {name!r} is not one of {', '.join(MEMORY_MODES)}")
+                raise UserError(f"--instant-mode {self.instant_mode!r}: {name!r} is not one of {', '.join(MEMORY_MODES)}, auto")
             if not star and len(parts) == 1:
                 modes = [name] * len(mixers)
             elif star and (not count.isdecimal() or not 1 <= int(count) <= len(mixers)):
@@ -397,6 +399,7 @@ class InstantConfig:
             instant_max_iters=(1, 100),
             instant_int4_probe_interval=(1, 1_000_000),
             instant_error_threshold=(1e-6, 1.0),
+            vram_gib=(0.0, 100_000.0),
         )
 
 
@@ -445,7 +448,10 @@ class TrainConfig:
         """Raise UserError for the first setting, or pair of settings, that cannot work."""
         for group in dataclasses.fields(self):
             getattr(self, group.name).validate()
-        self.instant.block_modes(self.model.mixer_pattern)
+        if self.instant.instant_mode != "auto":
+            self.instant.block_modes(self.model.mixer_pattern)
+        elif not self.instant.vram_gib:
+            raise UserError("--instant-mode auto needs --vram-gib, the GPU's memory that training may take")
         t, p = self.training, self.perf
         tokens = t.batch_size * t.seq_len
         if tokens > 2**31:

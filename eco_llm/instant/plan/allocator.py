@@ -54,7 +54,13 @@ class CachingAllocator:
         return block
 
     def give(self, block: Block) -> None:
-        """Free a block."""
+        """Free a block.
+
+        Raises:
+            ValueError: it is free already; the sequence is wrong.
+        """
+        if block.free:
+            raise ValueError("a block was freed twice")
         self.allocated -= block.size
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free:

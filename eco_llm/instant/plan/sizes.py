@@ -43,6 +43,9 @@ class Job:
     bits: int = 8
     """Of what `compress` stores."""
     evaluates: bool = True
+    """Whether validation runs in the same process."""
+    probed: bool = False
+    """Whether `compress` measures, between steps, if 4 bits would do."""
 
     @property
     def tokens(self) -> int:

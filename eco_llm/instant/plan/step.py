@@ -103,6 +103,7 @@ class _Step:
         self.tape.pool = ""
         if self.job.evaluates:
             self._validate()
+        self._probe()
 
     def _weights(self) -> list[int]:
         """Bytes of every weight, in the order of the modules."""
@@ -148,6 +149,8 @@ class _Step:
             y, kept = self._forward(self.mixers[i], mode, x)
             if mode not in ("none", "recompute") and x not in (embedded, *ends):
                 tape.give(x)
+            if x in ends:
+                kept.x = []  # the run before keeps it too, and frees it later
             if self._ends_run(i):
                 ends.append(y)
             x = y
@@ -349,7 +352,19 @@ class _Step:
         tape.give(*end, dy)
         return dx
 
-    # -- validation --
+    # -- between steps --
+
+    def _probe(self) -> None:
+        """What INSTANT measures on a batch between steps, beside a graph's private memory."""
+        parts, tape = self.parts, self.tape
+        inverts = "fixed-point" in self.job.modes
+        if not (inverts or ("compress" in self.job.modes and self.job.probed)):
+            return
+        for mixer in dict.fromkeys(self.mixers):
+            stream = [parts.wide() for _ in range(5 if inverts else 2)]
+            mixed, first = parts.sub_forward(mixer, "temporaries")
+            fed, second = parts.sub_forward("mlp", "temporaries")
+            tape.give(mixed, fed, *first, *second, *stream)
 
     def _validate(self) -> None:
         """A forward pass in which nothing is kept, beside a graph's private memory if there is a graph."""
