@@ -277,9 +277,7 @@ class _Step:
         if mixer == "mamba":
             numbers += [M * D, M * w_in, M * parts.inner]  # u, zxbcdt, y
         kept = Kept(mlp=[self.tape.take(n * BITS[self.job.bits] / 8, "activations") for n in numbers])
-        weights = list(parts.shapes.mlp().values()) + (
-            list(parts.shapes.mamba().values()) if mixer == "mamba" else []
-        )
+        weights = list(parts.shapes.mlp().values()) + (list(parts.shapes.mamba().values()) if mixer == "mamba" else [])
         for w in weights:
             kept.mlp += parts.cast(w.numbers, "activations")
         if mixer == "mamba":

@@ -33,7 +33,8 @@ def as_text(plan: Plan) -> str:
     lines.append(f"largest batch for this model: {batches}")
     for mode, model in plan.models:
         lines.append(
-            f"largest model for this batch, {mode}: " + (_model(model) if model is not None else "none of these proportions")
+            f"largest model for this batch, {mode}: "
+            + (_model(model) if model is not None else "none of these proportions")
         )
     if plan.chosen is None:
         lines.append(f"this batch does not fit with --instant-mode {plan.wanted}")
@@ -49,7 +50,9 @@ def flags_of(plan: Plan) -> list[str]:
     if plan.chosen is not None:
         found.append(f"--batch-size {plan.job.batch} --instant-mode {mode_text(plan.chosen)}")
     else:
-        best = max((c for c in plan.candidates if c.fits), key=lambda c: (-c.estimate.extra_forwards, c.batch), default=None)
+        best = max(
+            (c for c in plan.candidates if c.fits), key=lambda c: (-c.estimate.extra_forwards, c.batch), default=None
+        )
         if best is not None:
             found.append(f"--batch-size {best.batch} --instant-mode {best.mode}")
     for mode, model in plan.models[-1:]:
@@ -104,7 +107,10 @@ def _table(plan: Plan) -> list[str]:
     rows = [_HEADER, *(_row(c) for c in plan.candidates)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     return [
-        "  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  "
+        + "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
 
