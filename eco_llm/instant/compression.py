@@ -87,7 +87,7 @@ class Packing:
             flat = x.detach().as_strided((x.numel(),), (1,))
             numbers = quantize(flat, self._bits, step=self._draw, stream=self._stream)
             self._stream += 1
-            self._seen[key] = x, numbers
+            self._seen[key] = x.detach(), numbers
             self._sizes.before += 2 * x.numel()
             self._sizes.after += numbers.nbytes
         return Packed(self._seen[key][1], x.shape, x.stride())

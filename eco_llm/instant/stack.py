@@ -26,7 +26,7 @@ GATE_REVIEW = 8
 """Steps between looks at the gate: after a trip, at most so many steps are not applied."""
 EARLY_PROBES = (10, 50)
 """Further steps with a probe: much changes at the start, and nothing is saved before the first."""
-MARGIN = 0.5
+MARGIN = 0.25
 """Share of the tolerance that a probe may use up; halved for a block with every trip of the gate."""
 
 
@@ -240,6 +240,7 @@ class Stack:
 
     def _probe(self, blocks: Sequence[Block], x: Tensor) -> None:
         """Measure on one batch what each mode needs; reads the device once."""
+        self.prepare(x.device)
         limit, config = self._config.instant_reversible_tol, self._config
         setting = Setting.now(x)
         found: list[tuple[int, Tensor]] = []

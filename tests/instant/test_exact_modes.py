@@ -1,0 +1,192 @@
+"""`recompute` and `coupled`: the same bits as with everything stored, and a gate that nothing passes silently."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from stack_cases import SHAPE, Build, kept_bytes, loss_and_gradients
+from torch import Tensor
+
+from eco_llm.config import InstantConfig
+from eco_llm.instant.coupled import coupled, coupled_stored
+from eco_llm.instant.verification import Gate
+from eco_llm.model.sigma_llm import SigmaLLM
+from eco_llm.ops.grid import RANGE
+
+
+
+def stored(model: SigmaLLM, monkeypatch: pytest.MonkeyPatch) -> SigmaLLM:
+    """The coupled network with everything kept, by plain autograd."""
+    monkeypatch.setattr(model, "stack", StoredStack(model))
+    return model
+
+
+class StoredStack:
+    def __init__(self, model: SigmaLLM) -> None:
+        self._real = model.stack
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._real, name)
+
+    def __call__(self, blocks: list, x: Tensor) -> Tensor:
+        return coupled_stored(blocks, x, lambda f, state: f(state.view_as(state)))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_coupled_has_the_bits_of_the_stored_network(
+    bf16: bool, passes: int, build: Build, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("coupled")
+    ours = loss_and_gradients(model, batch, bf16=bf16, passes=passes)
+    _, verdicts = model.stack.metrics_tensor()
+    assert verdicts is not None
+    assert verdicts.tolist() == [0.0] * (3 + SHAPE.n_layers)
+    expected = loss_and_gradients(stored(build("coupled"), monkeypatch), batch, bf16=bf16, passes=passes)
+    assert [name for name, want in expected.items() if not torch.equal(ours[name], want)] == []
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("mode", ["recompute", "recompute*2,none*3,recompute"])
+def test_recompute_has_the_bits_of_the_stored_network(
+    mode: str, bf16: bool, build: Build, batch: tuple[Tensor, Tensor]
+) -> None:
+    ours = loss_and_gradients(build(mode), batch, bf16=bf16, passes=2)
+    expected = loss_and_gradients(build("none"), batch, bf16=bf16, passes=2)
+    wrong = [name for name, want in expected.items() if not torch.equal(ours[name], want)]
+    # A block's input has two readers, and plain autograd adds what they send back in an order of its own.
+    assert not wrong or max((ours[n] - expected[n]).abs().max() / expected[n].abs().max() for n in wrong) < 2e-2 * bf16
+
+
+def test_coupled_is_another_function_of_the_same_weights(build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    plain, other = build("none"), build("coupled")
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+    assert not torch.allclose(plain.loss(*batch), other.loss(*batch), rtol=1e-4)
+
+
+def test_inference_computes_what_training_does(build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    model = build("coupled")
+    trained = model.loss(*batch).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model.loss(*batch), trained, rtol=1e-5, atol=0)
+
+
+def test_coupled_generation_reads_its_cache(build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    model, ids = build("coupled"), batch[0]
+    with torch.no_grad():
+        whole = model(ids)
+        cache = model.init_cache(ids.shape[0], ids.shape[1])
+        steps = [model.prefill(ids[:, :40], cache)]
+        steps += [model.step(ids[:, t], cache) for t in range(40, ids.shape[1])]
+    torch.testing.assert_close(torch.stack(steps, 1), whole[:, 39:], rtol=2e-3, atol=2e-4)
+
+
+class Treacherous(torch.nn.Module):
+    """A sub-layer whose second run is not its first."""
+
+    def __init__(self, change: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((8,), 0.5))
+        self.change, self.runs = change, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return x * self.weight + (self.change if self.runs > 2 else 0.0)
+
+
+@dataclasses.dataclass
+class TwoHalves:
+    mix: torch.nn.Module
+    feed: torch.nn.Module
+
+    @property
+    def sub_layers(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        return self.mix, self.feed
+
+
+def tripped(layers: list[TwoHalves], x: Tensor) -> list[float]:
+    gate = Gate(len(layers), x.device)
+    coupled(layers, x.requires_grad_(), gate).sum().backward()
+    return gate.values()[3:].tolist()
+
+
+def test_the_gate_sees_one_wrong_number(device: torch.device) -> None:
+    honest = [TwoHalves(Treacherous(0.0).to(device), Treacherous(0.0).to(device)) for _ in range(3)]
+    x = torch.randn(2, 5, 8, device=device)
+    assert tripped(honest, x) == [0.0, 0.0, 0.0]
+    layers = [TwoHalves(Treacherous(0.0).to(device), Treacherous(0.0).to(device)) for _ in range(3)]
+    shared = Treacherous(1e-3).to(device)
+    layers[1].feed = layers[0].mix = shared  # runs 1 and 2 in forward, 3 and 4 in backward
+    assert tripped(layers, x.detach()) == [1.0, 1.0, 0.0]
+
+
+def test_the_gate_sees_a_stream_leave_its_range(device: torch.device) -> None:
+    layers = [TwoHalves(Treacherous(0.0).to(device), Treacherous(0.0).to(device))]
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8, device=device)
+    assert tripped(layers, x) == [0.0]
+    assert tripped(layers, x.detach() * 8 * RANGE) == [1.0]
+
+
+def test_a_trip_makes_the_guard_nan_and_nothing_else_does(device: torch.device) -> None:
+    gate, loss = Gate(2, device), torch.tensor(3.0, device=device)
+    assert gate.guard(loss) == 3.0
+    gate.expect_residual(1, torch.tensor(0.5, device=device), 0.5)
+    assert gate.guard(loss) == 3.0
+    for bad in (0.51, float("nan"), float("inf")):
+        gate.begin_step()
+        gate.expect_residual(1, torch.tensor(bad, device=device), 0.5)
+        assert gate.guard(loss).isnan()
+        assert gate.values()[3:].tolist() == [0.0, 1.0]
+    gate.begin_step()
+    assert gate.guard(loss) == 3.0
+    gate.expect_equal(0, torch.tensor(7, device=device), torch.tensor(7, device=device))
+    assert gate.guard(loss) == 3.0
+    gate.expect_equal(0, torch.tensor(7, device=device), torch.tensor(8, device=device))
+    assert gate.guard(loss).isnan()
+
+
+def test_the_stored_form_of_fallback_has_the_same_bits(build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    expected = loss_and_gradients(build("coupled"), batch)
+    model = build("coupled")
+    model.stack._decided.fallback = True
+    ours = loss_and_gradients(model, batch)
+    assert [name for name, want in expected.items() if not torch.equal(ours[name], want)] == []
+
+
+@pytest.mark.parametrize("mode", ["recompute", "coupled"])
+def test_a_frozen_embedding_hides_no_gradient(mode: str, build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    shape = dataclasses.replace(SHAPE, tie_embeddings=False)
+    free, frozen = build(mode, shape), build(mode, shape)
+    frozen.embedding.requires_grad_(False)
+    expected = loss_and_gradients(free, batch)
+    frozen.loss(*batch).backward()
+    for name, parameter in frozen.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_kept_memory_does_not_grow_with_depth(build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    def kept(mode: str, layers: int) -> int:
+        model = build(mode, dataclasses.replace(SHAPE, n_layers=layers))
+        x = model.embedding(batch[0])
+        return kept_bytes(model, lambda: model.stack(model._blocks(), x))
+
+    one = batch[0].numel() * SHAPE.d_model * 4
+    assert kept("coupled", 12) - kept("coupled", 3) <= 9 * 8  # a checksum a block
+    assert kept("recompute", 12) - kept("recompute", 3) == 9 * one
+    assert kept("none", 12) - kept("none", 3) > 9 * 10 * one
+
+
+def test_modes_of_blocks_are_read_and_refused() -> None:
+    from eco_llm.errors import UserError
+
+    mixers = ("mamba", "mamba", "mla")
+    assert InstantConfig(instant_mode="fixed-point").block_modes(mixers) == ("fixed-point", "fixed-point", "recompute")
+    assert InstantConfig(instant_mode="none*2, compress").block_modes(mixers) == ("none", "none", "compress")
+    for bad in ("", "fast", "none*4", "none*0", "none,none", "none*x", "coupled*1,none*2", "recompute*2,none*2"):
+        with pytest.raises(UserError, match="--instant-mode"):
+            InstantConfig(instant_mode=bad).block_modes(mixers)
