@@ -375,11 +375,15 @@ class InstantConfig:
         for part in parts:
             name, star, count = part.partition("*")
             if name not in MEMORY_MODES:
-                raise UserError(f"--instant-mode {self.instant_mode!r}: {name!r} is not one of {', '.join(MEMORY_MODES)}, auto")
+                raise UserError(
+                    f"--instant-mode {self.instant_mode!r}: {name!r} is not one of {', '.join(MEMORY_MODES)}, auto"
+                )
             if not star and len(parts) == 1:
                 modes = [name] * len(mixers)
             elif star and (not count.isdecimal() or not 1 <= int(count) <= len(mixers)):
-                raise UserError(f"--instant-mode {self.instant_mode!r}: {part!r} names no number of the {len(mixers)} blocks")
+                raise UserError(
+                    f"--instant-mode {self.instant_mode!r}: {part!r} names no number of the {len(mixers)} blocks"
+                )
             else:
                 modes += [name] * (int(count) if star else 1)
         if len(modes) != len(mixers):
@@ -419,6 +423,8 @@ class PerfConfig:
     """Phase clock: CUDA events, the host's, or events where there is a GPU."""
     perf_sync_boundaries: bool = False
     """Synchronise the device at every phase boundary: exact host times, slower steps."""
+    memory_report: Literal["off", "once", "step"] = "off"
+    """Where a step's GPU memory goes, once or every step, and a snapshot for PyTorch's memory viewer."""
 
     def validate(self) -> None:
         """Raise UserError for impossible counts."""
@@ -494,7 +500,7 @@ FREE_ON_RESUME = frozenset(
 )  # fmt: skip
 
 # Settings, and sections, that runs of earlier versions do not have; they take their defaults.
-ADDED_SINCE_0_1_0 = frozenset({"cuda_graph", "instant"})
+ADDED_SINCE_0_1_0 = frozenset({"cuda_graph", "instant", "memory_report", "vram_gib"})
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

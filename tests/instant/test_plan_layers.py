@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -141,7 +141,7 @@ def test_compiled_blocks_keep_what_the_plan_says(mixer: Any, monkeypatch: pytest
     found = kept_by_compiler(Block(model, mixer), x)
     parts = parts_of(model, batch, time)
     mixed, first = parts.sub_forward(mixer, "activations")
-    fed, second = parts.sub_forward("mlp", "activations")
+    _, second = parts.sub_forward("mlp", "activations")
     planned = sum(b.block.size for b in (*first, mixed, *second))
     assert planned == pytest.approx(sum(found.values()), rel=0.02)
 
@@ -178,13 +178,15 @@ class _Live(TorchDispatchMode):
 
 
 @pytest.fixture
-def no_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels' launchers allocate as ever and launch nothing; products of factors in bf16 leave float32 directly."""
+def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' launchers allocate as ever and launch nothing; products of bf16 factors leave float32 directly."""
     jit = pytest.importorskip("triton.runtime.jit")
     monkeypatch.setattr(jit.KernelInterface, "__getitem__", lambda self, grid: lambda *a, **k: None)
-    direct: Callable[[Tensor, Tensor], Tensor] = lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)  # noqa: E731
+
+    def direct(a: Tensor, b: Tensor) -> Tensor:
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
     monkeypatch.setattr("eco_llm.ops.products.product", direct)
-    yield
 
 
 def peak_of(work: Callable[..., Any], *inputs: Any) -> int:

@@ -20,9 +20,18 @@ from eco_llm.config import (
 )
 from eco_llm.errors import UserError
 from eco_llm.instant.plan.search import (
-    cheapest_modes, choose, fits, job_of, largest_batch, largest_model, last_that_fits, make_plan, mode_text, modes_of,
+    cheapest_modes,
+    choose,
+    fits,
+    job_of,
+    largest_batch,
+    largest_model,
+    last_that_fits,
+    make_plan,
+    mode_text,
+    modes_of,
     scaled,
-)  # fmt: skip
+)
 from eco_llm.instant.plan.sizes import Job, Shapes
 from eco_llm.instant.plan.step import GIB, estimate
 
@@ -174,7 +183,8 @@ def config(**changes: Any) -> TrainConfig:
 def test_settings_become_a_job() -> None:
     found = job_of(config(state="bf16", batch_size=3, instant_mode="compress", instant_bits="4"))
     assert (found.batch, found.seq_len, found.state_bytes, found.bits) == (3, 1024, 4.0, 4)
-    assert found.compiled and found.graph
+    assert found.compiled
+    assert found.graph
     assert set(found.modes) == {"compress"}
     assert job_of(config(optimizer="adamw", state="bf16")).state_bytes == 8.0
 

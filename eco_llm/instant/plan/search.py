@@ -1,4 +1,4 @@
-"""What fits: the largest batch, the largest model, the cheapest mode per block. All by `estimate`, none by a formula."""
+"""What fits: the largest batch, the largest model, the cheapest mode per block. All by `estimate`."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def cheapest_modes(job: Job, gib: float) -> tuple[str, ...] | None:
 def scaled(model: SigmaConfig, size: int) -> SigmaConfig:
     """The model of the same proportions with `size` heads: the rule by which `largest_model` grows and shrinks.
 
-    The width of a head stays; D is heads times that. Depth, latents and a pinned MLP width follow D in proportion (latents
-    in multiples of 32, the MLP of 64). D stops where the kernels do (expand · D ≤ 8192); sizes beyond add depth alone,
-    as much as a head more would have added.
+    The width of a head stays; D is heads times that. Depth, latents and a pinned MLP width follow D in proportion
+    (latents in multiples of 32, the MLP of 64). D stops where the kernels do (expand · D ≤ 8192); sizes beyond add
+    depth alone, as much as a head more would have added.
     """
     width = model.d_model // model.n_heads
     widest = max(1, MAX_CHANNELS // model.mamba_expand // width)
@@ -204,7 +204,7 @@ def make_plan(config: TrainConfig) -> Plan:
 
 
 def choose(config: TrainConfig) -> TrainConfig:
-    """The same settings with `--instant-mode auto` replaced by the modes that it comes to; others come back as they are.
+    """The same settings, `--instant-mode auto` replaced by the modes that it comes to; others come back as they are.
 
     Raises:
         UserError: no `--vram-gib`, nothing fits, or a setting whose memory is not foretold.
@@ -217,7 +217,7 @@ def choose(config: TrainConfig) -> TrainConfig:
         least = min(estimate(job.replace(modes=modes_of(mode, job.model))).total for mode in ("recompute", "coupled"))
         raise UserError(
             f"--instant-mode auto: this model at --batch-size {job.batch} × --seq-len {job.seq_len} takes"
-            f" {least / GIB:.1f} GiB at least, --vram-gib is {gib:g}; `eco_train plan` with the same flags says what fits"
+            f" {least / GIB:.1f} GiB at least, --vram-gib is {gib:g}; `eco_train plan` with these flags says what fits"
         )
     return dataclasses.replace(config, instant=dataclasses.replace(config.instant, instant_mode=mode_text(modes)))
 

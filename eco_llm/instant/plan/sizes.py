@@ -68,13 +68,13 @@ class Job:
             return
         if m.mamba_inner_dim > MAX_CHANNELS:
             raise UserError(
-                f"--d-model {m.d_model} × --mamba-expand {m.mamba_expand} is over {MAX_CHANNELS} channels, which the Triton"
-                " kernels do not take; a plan is for them"
+                f"--d-model {m.d_model} × --mamba-expand {m.mamba_expand} is over {MAX_CHANNELS} channels, which the"
+                " Triton kernels do not take; a plan is for them"
             )
         if m.mamba_head_dim % 64 or m.mamba_state_dim not in (16, 32, 64, 128):
             raise UserError(
-                f"--mamba-head-dim {m.mamba_head_dim} and --mamba-state-dim {m.mamba_state_dim}: the Triton kernels take"
-                " heads of multiples of 64 and states of 16, 32, 64 or 128; a plan is for them"
+                f"--mamba-head-dim {m.mamba_head_dim} and --mamba-state-dim {m.mamba_state_dim}: the Triton kernels"
+                " take heads of multiples of 64 and states of 16, 32, 64 or 128; a plan is for them"
             )
 
 

@@ -21,8 +21,9 @@ def as_text(plan: Plan) -> str:
         "",
         "  peak     torch.cuda.max_memory_allocated, the sum of the five before it",
         "  reserve  the allocator's gaps, validation beside a CUDA graph, the CUDA context (0.5, assumed)",
-        "  cost     time of a step against one that keeps everything, by its forward work; recompute, coupled and none",
-        "           give exact gradients; coupled is another function of the same weights; fixed-point begins as recompute",
+        "  cost     time of a step against one that keeps everything, by its forward work",
+        "  none, recompute and coupled give exact gradients, compress and fixed-point approximate ones; coupled is",
+        "  another function of the same weights; fixed-point begins as recompute, whose memory it therefore needs",
         "",
     ]
     most: dict[str, int] = {}
