@@ -102,7 +102,7 @@ class StepMemory:
     temporary: int
     """The peak, less the most that was allocated at any of the points: what came and went between them."""
     other: int
-    """Before the step, beside weights, gradients and optimizer state: static inputs, workspaces, blocks' unused ends."""
+    """Before the step, beside weights, gradients and optimizer: static inputs, workspaces, blocks' unused ends."""
     fragmentation: int
     """Reserved after the step, less the peak: what the allocator holds and could not use."""
     peak: int

@@ -37,7 +37,7 @@ class Scripted:
 
 
 def run_step(ledger: MemoryLedger, a: Scripted) -> None:
-    """A step that keeps 1000 for backward, passes 1500 in forward and 1700 in backward above its 310, and grads of 100."""
+    """From 310: forward passes 1500 more and keeps 1000, backward passes 1700 and leaves 100 of gradients."""
     a.set(310, gradients=0)
     ledger.at("begin")
     a.set(1310, high=1810)

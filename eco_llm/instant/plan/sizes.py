@@ -149,7 +149,7 @@ class Shapes:
         total = m.vocab_size * m.d_model * (1 if m.tie_embeddings else 2) + m.d_model
         for kind in ("mamba", "mla"):
             one = sum(x.numbers for x in self.block_matrices(kind)) + sum(self.vectors(kind))
-            total += m.mixer_pattern.count(kind) * one  # type: ignore[arg-type]  # "mamba" or "mla"
+            total += m.mixer_pattern.count(kind) * one
         return total
 
 
