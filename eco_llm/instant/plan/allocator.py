@@ -4,7 +4,7 @@ Requests are rounded up to 512 bytes. Those up to 1 MiB are cut from segments of
 segments of 20 MiB, larger ones get segments of their own in steps of 2 MiB. The smallest free block that fits is taken,
 and split unless what would be left is at most 1 MiB (in the small pool: under 512 bytes); neighbours that are free are
 merged. What `torch.cuda.memory_allocated` counts is blocks, rests that were not split off included, so a step of a
-small model takes several percent more than its tensors' bytes. Segments are what `memory_reserved` counts; here, nothing
+small model takes several percent more than its tensors' bytes. Segments are what `memory_reserved` counts; here nothing
 gives them back.
 
 A CUDA graph's private pool is another `pool` of the same allocator.
