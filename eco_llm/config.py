@@ -200,6 +200,8 @@ class OptimizerConfig:
     """Gradient clip threshold; 0 is off."""
     grad_clip_mode: Literal["norm", "value"] = "norm"
     """Clip the global norm, or clamp each element (the report's)."""
+    gradient_release: bool = False
+    """Update each block inside backward and free its gradients at once; needs --grad-accum 1 and no norm clipping."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After warm-up: cosine to the end; or stable, then a linear decay (WSD); or constant."""
     warmup_steps: int = 100
@@ -223,6 +225,11 @@ class OptimizerConfig:
             decay_fraction=(0.0, 1.0),
             min_lr_ratio=(0.0, 1.0),
         )
+        if self.gradient_release and self.grad_clip > 0 and self.grad_clip_mode == "norm":
+            raise UserError(
+                f"--gradient-release cannot clip by the norm of all gradients (--grad-clip {self.grad_clip:g}),"
+                " known only when the first are gone; use --grad-clip-mode value or --grad-clip 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -321,7 +328,9 @@ class RuntimeConfig:
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute type of matrix products; auto is bf16 on CUDA and fp32 on CPU. Weights stay fp32."""
+    """Compute type of matrix products; auto is bf16 on CUDA and fp32 on CPU."""
+    weights_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Storage of the model's matrices and of their gradients; norms, biases and SSM scalars stay fp32."""
     torch_compile: Literal["auto", "on", "off"] = "auto"
     """Compile each block (`--torch-compile`, `--no-torch-compile`); auto is what measured
     faster, and off on a GPU that Triton does not serve."""
@@ -462,6 +471,11 @@ class TrainConfig:
         tokens = t.batch_size * t.seq_len
         if tokens > 2**31:
             raise UserError(f"--batch-size × --seq-len is {tokens} tokens; the limit is {2**31}")
+        if self.optimizer.gradient_release and t.grad_accum > 1:
+            raise UserError(
+                f"--gradient-release keeps no gradients that --grad-accum {t.grad_accum} could add to;"
+                " use --grad-accum 1 and a larger --batch-size"
+            )
         if p.perf_profile_enable and p.perf_warmup_steps + p.perf_measure_steps > t.steps:
             raise UserError(
                 f"--perf-warmup-steps {p.perf_warmup_steps} + --perf-measure-steps {p.perf_measure_steps}"
@@ -493,6 +507,7 @@ FREE_ON_RESUME = frozenset(
         "output_dir", "resume", "steps", "save_interval", "keep_checkpoints", "log_interval", "eval_interval",
         "eval_batches", "max_bad_steps", "sample_tokens", "sample_prompt", "data", "data_cache", "device",
         "torch_compile", "cuda_graph",
+        "gradient_release",  # the same numbers, in another order
         "c3o_trust_norm_refresh_drift",  # a norm is skipped only where a bound proves that the cap is idle
         *(f.name for f in dataclasses.fields(PerfConfig)),
         *(f.name for f in dataclasses.fields(InstantConfig)),  # but for the coupled form: see `differences`
@@ -500,7 +515,9 @@ FREE_ON_RESUME = frozenset(
 )  # fmt: skip
 
 # Settings, and sections, that runs of earlier versions do not have; they take their defaults.
-ADDED_SINCE_0_1_0 = frozenset({"cuda_graph", "instant", "memory_report", "vram_gib"})
+ADDED_SINCE_0_1_0 = frozenset(
+    {"cuda_graph", "instant", "weights_dtype", "gradient_release", "memory_report", "vram_gib"}
+)
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from eco_llm.config import RuntimeConfig
 from eco_llm.errors import UserError
@@ -34,6 +34,13 @@ def set_cache_dirs(root: Path | None = None) -> None:
     base = (root or Path.cwd()) / ".runtime_cache"
     os.environ.setdefault("TRITON_CACHE_DIR", str(base / "triton"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+
+
+def torch_dtype(name: Literal["fp32", "bf16"]) -> torch.dtype:
+    """The type that a setting names."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,13 @@ class Runtime:
             device = torch.device("cuda", index)
             if config.dtype == "bf16" and not torch.cuda.is_bf16_supported():
                 raise UserError("--dtype bf16: this GPU cannot compute in bfloat16; use --dtype fp32")
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(config.dtype)
-        if dtype is None:
+            if config.weights_dtype == "bf16" and not torch.cuda.is_bf16_supported():
+                raise UserError("--weights-dtype bf16: this GPU does not know bfloat16; use --weights-dtype fp32")
+        if config.dtype == "auto":
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if bf16 else torch.float32
+        else:
+            dtype = torch_dtype(config.dtype)
         compile_blocks = {"on": True, "off": False}.get(config.torch_compile)
         if compile_blocks is None:
             compile_blocks = COMPILE_PAYS[device.type] and (device.type == "cpu" or _triton_serves(device))

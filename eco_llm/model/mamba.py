@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
+from eco_llm.model.linear import Linear
 from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.mamba_mixer import mamba_mixer
 from eco_llm.ops.ssd import choose_chunk, ssd, ssd_step
@@ -45,13 +46,13 @@ class Mamba(nn.Module):
         self.conv_width, self.chunk = config.mamba_conv_width, config.mamba_chunk
         self.conv_dim = self.inner_dim + 2 * self.state_dim
 
-        self.in_proj = nn.Linear(config.d_model, self.inner_dim + self.conv_dim + self.n_heads, bias=False)
+        self.in_proj = Linear(config.d_model, self.inner_dim + self.conv_dim + self.n_heads)
         self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, self.conv_width, groups=self.conv_dim)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.norm = RMSNorm(self.inner_dim, config.norm_eps)
-        self.out_proj = nn.Linear(self.inner_dim, config.d_model, bias=False)
+        self.out_proj = Linear(self.inner_dim, config.d_model)
         self.reset_ssm_parameters()
 
     @torch.no_grad()

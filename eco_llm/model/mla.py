@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
+from eco_llm.model.linear import Linear
 from eco_llm.model.norm import RMSNorm
 from eco_llm.model.rotary import rotary_table, rotate
 
@@ -46,17 +47,17 @@ class MLA(nn.Module):
 
         if config.q_latent_dim:
             self.q_proj: nn.Module = nn.Sequential(
-                nn.Linear(config.d_model, config.q_latent_dim, bias=False),
+                Linear(config.d_model, config.q_latent_dim),
                 RMSNorm(config.q_latent_dim, config.norm_eps),
-                nn.Linear(config.q_latent_dim, width, bias=False),
+                Linear(config.q_latent_dim, width),
             )
         else:
-            self.q_proj = nn.Linear(config.d_model, width, bias=False)
-        self.kv_down = nn.Linear(config.d_model, self.latent_dim + self.rope_dim, bias=False)
+            self.q_proj = Linear(config.d_model, width)
+        self.kv_down = Linear(config.d_model, self.latent_dim + self.rope_dim)
         self.kv_norm = RMSNorm(self.latent_dim, config.norm_eps)
         # Rows: head 0's [key n ; value d], head 1's, …
-        self.kv_up = nn.Linear(self.latent_dim, self.n_heads * (self.nope_dim + self.head_dim), bias=False)
-        self.out_proj = nn.Linear(width, config.d_model, bias=False)
+        self.kv_up = Linear(self.latent_dim, self.n_heads * (self.nope_dim + self.head_dim))
+        self.out_proj = Linear(width, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]; positions 0 … T−1."""

@@ -4,8 +4,8 @@
 - pre-norm RMSNorm, no biases but the convolution's and dt's, rotary positions in MLA only
 - one matrix for embedding and head, or two (--tie-embeddings)
 - the loss never builds [B·T, V] logits; generation keeps a fixed Mamba state and a small MLA latent a token
-- float32 weights; under autocast products are bf16 and the residual stream stays float32: each of 2·layers
-  small updates would otherwise be rounded to the 8 bits of the large sum (Mamba-2 does the same)
+- float32 weights, or matrices stored in bf16; under autocast products are bf16. The residual stream is float32 always:
+  each of 2·layers small updates would otherwise be rounded to the 8 bits of the large sum (Mamba-2 does the same)
 
 Shape legend: B batch, T tokens, D model width, V vocabulary.
 """
@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eco_llm.config import InstantConfig, SigmaConfig
@@ -26,11 +25,13 @@ from eco_llm.errors import UserError
 from eco_llm.instant.coupled import start
 from eco_llm.instant.stack import Stack
 from eco_llm.model.block import Block, LayerCache
+from eco_llm.model.linear import Linear
 from eco_llm.model.mamba import Mamba
 from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.cross_entropy import linear_cross_entropy
 from eco_llm.ops.embedding import embed, tie
 from eco_llm.ops.grid import advance
+from eco_llm.ops.products import linear
 from eco_llm.ops.ssd import choose_chunk
 
 IGNORE = -100  # target of a token that does not count in the loss
@@ -44,28 +45,35 @@ class Cache:
 
 
 class SigmaLLM(nn.Module):
-    """Decoder-only language model. `config` must pass `SigmaConfig.validate` (checked: UserError).
+    """Decoder-only language model.
 
-    `instant` says what training keeps for backward; its coupled mode is another function of the same weights.
+    Args:
+        config: must pass `SigmaConfig.validate` (checked: UserError).
+        weights_dtype: what matrices (2-D parameters, embedding and head too) are stored in, float32 or bfloat16; all
+            else is float32. The numbers are the same float32 draws, rounded. At no time is there a float32 copy of
+            more than a block.
+        instant: what training keeps for backward; the coupled mode is another function of the same weights.
     """
 
-    def __init__(self, config: SigmaConfig, instant: InstantConfig | None = None) -> None:
+    def __init__(
+        self, config: SigmaConfig, instant: InstantConfig | None = None, *, weights_dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         config.validate()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixer_pattern)
+        self.embedding = _store(nn.Embedding(config.vocab_size, config.d_model), weights_dtype)
+        self.blocks = nn.ModuleList(_store(Block(config, mixer), weights_dtype) for mixer in config.mixer_pattern)
         self.stack = Stack(instant or InstantConfig(), config.mixer_pattern)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         # A tied head is no module of its own, so that the matrix is counted, decayed and saved once.
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else _store(Linear(config.d_model, config.vocab_size), weights_dtype)
         self.reset_parameters()
 
     # ---- training -----------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] int64 -> logits [B, T, V]."""
-        return F.linear(self.hidden(input_ids), self.head_weight)
+        return linear(self.hidden(input_ids), self.head_weight)
 
     def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, float32 scalar: targets [B, T] are the tokens that follow input_ids [B, T].
@@ -83,18 +91,17 @@ class SigmaLLM(nn.Module):
         return self._trunk(self.embedding(input_ids))
 
     def _trunk(self, x: Tensor) -> Tensor:
-        return self.final_norm(self.stack(self._blocks(), x))
+        return self.final_norm(self.stack(self._blocks(), _at_least_float32(x)))
 
     def review_memory(self, step: int, input_ids: Tensor) -> list[str]:
         """`Stack.review`, with input_ids [B, T] as the batch to probe with."""
-        return self.stack.review(step, self._blocks(), lambda: self.embedding(input_ids).detach())
+        return self.stack.review(step, self._blocks(), lambda: _at_least_float32(self.embedding(input_ids)).detach())
 
     def _cross_entropy(self, input_ids: Tensor, targets: Tensor, reduction: Any) -> Tensor:
-        if self.head is None:  # one gradient buffer for both uses of the matrix
-            table, head = tie(self.embedding.weight)
-            x = embed(input_ids, table)
-        else:
-            x, head = self.embedding(input_ids), self.head.weight
+        table, head = tie(self.embedding.weight)  # one gradient buffer for both uses of the matrix
+        x = embed(input_ids, table)
+        if self.head is not None:
+            head = self.head.weight
         return linear_cross_entropy(
             self._trunk(x).flatten(0, 1), head, targets.flatten(),
             chunk_tokens=self.config.loss_chunk_tokens, ignore_index=IGNORE, reduction=reduction,
@@ -116,7 +123,7 @@ class SigmaLLM(nn.Module):
         It lives where the weights do, in the type their products have now (the autocast type, if on).
         """
         weight = self.embedding.weight
-        device, dtype = weight.device, weight.dtype
+        device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(device.type)
         return Cache([b.mixer.init_cache(batch_size, max_tokens, device, dtype) for b in self._blocks()])
@@ -124,7 +131,7 @@ class SigmaLLM(nn.Module):
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Read T ≥ 1 tokens [B, T] into the cache; logits [B, V] for the token after the last."""
-        x = self.embedding(input_ids)
+        x = _at_least_float32(self.embedding(input_ids))
         if self.stack.coupled:
             a, b = start(x)
             for block, layer in zip(self._blocks(), cache.layers, strict=True):
@@ -134,7 +141,7 @@ class SigmaLLM(nn.Module):
         else:
             for block, layer in zip(self._blocks(), cache.layers, strict=True):
                 x = block.extend(x, layer)
-        return F.linear(self.final_norm(x[:, -1]), self.head_weight)
+        return linear(self.final_norm(x[:, -1]), self.head_weight)
 
     def step(self, token_ids: Tensor, cache: Cache) -> Tensor:
         """Read one token a sequence [B]; logits [B, V] for the next."""
@@ -153,7 +160,7 @@ class SigmaLLM(nn.Module):
         into_residual = 0.02 / math.sqrt(2 * self.config.n_layers)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(0.0, into_residual if name.endswith((".out_proj", ".mlp.down")) else 0.02)
+                _draw(module.weight, into_residual if name.endswith((".out_proj", ".mlp.down")) else 0.02)
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
             elif isinstance(module, nn.Conv1d):
@@ -174,6 +181,20 @@ class SigmaLLM(nn.Module):
             {"params": outer, "weight_decay": weight_decay, "name": "embedding"},
             {"params": [p for p in inner if p.ndim != 2], "weight_decay": 0.0, "name": "vector"},
         ]
+
+    def update_units(self) -> list[list[nn.Parameter]]:
+        """Every parameter in one of the lists, whose gradients backward completes one list after another.
+
+        A head of its own with the norm before it; the blocks, last first; the embedding, tied or not. With a tied head
+        the final norm goes with the last block, so that its gradient does not wait for the embedding's.
+        """
+        outer: list[nn.Parameter] = list(self.final_norm.parameters())
+        units = [list(block.parameters()) for block in reversed(self.blocks)]
+        if self.head is None:
+            units[0] = outer + units[0]
+        else:
+            units.insert(0, list(self.head.parameters()) + outer)
+        return [*units, list(self.embedding.parameters())]
 
     def num_parameters(self, embedding: bool = True) -> int:
         """Trainable numbers, a tied matrix once; without `embedding`, the token embedding and the head are left out."""
@@ -223,3 +244,26 @@ class SigmaLLM(nn.Module):
             block.compile(dynamic=False, backend=backend)
             if halves:
                 block.compile_sub_layers(dynamic=False, backend=backend)
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def _store(module: Module, dtype: torch.dtype) -> Module:
+    """The module with its matrices in `dtype`."""
+    for parameter in module.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def _draw(weight: Tensor, deviation: float) -> None:
+    """Normal numbers: the same float32 draws whatever type they are stored in."""
+    if weight.dtype == torch.bfloat16:  # its own draws are others
+        weight.copy_(torch.empty_like(weight, dtype=torch.float32).normal_(0.0, deviation))
+    else:
+        weight.normal_(0.0, deviation)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
@@ -17,6 +18,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ in the type of x, or in autocast's if that is on (its cache then casts a weight once a context).
+
+    A weight stored in another type is cast; without autocast its copy is kept for backward.
+    """
+    return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
 
 
 def cast_weight(weight: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ class UpdateResult(NamedTuple):
 
 
 class Update:
-    """One optimizer and how to step it.
+    """One optimizer and how to step it. (`release.ReleasedUpdate` does the same from inside backward.)
 
     Args:
         optimizer: what `build_optimizer` made; C3O clips by its own settings, which come from the same config.
@@ -42,6 +42,14 @@ class Update:
         self._clip, self._clip_mode = config.grad_clip, config.grad_clip_mode
         self._made_capturable = False
         self._gated_on_device = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to the parameters'."""
+        loss.backward()
+
+    def rehearse(self, loss: Tensor) -> None:
+        """`backward` for the sake of what it compiles and tunes; its gradients are to be dropped."""
+        loss.backward()
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> UpdateResult:

@@ -248,7 +248,8 @@ class GraphedStep:
         with timer.phase("zero_grad"):
             for parameter, gradient in self._gradients:
                 parameter.grad = gradient
-            torch._foreach_zero_([gradient for _, gradient in self._gradients])
+            if self._gradients:  # released ones are none
+                torch._foreach_zero_([gradient for _, gradient in self._gradients])
 
         def fetch() -> Batch:
             with timer.phase("data"):

@@ -24,12 +24,13 @@ from eco_llm.errors import UserError
 from eco_llm.model.serving import serving_kernels
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
+from eco_llm.optim.release import ReleasedUpdate
 from eco_llm.optim.update import Update
 from eco_llm.perf.device_counters import DeviceCounters, memory_stats
 from eco_llm.perf.environment import collect as collect_environment
 from eco_llm.perf.memory import CudaAllocator, Known, MemoryLedger, Snapshot, tensor_bytes
 from eco_llm.perf.phases import PhaseTimer
-from eco_llm.runtime import Runtime
+from eco_llm.runtime import Runtime, torch_dtype
 from eco_llm.training import checkpoint
 from eco_llm.training.crash import write_crash_report
 from eco_llm.training.evaluation import Validation, evaluate
@@ -156,10 +157,15 @@ class _Launch:
         t, runtime, data = self.config.training, self.runtime, self.data
         runtime.setup(t.seed)
         with torch.device(runtime.device):
-            self.model = SigmaLLM(self.shape, self.config.instant)
+            weights = torch_dtype(self.config.runtime.weights_dtype)
+            self.model = SigmaLLM(self.shape, self.config.instant, weights_dtype=weights)
         groups = self.model.parameter_groups(self.config.optimizer.weight_decay)
-        optimizer = build_optimizer(groups, self.config.optimizer, self.config.c3o, runtime.device)
-        update = Update(optimizer, self.config.optimizer)
+        rule = (self.config.optimizer, self.config.c3o, runtime.device)
+        update: Update | ReleasedUpdate
+        if self.config.optimizer.gradient_release:
+            update = ReleasedUpdate(groups, self.model.update_units(), *rule)
+        else:
+            update = Update(build_optimizer(groups, *rule), self.config.optimizer)
         self.graph = wants_graph(self.config, runtime) and update.capturable
         on_cuda = runtime.device.type == "cuda"
         loader = TokenLoader(
@@ -210,7 +216,7 @@ class _Launch:
         self.loader = loader
         return trainer, hooks
 
-    def _make_step(self, update: Update, loader: TokenLoader, timer: PhaseTimer) -> Step:
+    def _make_step(self, update: Update | ReleasedUpdate, loader: TokenLoader, timer: PhaseTimer) -> Step:
         t = self.config.training
         observed = {} if self.report is None else {"at": self.report.at}
         step = TrainStep(self.model, update, loader, self.runtime, timer, t.grad_accum, **observed)
@@ -304,7 +310,9 @@ class _Launch:
         how = (
             f"{self.runtime.device}, {str(self.runtime.compute_dtype).removeprefix('torch.')},"
             f" {self.kernels.name} kernels, {'compiled' if self.runtime.compile else 'not compiled'}"
-            f"{', one CUDA graph' if self.graph else ''}; {self.config.optimizer.optimizer};"
+            f"{', one CUDA graph' if self.graph else ''}"
+            f"{', bf16 weights' if self.config.runtime.weights_dtype == 'bf16' else ''};"
+            f" {self.config.optimizer.optimizer}{' inside backward' if self.config.optimizer.gradient_release else ''};"
             f" {t.batch_size} × {t.seq_len} tokens × {t.grad_accum} a step"
         )
         epochs = t.steps * t.tokens_per_step / train.tokens

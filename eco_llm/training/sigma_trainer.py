@@ -16,6 +16,7 @@ from typing import Any
 from eco_llm.config import OptimizerConfig, TrainingConfig
 from eco_llm.data.loader import TokenLoader
 from eco_llm.model.sigma_llm import SigmaLLM
+from eco_llm.optim.release import ReleasedUpdate
 from eco_llm.optim.schedule import lr_at
 from eco_llm.optim.update import Update
 from eco_llm.perf.phases import PhaseTimer, StepTimes
@@ -48,7 +49,7 @@ class SigmaTrainer:
         optimizer: OptimizerConfig,
         runtime: Runtime,
         model: SigmaLLM,
-        update: Update,
+        update: Update | ReleasedUpdate,
         loader: TokenLoader,
         timer: PhaseTimer,
         step: Step,

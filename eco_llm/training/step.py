@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eco_llm.data.loader import Batch, TokenLoader
 from eco_llm.model.sigma_llm import SigmaLLM
+from eco_llm.optim.release import ReleasedUpdate
 from eco_llm.optim.update import Update
 from eco_llm.perf.phases import PhaseTimer
 from eco_llm.runtime import Runtime
@@ -50,7 +51,7 @@ class TrainStep:
     def __init__(
         self,
         model: SigmaLLM,
-        update: Update,
+        update: Update | ReleasedUpdate,
         loader: TokenLoader,
         runtime: Runtime,
         timer: PhaseTimer,
@@ -89,7 +90,7 @@ class TrainStep:
                 loss = self._loss(batch)
             self._at("forward")
             with timer.phase("backward"):
-                loss.backward()
+                self.update.backward(loss)
             self._at("backward")
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
@@ -111,8 +112,8 @@ class TrainStep:
             return self.model.review_memory(step, self._last.inputs)
 
     def forward_and_backward(self, batch: Batch) -> None:
-        """Leave gradients, change nothing else."""
-        self._loss(batch).backward()
+        """Leave gradients (with --gradient-release none), change nothing else."""
+        self.update.rehearse(self._loss(batch))
 
     def fetch(self) -> Batch:
         """The next micro-batch, on the host."""

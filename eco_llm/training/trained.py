@@ -18,7 +18,7 @@ from eco_llm.data.tokenizer import Tokenizer
 from eco_llm.errors import UserError
 from eco_llm.model.generation import generate
 from eco_llm.model.sigma_llm import SigmaLLM
-from eco_llm.runtime import Runtime
+from eco_llm.runtime import Runtime, torch_dtype
 from eco_llm.training import checkpoint
 from eco_llm.training.evaluation import Validation, evaluate
 from eco_llm.training.run_directory import RunDirectory
@@ -62,7 +62,7 @@ def load(run: RunDirectory, runtime: Runtime, *, step: int = 0) -> TrainedModel:
             raise UserError(f"{run.path} has no checkpoint yet")
         loaded = found
     shape = dataclasses.replace(config.model, vocab_size=saved["resolved"]["vocab_size"])
-    model = SigmaLLM(shape, config.instant)
+    model = SigmaLLM(shape, config.instant, weights_dtype=torch_dtype(config.runtime.weights_dtype))
     model.load_state_dict(loaded.model)
     model.to(runtime.device).eval()
     tokenizer = Tokenizer.load(run.tokenizer_file)

@@ -15,6 +15,7 @@ from eco_llm.data.loader import Batch
 from eco_llm.errors import UserError
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
+from eco_llm.optim.release import ReleasedUpdate
 from eco_llm.optim.update import Update
 from eco_llm.perf.phases import CapturedPhases, HostMark, Mark, PhaseTimer
 from eco_llm.runtime import Runtime
@@ -44,7 +45,12 @@ class Source(Iterator[Batch]):
 class StandIn:
     """A `Graph` whose replay runs the work again. Capture must not run it, so what it did is undone."""
 
-    def __init__(self, state: list[torch.Tensor], optimizer: torch.optim.Optimizer, failure: Exception | None = None):
+    def __init__(
+        self,
+        state: list[torch.Tensor],
+        optimizer: torch.optim.Optimizer | ReleasedUpdate,
+        failure: Exception | None = None,
+    ):
         self._state, self._optimizer, self._failure = state, optimizer, failure
         self.boundaries: list[list[Mark]] = []
         self.abandoned = False
@@ -92,7 +98,7 @@ class StandIn:
 @dataclasses.dataclass
 class Parts:
     model: SigmaLLM
-    update: Update
+    update: Update | ReleasedUpdate
     timer: PhaseTimer
     source: Source
     step: TrainStep
@@ -101,11 +107,16 @@ class Parts:
         return list(self.model.parameters())
 
 
-def parts(accum: int = 1) -> Parts:
+def parts(accum: int = 1, released: bool = False) -> Parts:
     torch.manual_seed(0)
     model = SigmaLLM(TINY)
-    settings = OptimizerConfig(lr=1e-2)
-    update = Update(build_optimizer(model.parameter_groups(0.1), settings, C3OConfig(), "cpu"), settings)
+    settings = OptimizerConfig(lr=1e-2, grad_clip=0.0 if released else 1.0)
+    groups = model.parameter_groups(0.1)
+    update = (
+        ReleasedUpdate(groups, model.update_units(), settings, C3OConfig(), "cpu")
+        if released
+        else Update(build_optimizer(groups, settings, C3OConfig(), "cpu"), settings)
+    )
     timer = PhaseTimer("cuda:0", make_mark=HostMark)  # events mode, on the host's clock
     source = Source()
     return Parts(model, update, timer, source, TrainStep(model, update, source, CPU, timer, accum))  # type: ignore[arg-type]
@@ -129,7 +140,8 @@ def train(p: Parts, step: TrainStep | GraphedStep, n: int, *, profiled: range = 
 
 
 def graphed(p: Parts, **options: object) -> tuple[GraphedStep, StandIn]:
-    stand_in = StandIn(p.parameters(), p.update.optimizer, options.pop("failure", None))  # type: ignore[arg-type]
+    state = p.update if isinstance(p.update, ReleasedUpdate) else p.update.optimizer
+    stand_in = StandIn(p.parameters(), state, options.pop("failure", None))  # type: ignore[arg-type]
     fall_back = options.pop("fall_back", None)
     return GraphedStep(p.step, SHAPE, fall_back=fall_back, make_graph=lambda device: stand_in), stand_in  # type: ignore[arg-type]
 
@@ -142,6 +154,18 @@ def test_replays_train_exactly_as_steps_do(accum: int) -> None:
     assert train(captured, step, 5) == expected
     assert stand_in.replays == 5
     assert captured.source.made == eager.source.made == 5 * accum
+    for a, b in zip(eager.parameters(), captured.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert b.grad is None
+
+
+def test_released_steps_replay_and_are_profiled_as_they_run() -> None:
+    """Nothing is left for a replay, or an eager step between two, to clear."""
+    eager, captured = parts(released=True), parts(released=True)
+    step, stand_in = graphed(captured)
+    assert train(captured, step, 6, profiled=range(2, 4)) == train(eager, eager.step, 6)
+    assert stand_in.replays == 4
+    assert step._gradients == []
     for a, b in zip(eager.parameters(), captured.parameters(), strict=True):
         assert torch.equal(a, b)
         assert b.grad is None

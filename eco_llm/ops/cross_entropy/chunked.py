@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eco_llm.ops.products import product
+from eco_llm.ops.products import product, product_into
 
 
 def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,6 +24,13 @@ def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: Tenso
     log_p = torch.log_softmax(product(hidden, weight.t()), dim=-1)
     safe = targets.masked_fill(ignored, 0)
     return -log_p.gather(1, safe[:, None])[:, 0].masked_fill(ignored, 0.0), log_p
+
+
+def gradient_dtype(weight: Tensor, tokens: int, chunk_tokens: int, compute_dtype: torch.dtype) -> torch.dtype:
+    """The type that dWeight is summed in: at least float32, but where one product makes it whole, bf16 for bf16."""
+    if weight.dtype == compute_dtype == torch.bfloat16 and tokens <= chunk_tokens:
+        return torch.bfloat16
+    return torch.promote_types(compute_dtype, torch.float32)
 
 
 class SummedLinearCrossEntropy(torch.autograd.Function):
@@ -45,7 +52,8 @@ class SummedLinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         want_hidden, want_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(h, memory_format=torch.contiguous_format) if want_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
+        sums = gradient_dtype(weight, hidden.shape[0], chunk_tokens, compute_dtype)
+        d_weight = torch.zeros_like(weight, dtype=sums) if want_weight else None
 
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
@@ -63,8 +71,12 @@ class SummedLinearCrossEntropy(torch.autograd.Function):
             d_logits = d_logits.to(compute_dtype)
             if d_hidden is not None:
                 d_hidden[part] = (d_logits @ w) * kept
-            if d_weight is not None:
+            if d_weight is not None and d_weight.dtype == torch.bfloat16:
+                product_into(d_weight, d_logits.t(), h[part] * kept)
+            elif d_weight is not None:
                 d_weight += product(d_logits.t(), h[part] * kept)
+        if d_weight is not None and weight.dtype == torch.bfloat16:
+            d_weight = d_weight.to(torch.bfloat16)  # here, so that not 4 bytes but 2 wait for backward
 
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype

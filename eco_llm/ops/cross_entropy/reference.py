@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eco_llm.ops.products import linear
+
 
 def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
-    """Shapes as in `eco_llm.ops.cross_entropy.linear_cross_entropy`; honours autocast through `F.linear`."""
-    logits = F.linear(hidden, weight)
+    """Shapes as in `eco_llm.ops.cross_entropy.linear_cross_entropy`; honours autocast."""
+    logits = linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if reduction == "none":
         return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")

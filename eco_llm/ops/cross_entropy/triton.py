@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eco_llm.ops.cross_entropy.chunked import gradient_dtype
 from eco_llm.ops.products import product_into
 
 
@@ -183,7 +184,9 @@ def _walk(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses [M] and the gradients that are wanted, dHidden [M, D] and dWeight [V, D] float32, chunk by chunk."""
+    """Losses [M] and the gradients that are wanted, chunk by chunk: dHidden [M, D], dWeight [V, D] float32 (bf16 for a
+    bf16 weight).
+    """
     h, w = hidden.to(compute_dtype), weight.to(compute_dtype)  # once, not once a chunk
     targets = targets.contiguous()
     tokens, vocab = h.shape[0], w.shape[0]
@@ -191,7 +194,8 @@ def _walk(
     logits = h.new_empty((min(chunk_tokens, tokens), vocab), dtype=torch.float32)  # one buffer for all chunks
     losses = h.new_empty(tokens, dtype=torch.float32)
     d_hidden = h.new_empty(h.shape) if want_hidden else None
-    d_weight = h.new_empty(w.shape, dtype=torch.float32) if want_weight else None
+    sums = gradient_dtype(weight, tokens, chunk_tokens, compute_dtype)
+    d_weight = h.new_empty(w.shape, dtype=sums) if want_weight else None
     if d_weight is not None and not tokens:
         d_weight.zero_()
     for start in range(0, tokens, chunk_tokens):
@@ -207,6 +211,8 @@ def _walk(
             product_into(d_hidden[part], d_logits, w)
         if d_weight is not None:
             product_into(d_weight, d_logits.t(), h[part], add=start > 0)  # the first chunk writes: no zero-fill
+    if d_weight is not None and weight.dtype == torch.bfloat16:
+        d_weight = d_weight.to(torch.bfloat16)  # here, so that not 4 bytes but 2 wait for backward
     return losses, d_hidden, d_weight
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eco_llm.ops.products import HALF
+
 __all__ = ["embed", "tie"]
 
 
@@ -36,8 +38,22 @@ class _Tie(torch.autograd.Function):
             head = values.new_zeros(rows.shape)
         elif torch._C._autograd._get_current_graph_task_keep_graph():
             head = head.clone()  # a retained graph may hold it elsewhere
+        ids = rows._indices()[0]
+        if head.dtype in HALF:
+            values = _gathered(ids, values, rows.shape[0])
         # Sums of repeated rows go through a stable sort on CUDA: the same bits in every run.
-        return head.index_put_((rows._indices()[0],), values.to(head.dtype), accumulate=True)
+        return head.index_put_((ids,), values.to(head.dtype), accumulate=True)
+
+
+def _gathered(ids: Tensor, values: Tensor, rows: int) -> Tensor:
+    """values [M, D] float32, those of one id summed at the last place that has it, zeros at its others.
+
+    Added one by one to a half-precision row, what a frequent token brings the hundredth time would be lost in the sum.
+    """
+    places = torch.arange(len(ids), device=ids.device)
+    last = torch.zeros(rows, dtype=torch.int64, device=ids.device).scatter_reduce_(0, ids, places, "amax")
+    wide = values.to(torch.float32)
+    return torch.zeros_like(wide).index_put_((last[ids],), wide, accumulate=True)
 
 
 def tie(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,5 +67,8 @@ def tie(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def embed(input_ids: Tensor, table: Tensor) -> Tensor:
-    """input_ids [...] int64, table [V, D] of `tie` -> [..., D]; the gradient reaches `tie` as rows, not as [V, D]."""
+    """input_ids [...] int64, table [V, D] of `tie` -> [..., D]; the gradient reaches `tie` as rows, not as [V, D].
+
+    Half-precision tables give half-precision rows, whose gradients are rounded once and then summed in float32.
+    """
     return F.embedding(input_ids, table, sparse=True)

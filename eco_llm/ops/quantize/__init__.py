@@ -1,4 +1,4 @@
-"""Activations in 8 or 4 bits a number, by groups, with stochastic rounding. Maths and bytes: README.md beside this file."""
+"""Activations in 8 or 4 bits a number, with stochastic rounding. Maths and bytes: README.md beside this file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def quantize(x: Tensor, bits: int, *, step: Tensor, stream: int, backend: Backen
     Raises:
         ValueError: another type of x, bits, step or stream, or an unknown backend.
     """
-    codes, scales = _quantize(x.detach(), bits, step, stream, _takes_triton(x, bits, step, stream, backend))
+    triton = _takes_triton(x, bits, step, stream, backend)
+    function = _quantize_op if triton or torch.compiler.is_compiling() else _quantize_now
+    codes, scales = function(x.detach(), bits, step, stream, triton)
     return Quantized(codes, scales, tuple(x.shape), x.dtype, bits)
 
 
@@ -67,7 +69,10 @@ def dequantize(q: Quantized, *, backend: Backend = "auto") -> Tensor:
     Raises:
         ValueError: an unknown backend.
     """
-    return _dequantize(q.codes, q.scales, q.shape, q.dtype, q.bits, _named(backend, q.codes))
+    triton = _named(backend, q.codes)
+    function = _dequantize_op if triton or torch.compiler.is_compiling() else _dequantize_now
+    y: Tensor = function(q.codes, q.scales, q.shape, q.dtype, q.bits, triton)
+    return y
 
 
 def quantization_error(
@@ -80,7 +85,9 @@ def quantization_error(
     Returns:
         Two 0-dim float32 tensors on the device of x; NaN if x has a number that is not finite. Deterministic.
     """
-    sums = _error(x.detach(), bits, step, stream, _takes_triton(x, bits, step, stream, backend))
+    triton = _takes_triton(x, bits, step, stream, backend)
+    function = _error_op if triton or torch.compiler.is_compiling() else _error_now
+    sums = function(x.detach(), bits, step, stream, triton)
     return sums[0], sums[1]
 
 
@@ -91,7 +98,8 @@ def _takes_triton(x: Tensor, bits: int, step: Tensor, stream: int, backend: Back
         raise ValueError(f"can quantize to 8 or 4 bits, not {bits}")
     if step.ndim or step.dtype not in (torch.int32, torch.int64) or step.device != x.device:
         raise ValueError(
-            f"step must be a 0-dim int32 or int64 tensor on {x.device}, not {step.ndim}-dim {step.dtype} on {step.device}"
+            f"step must be a 0-dim int32 or int64 tensor on {x.device},"
+            f" not {step.ndim}-dim {step.dtype} on {step.device}"
         )
     if not 0 <= stream < 2**31:
         raise ValueError(f"stream must be 0 … 2^31 - 1, not {stream}")
@@ -106,10 +114,10 @@ def _named(backend: Backend, x: Tensor) -> bool:
     return backend == "triton" or (backend == "auto" and uses_triton(x))
 
 
-# Operators, on the CPU too: torch.compile sees opaque nodes with known shapes, and does not fuse the reference's sums
-# and products into other roundings.
-@torch.library.custom_op("eco_llm::quantize", mutates_args=())
-def _quantize(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> tuple[Tensor, Tensor]:
+# Operators, so that torch.compile sees opaque nodes with known shapes: it would trace into the launchers, and fuse the
+# reference's products and sums to other roundings. Eager code goes to the reference directly: calling an operator
+# imports the compiler, a second or more that a run on the CPU need not spend.
+def _quantize_now(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> tuple[Tensor, Tensor]:
     if not triton:
         return quantize_reference(x, bits, step, stream)
     from eco_llm.ops.quantize.triton import quantize_triton
@@ -117,15 +125,17 @@ def _quantize(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> 
     return quantize_triton(x, bits, step, stream)
 
 
-@_quantize.register_fake
+_quantize_op = torch.library.custom_op("eco_llm::quantize", _quantize_now, mutates_args=())
+
+
+@_quantize_op.register_fake
 def _(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> tuple[Tensor, Tensor]:
     n = x.numel()
     codes = x.new_empty(n, dtype=torch.int8) if bits == 8 else x.new_empty((n + 1) // 2, dtype=torch.uint8)
     return codes, x.new_empty((n + GROUP - 1) // GROUP, dtype=torch.bfloat16)
 
 
-@torch.library.custom_op("eco_llm::dequantize", mutates_args=())
-def _dequantize(
+def _dequantize_now(
     codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, bits: int, triton: bool
 ) -> Tensor:
     if not triton:
@@ -135,13 +145,15 @@ def _dequantize(
     return dequantize_triton(codes, scales, shape, dtype, bits)
 
 
-@_dequantize.register_fake
+_dequantize_op = torch.library.custom_op("eco_llm::dequantize", _dequantize_now, mutates_args=())
+
+
+@_dequantize_op.register_fake
 def _(codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, bits: int, triton: bool) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("eco_llm::quantization_error", mutates_args=())
-def _error(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> Tensor:
+def _error_now(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> Tensor:
     if not triton:
         return error_reference(x, bits, step, stream)
     from eco_llm.ops.quantize.triton import error_triton
@@ -149,6 +161,9 @@ def _error(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> Ten
     return error_triton(x, bits, step, stream)
 
 
-@_error.register_fake
+_error_op = torch.library.custom_op("eco_llm::quantization_error", _error_now, mutates_args=())
+
+
+@_error_op.register_fake
 def _(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> Tensor:
     return x.new_empty(2, dtype=torch.float32)

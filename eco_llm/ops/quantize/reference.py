@@ -44,9 +44,9 @@ def slope(bits: int) -> float:
     return value
 
 
-def stream_keys(stream: int) -> tuple[int, int]:
-    """Two 32-bit words (unsigned) that `step` is mixed into; pi's first bits, and the stream."""
-    return tuple(_folded(_folded(start ^ stream, PRIMES[0]), PRIMES[1]) for start in (0x243F6A88, 0x85A308D3))  # type: ignore[return-value]
+def stream_keys(stream: int) -> list[int]:
+    """Two unsigned 32-bit words that `step` is mixed into: the first bits of pi, with the stream mixed in."""
+    return [_folded(_folded(start ^ stream, PRIMES[0]), PRIMES[1]) for start in (0x243F6A88, 0x85A308D3)]
 
 
 def _folded(x: int, prime: int) -> int:
@@ -57,7 +57,7 @@ def _folded(x: int, prime: int) -> int:
 def _fold(x: Tensor, prime: int) -> Tensor:
     """Both halves of the 64-bit product, one upon the other. int64 holding 32 unsigned bits, in and out."""
     product = x * prime  # may wrap round to below 0; its bits are those of the unsigned product
-    return (product ^ (product >> 32)) & _MASK
+    return product.bitwise_xor_(product >> 32).bitwise_and_(_MASK)
 
 
 def random_numbers(count: int, step: Tensor, stream: int) -> Tensor:
@@ -72,18 +72,28 @@ def random_numbers(count: int, step: Tensor, stream: int) -> Tensor:
         int32, [count rounded up to 4], on the device of `step`.
     """
     step = step.to(torch.int64)
-    keys = [_fold(_fold((step & _MASK) ^ k, PRIMES[2]) ^ ((step >> 32) & _MASK), PRIMES[3]) for k in stream_keys(stream)]
-    quads = torch.arange(-(-count // 4), dtype=torch.int64, device=step.device)
-    mixed = _fold(_fold(quads ^ keys[0], PRIMES[0]) ^ keys[1], PRIMES[1])
-    words = (_fold(mixed, PRIMES[2]), _fold(mixed, PRIMES[3]))
-    parts = [part for word in words for part in (word & ((1 << FRACTION) - 1), word >> (32 - FRACTION))]
-    return torch.stack(parts, dim=1).flatten().to(torch.int32)
+    keys = [
+        _fold(_fold((step & _MASK) ^ k, PRIMES[2]) ^ ((step >> 32) & _MASK), PRIMES[3]) for k in stream_keys(stream)
+    ]
+    mixed = torch.arange(-(-count // 4), dtype=torch.int64, device=step.device).bitwise_xor_(keys[0])
+    mixed = _fold(_fold(mixed, PRIMES[0]).bitwise_xor_(keys[1]), PRIMES[1])
+    numbers = torch.empty(mixed.numel(), 4, dtype=torch.int32, device=step.device)
+    for half, prime in ((numbers[:, :2], PRIMES[2]), (numbers[:, 2:], PRIMES[3])):
+        word = _fold(mixed, prime)
+        half[:, 1] = word >> (32 - FRACTION)
+        half[:, 0] = word.bitwise_and_((1 << FRACTION) - 1)
+    return numbers.flatten()
 
 
 def _groups(x: Tensor) -> Tensor:
     """x in row-major order as float32 [groups, GROUP], padded with zeros."""
-    flat = x.reshape(-1).float()
-    return F.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
+    return _padded(x.reshape(-1).float())
+
+
+def _padded(flat: Tensor) -> Tensor:
+    """[n] as [groups, GROUP], with zeros at the end."""
+    count = -(-flat.numel() // GROUP)
+    return F.pad(flat, (0, count * GROUP - flat.numel())).view(count, GROUP)
 
 
 def _scales(groups: Tensor, bits: int) -> Tensor:
@@ -97,10 +107,9 @@ def _scales(groups: Tensor, bits: int) -> Tensor:
 
 def _codes(groups: Tensor, scale: Tensor, step: Tensor, stream: int) -> Tensor:
     """int32 [groups, GROUP]: x / scale, rounded up with the probability that its fraction asks for."""
-    fixed = (groups * (UNIT / scale)[:, None] + MAGIC).view(torch.int32) - MAGIC_BITS
-    drawn = random_numbers(groups.numel(), step, stream).view(groups.shape)
-    codes = (fixed + drawn) >> FRACTION
-    return torch.where(scale.isnan()[:, None], 0, codes)
+    codes = (groups * (UNIT / scale)[:, None]).add_(MAGIC).view(torch.int32).sub_(MAGIC_BITS)
+    codes.add_(random_numbers(groups.numel(), step, stream).view(groups.shape)).bitwise_right_shift_(FRACTION)
+    return codes.masked_fill_(scale.isnan()[:, None], 0)
 
 
 def _decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,19 +125,16 @@ def quantize_reference(x: Tensor, bits: int, step: Tensor, stream: int) -> tuple
     codes = _codes(groups, scale, step, stream).flatten()[: x.numel() + (x.numel() % 2 if bits == 4 else 0)]
     if bits == 8:
         return codes.to(torch.int8), scale.to(torch.bfloat16)
-    low, high = (codes + ZERO_NIBBLE).view(-1, 2).unbind(dim=1)
-    return (low | high << 4).to(torch.uint8), scale.to(torch.bfloat16)
+    low, high = (codes + ZERO_NIBBLE).to(torch.uint8).view(-1, 2).unbind(dim=1)
+    return low | high << 4, scale.to(torch.bfloat16)
 
 
-def dequantize_reference(
-    codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, bits: int
-) -> Tensor:
+def dequantize_reference(codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, bits: int) -> Tensor:
     """The result of `eco_llm.ops.quantize.dequantize`."""
     if bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), dim=1).flatten().to(torch.int8) - ZERO_NIBBLE
     numel = torch.Size(shape).numel()
-    groups = F.pad(codes[:numel], (0, -numel % GROUP)).view(-1, GROUP)
-    return _decoded(groups, scales.float(), dtype).flatten()[:numel].view(shape).clone()
+    return _decoded(_padded(codes[:numel]), scales.float(), dtype).flatten()[:numel].view(shape)
 
 
 def error_reference(x: Tensor, bits: int, step: Tensor, stream: int) -> Tensor:

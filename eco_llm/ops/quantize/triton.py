@@ -1,4 +1,4 @@
-"""The quantizers as Triton kernels: one launch each, every byte moved once. Maths and bytes: README.md beside this file.
+"""The quantizers as Triton kernels: one launch each, every byte moved once. Maths: README.md beside this file.
 
 A program owns 64 groups of 64 elements. Integer work is what could make a kernel slower than its bytes, so a random
 number costs little of it: two wide products serve four elements, and their words another one each. Products and sums
@@ -8,6 +8,7 @@ are not contracted into multiply-adds: the reference in PyTorch ops has no such 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ _GROUPS = 64  # a program; 32 elements a thread
 _WARPS = 4
 _MAX_LEADING = 3
 
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 GROUP = tl.constexpr(numbers.GROUP)
 FRACTION = tl.constexpr(numbers.FRACTION)
 UNIT = tl.constexpr(numbers.UNIT)
@@ -41,15 +44,33 @@ P0, P1, P2, P3 = (tl.constexpr(prime) for prime in numbers.PRIMES)
 @triton.jit
 def _fold(x, PRIME: tl.constexpr):
     """Both halves of the 64-bit product, one upon the other; uint32."""
-    product = x.to(tl.uint64) * PRIME
-    return (product ^ (product >> 32)).to(tl.uint32)
+    if _PTX:  # one instruction for the product, where the compiler takes two or three
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b64 p;
+            .reg .b32 l, h;
+            mul.wide.u32 p, $1, $2;
+            mov.b64 {l, h}, p;
+            xor.b32 $0, l, h;
+            }""",
+            "=r,r,n",
+            [x, PRIME],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.umulhi(x, PRIME) ^ (x * PRIME)
 
 
 @triton.jit
-def _step_key(step, key):
+def _step_keys(step, key0, key1):
+    """The stream's keys with the step mixed in."""
     s = tl.load(step).to(tl.int64)
     low, high = s.to(tl.uint32), (s >> 32).to(tl.uint32)
-    return _fold(_fold(low ^ key.to(tl.uint32, bitcast=True), P2) ^ high, P3)
+    key0 = _fold(_fold(low ^ key0.to(tl.uint32, bitcast=True), P2) ^ high, P3)
+    key1 = _fold(_fold(low ^ key1.to(tl.uint32, bitcast=True), P2) ^ high, P3)
+    return key0, key1
 
 
 @triton.jit
@@ -108,14 +129,14 @@ def _scales(x, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def _codes(x, scale, step, key0, key1, GROUPS: tl.constexpr, BIAS: tl.constexpr):
-    """Codes, signed or as nibbles, as four int32 [GROUPS, GROUP / 4]: those of elements 0, 4, …; 1, 5, …; 2, 6, …; 3, 7, …
+def _codes(x, scale, key0, key1, GROUPS: tl.constexpr, BIAS: tl.constexpr):
+    """Codes, signed or as nibbles, as four int32 [GROUPS, GROUP / 4]: those of elements 0, 4, …; 1, 5, …; and so on.
 
-    Meaningless, but the same at every call, where the scale is NaN.
+    Meaningless, beyond the bits of a code too, where the scale is NaN.
     """
     first = (tl.program_id(0).to(tl.int64) * (GROUPS * GROUP // 4)).to(tl.uint32)
     quads = first + _lanes(GROUPS, GROUP // 4).to(tl.uint32)
-    mixed = _fold(_fold(quads ^ _step_key(step, key0), P0) ^ _step_key(step, key1), P1)
+    mixed = _fold(_fold(quads ^ key0, P0) ^ key1, P1)
     word0, word1 = _fold(mixed, P2), _fold(mixed, P3)
     inverse = tl.div_rn(tl.full(scale.shape, UNIT, tl.float32), scale)
     fixed = (x * inverse + MAGIC).to(tl.int32, bitcast=True)
@@ -132,9 +153,8 @@ def _codes(x, scale, step, key0, key1, GROUPS: tl.constexpr, BIAS: tl.constexpr)
 @triton.jit
 def _rounded(y, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
     """y in DTYPE, to nearest, ties to even; within ±LARGEST, but NaN stays."""
-    y = tl.minimum(y, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    y = tl.maximum(y, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    if DTYPE == tl.bfloat16:  # Triton's interpreter truncates, so it is spelled out here
+    y = tl.clamp(y, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    if _INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter truncates
         b = y.to(tl.int32, bitcast=True)
         up = ((b + (0x7FFF + ((b >> 16) & 1))) & -65536).to(tl.float32, bitcast=True)
         y = tl.where(y != y, y, up)
@@ -148,23 +168,21 @@ def quantize_kernel(
     STRIDE_ALIGN: tl.constexpr, LEADING: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """codes int8 or uint8; scales int16, the upper bits of float32 numbers."""
+    key0, key1 = _step_keys(step, key0, key1)
     values = _read(x, units, n1, n2, s0, s1, s2, GROUPS, ALIGN, STRIDE_ALIGN, LEADING, WIDTH, WHOLE)
-    scale = _scales(values, SLOPE)
+    scale_bits = _scales(values, SLOPE)
+    scale = scale_bits.to(tl.float32, bitcast=True)
     program = tl.program_id(0).to(tl.int64)
     numel = units.to(tl.int64) * ALIGN
-    group = tl.arange(0, GROUPS)[:, None]
-    left = (numel + (GROUP - 1)) // GROUP - program * GROUPS
-    tl.store(scales + program * GROUPS + group, (scale >> 16).to(tl.int16), mask=group < left)
-    scale = scale.to(tl.float32, bitcast=True)
     if BITS == 8:
-        code0, code1, code2, code3 = _codes(values, scale, step, key0, key1, GROUPS, SIGNED)
+        code0, code1, code2, code3 = _codes(values, scale, key0, key1, GROUPS, SIGNED)
         even, odd = tl.join(code0.to(tl.int8), code2.to(tl.int8)), tl.join(code1.to(tl.int8), code3.to(tl.int8))
         packed = tl.reshape(tl.join(even, odd), (GROUPS, GROUP))
         lanes = _lanes(GROUPS, GROUP)
         start = program * (GROUPS * GROUP)
         tl.store(codes + start + lanes, packed, mask=lanes < numel - start)
     else:
-        code0, code1, code2, code3 = _codes(values, scale, step, key0, key1, GROUPS, NIBBLE)
+        code0, code1, code2, code3 = _codes(values, scale, key0, key1, GROUPS, NIBBLE)
         low, high = (code0 & 15) | (code1 << 4), (code2 & 15) | (code3 << 4)
         packed = tl.reshape(tl.join(low.to(tl.uint8), high.to(tl.uint8)), (GROUPS, GROUP // 2))
         lanes = _lanes(GROUPS, GROUP // 2)
@@ -174,6 +192,9 @@ def quantize_kernel(
         else:
             size = (numel + 1) // 2
         tl.store(codes + start + lanes, packed, mask=lanes < size - start)
+    group = tl.arange(0, GROUPS)[:, None]
+    left = (numel + (GROUP - 1)) // GROUP - program * GROUPS
+    tl.store(scales + program * GROUPS + group, (scale_bits >> 16).to(tl.int16), mask=group < left)
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -208,9 +229,10 @@ def error_kernel(
     STRIDE_ALIGN: tl.constexpr, LEADING: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """partials float32 [2, programs]: this program's squared error and squares."""
+    key0, key1 = _step_keys(step, key0, key1)
     values = _read(x, units, n1, n2, s0, s1, s2, GROUPS, ALIGN, STRIDE_ALIGN, LEADING, WIDTH, WHOLE)
     scale = _scales(values, SLOPE).to(tl.float32, bitcast=True)
-    code0, code1, code2, code3 = _codes(values, scale, step, key0, key1, GROUPS, SIGNED)
+    code0, code1, code2, code3 = _codes(values, scale, key0, key1, GROUPS, SIGNED)
     code = tl.reshape(tl.join(tl.join(code0, code2), tl.join(code1, code3)), (GROUPS, GROUP)).to(tl.float32)
     error = _rounded(code * scale, x.dtype.element_ty, LARGEST).to(tl.float32) - values
     program = tl.program_id(0)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
-from eco_llm.ops.products import compute_dtype
-from eco_llm.ops.swiglu.reference import linear, swiglu_mlp_reference
+from eco_llm.ops.products import compute_dtype, linear
+from eco_llm.ops.swiglu.reference import swiglu_mlp_reference
 
 __all__ = ["swiglu_mlp"]
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ in the type of x, or in autocast's if that is on (its cache then casts a weight once a context)."""
-    return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
+from eco_llm.ops.products import linear
 
 
 def swiglu_mlp_reference(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
