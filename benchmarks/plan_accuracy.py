@@ -51,6 +51,10 @@ CONFIGURATIONS = {
         f"{EAGER} --batch-size 1 --seq-len 1024 --d-model 1536 --n-heads 24 --n-layers 36 --instant-mode coupled"
         " --c3o-state-dtype bf16"
     ),
+    "coupled 1x1024, D 1536, 36 layers, bf16 weights and state, release": (
+        f"{EAGER} --batch-size 1 --seq-len 1024 --d-model 1536 --n-heads 24 --n-layers 36 --instant-mode coupled"
+        " --c3o-state-dtype bf16 --weights-dtype bf16 --gradient-release --grad-clip-mode value"
+    ),
     "compress 16x1024, 8 bits": f"{EAGER} --batch-size 16 --seq-len 1024 --instant-mode compress --instant-bits 8",
     "compress 16x1024, 4 bits": f"{EAGER} --batch-size 16 --seq-len 1024 --instant-mode compress --instant-bits 4",
     "fixed-point 16x1024": f"{EAGER} --batch-size 16 --seq-len 1024 --instant-mode fixed-point",
@@ -202,8 +206,10 @@ def _train(config: TrainConfig, runtime: Any) -> tuple[int, int]:
     from eco_llm.data.loader import Batch
     from eco_llm.model.sigma_llm import SigmaLLM
     from eco_llm.optim.factory import build_optimizer
+    from eco_llm.optim.release import ReleasedUpdate
     from eco_llm.optim.update import Update
     from eco_llm.perf.phases import PhaseTimer
+    from eco_llm.runtime import torch_dtype
     from eco_llm.training.evaluation import evaluate
     from eco_llm.training.graph import GraphedStep, wants_graph
     from eco_llm.training.step import Step, TrainStep
@@ -211,11 +217,17 @@ def _train(config: TrainConfig, runtime: Any) -> tuple[int, int]:
     t = config.training
     runtime.setup(t.seed)
     with torch.device(runtime.device):
-        model = SigmaLLM(config.model, config.instant)
+        weights = torch_dtype(config.runtime.weights_dtype)
+        model = SigmaLLM(config.model, config.instant, weights_dtype=weights)
     if runtime.compile:
         model.compile_blocks()
     groups = model.parameter_groups(config.optimizer.weight_decay)
-    update = Update(build_optimizer(groups, config.optimizer, config.c3o, runtime.device), config.optimizer)
+    rule = (config.optimizer, config.c3o, runtime.device)
+    update: Update | ReleasedUpdate
+    if config.optimizer.gradient_release:
+        update = ReleasedUpdate(groups, model.update_units(), *rule)
+    else:
+        update = Update(build_optimizer(groups, *rule), config.optimizer)
     drawn = torch.randint(config.model.vocab_size, (2, t.batch_size, t.seq_len)).pin_memory()
 
     def source() -> Iterator[Batch]:

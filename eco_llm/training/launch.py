@@ -101,10 +101,11 @@ def resolve_shape(config: TrainConfig, data: PreparedData) -> SigmaConfig:
     return dataclasses.replace(config.model, vocab_size=-(-data.tokenizer.vocab_size // 64) * 64)
 
 
-def _known(optimizer: torch.optim.Optimizer) -> Known:
-    """Bytes of an optimizer's parameters, of their gradients, and of its state on the same device."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+def _known(optimizers: Sequence[torch.optim.Optimizer]) -> Known:
+    """Bytes of the optimizers' parameters, of their gradients, and of their state on the same device."""
+    params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    values = [v for o in optimizers for of_one in o.state.values() for v in of_one.values()]
+    state = [v for v in values if isinstance(v, torch.Tensor)]
     return Known(
         weights=tensor_bytes(params),
         gradients=tensor_bytes(p.grad for p in params if p.grad is not None),
@@ -193,7 +194,7 @@ class _Launch:
         self.run.perf.mkdir(exist_ok=True)
         environment = collect_environment(str(runtime.device), self.command)
         if perf.memory_report != "off":
-            self.ledger = MemoryLedger(CudaAllocator(runtime.device), lambda: _known(optimizer))
+            self.ledger = MemoryLedger(CudaAllocator(runtime.device), lambda: _known(update.optimizers))
             self.report = MemoryReport(
                 perf.memory_report, self.ledger, Snapshot(runtime.device), self.run.perf, environment, self.say
             )

@@ -76,7 +76,7 @@ def test_what_holds_of_every_estimate(mode: str, compiled: bool) -> None:
     assert weights <= found.by_kind["weights"] <= 1.05 * weights
     assert found.by_kind["optimizer"] == pytest.approx(2 * weights, rel=0.01)
     assert estimate(one.replace(batch=16)).peak > found.peak
-    assert estimate(one.replace(state_bytes=2.125)).peak < found.peak - 5 * Shapes(DEFAULT).parameters()
+    assert estimate(one.replace(state_bytes=2.0625)).peak < found.peak - 5 * Shapes(DEFAULT).parameters()
     assert estimate(one.replace(weight_bytes=2)).peak < found.peak
     assert estimate(one.replace(release=True)).peak <= found.peak
     # A micro-step that finds gradients holds them all from the start.
@@ -125,7 +125,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(mode: str) -> None:
 
 
 def test_the_largest_model_fits_and_the_next_does_not() -> None:
-    one = job(mode="coupled", batch=1, seq_len=1024, state_bytes=2.125, weight_bytes=2, release=True)
+    one = job(mode="coupled", batch=1, seq_len=1024, state_bytes=2.0625, weight_bytes=2, release=True)
     found = largest_model(one, "coupled", 8.0)
     assert found is not None
     size = found.n_heads

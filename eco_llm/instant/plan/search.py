@@ -29,7 +29,6 @@ def job_of(config: TrainConfig) -> Job:
         raise UserError("--optimizer muon: the memory of its step is not foretold; c3o and adamw are")
     if o.optimizer == "c3o" and config.c3o.c3o_credit_gain > 0:
         raise UserError("--c3o-credit-gain: its step is not C3O's kernels, and its memory is not foretold")
-    weights = getattr(r, "weights_dtype", "fp32")
     instant = config.instant
     return Job(
         model=config.model,
@@ -37,13 +36,14 @@ def job_of(config: TrainConfig) -> Job:
         seq_len=t.seq_len,
         modes=modes_of("none" if instant.instant_mode == "auto" else instant.instant_mode, config.model),
         grad_accum=t.grad_accum,
+        optimizer=o.optimizer,
         state_bytes=STATE_BYTES[config.c3o.c3o_state_dtype] if o.optimizer == "c3o" else 8.0,
-        weight_bytes=2 if weights == "bf16" else 4,
+        weight_bytes=2 if r.weights_dtype == "bf16" else 4,
         error_bytes=1 if getattr(config.c3o, "c3o_error_bits", 0) else 0,
         compute_bytes=4 if r.dtype == "fp32" else 2,
         compiled=r.torch_compile != "off",
         graph=r.cuda_graph != "off" and config.excludes_cuda_graph() is None,
-        release=bool(getattr(o, "gradient_release", False)),
+        release=o.gradient_release,
         bits=4 if instant.instant_bits == "4" else 8,
         evaluates=t.eval_interval > 0,
         probed=instant.instant_bits == "auto",

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from eco_llm.config import SigmaConfig
 from eco_llm.errors import UserError
 
-STATE_BYTES = {"fp32": 8.0, "bf16": 4.0, "int8": 2.125, "int4": 1.0625}
+STATE_BYTES = {"fp32": 8.0, "bf16": 4.0, "int8": 2.0625, "int4": 1.0625}
 """C3O's two moments, bytes a parameter, scales included."""
+STATE_ROW = 4096
+"""Numbers of a tensor's moments are whole rows of so many."""
 MAX_CHANNELS = 8192  # as ops.gated_norm.MAX_TRITON_CHANNELS; a test compares, for that module imports torch
 
 
@@ -28,6 +30,8 @@ class Job:
     modes: tuple[str, ...]
     """Memory mode of every block, first to last."""
     grad_accum: int = 1
+    optimizer: str = "c3o"
+    """Lays its state out tensor by tensor (adamw), or in buffers over a group or a unit of gradient release (c3o)."""
     state_bytes: float = 8.0
     """Optimizer state, bytes a parameter."""
     weight_bytes: int = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from eco_llm.instant.plan.layers import F32, Buffer, Kind, Parts, Tape
-from eco_llm.instant.plan.sizes import Job
+from eco_llm.instant.plan.sizes import STATE_ROW, Job
 
 GIB = 2**30
 CUBLAS_WORKSPACE = 32 * 2**20
@@ -105,30 +105,40 @@ class _Step:
             self._validate()
         self._probe()
 
+    def _numbers(self) -> list[list[tuple[int, bool]]]:
+        """(numbers, whether it is a matrix) of every weight, by unit: embedding, blocks, final norm with the head."""
+        m, shapes = self.job.model, self.parts.shapes
+        table = (m.vocab_size * m.d_model, True)
+        units = [[table]]
+        for mixer in self.mixers:
+            matrices = [(x.numbers, True) for x in shapes.block_matrices(mixer)]
+            units.append(matrices + [(n, False) for n in shapes.vectors(mixer)])
+        return [*units, [(m.d_model, False)] + ([] if m.tie_embeddings else [table])]
+
     def _weights(self) -> list[int]:
         """Bytes of every weight, in the order of the modules."""
-        m, parts = self.job.model, self.parts
-        sizes = [m.vocab_size * m.d_model * parts.w]
-        for mixer in self.mixers:
-            sizes += [x.numbers * parts.w for x in parts.shapes.block_matrices(mixer)]
-            sizes += [F32 * n for n in parts.shapes.vectors(mixer)]
-        sizes.append(F32 * m.d_model)
-        if not m.tie_embeddings:
-            sizes.append(m.vocab_size * m.d_model * parts.w)
-        return sizes
+        return [n * (self.parts.w if matrix else F32) for unit in self._numbers() for n, matrix in unit]
 
     def _set_up(self) -> None:
         """Weights, optimizer state, static inputs, workspaces."""
-        m, tape, job = self.job.model, self.tape, self.job
+        tape, job, units = self.tape, self.job, self._numbers()
         for size in self._weights():
             tape.take(size, "weights")
-        numbers = self.parts.shapes.parameters()
-        outer = m.vocab_size * m.d_model * (1 if m.tie_embeddings else 2)
-        for group in (numbers - outer, outer):  # C3O lays a group's moments out back to back, one buffer each
+        if job.optimizer == "adamw":
+            arenas = [[weight] for unit in units for weight in unit]
+        elif job.release:
+            arenas = [[x for x in unit if x[1] == matrix] for unit in units for matrix in (True, False)]
+        else:
+            outer, inner = units[0] + [x for x in units[-1] if x[1]], [x for unit in units[1:] for x in unit]
+            inner = inner if job.model.tie_embeddings else inner[:-1]
+            arenas = [outer, *([x for x in inner if x[1] == matrix] for matrix in (True, False))]
+        row = 1 if job.optimizer == "adamw" else STATE_ROW
+        for arena in filter(None, arenas):
+            numbers = sum(-(-n // row) * row for n, _ in arena)
             for _ in range(2):
-                tape.take(group * job.state_bytes / 2, "optimizer")
-        if job.error_bytes:
-            tape.take(numbers * job.error_bytes, "optimizer")
+                tape.take(numbers * job.state_bytes / 2, "optimizer")
+            if job.error_bytes and arena[0][1]:
+                tape.take(numbers * job.error_bytes, "optimizer")
         tape.take(2 * 8 * job.tokens * job.grad_accum)
         for _ in range(2):
             tape.take(CUBLAS_WORKSPACE)
@@ -190,13 +200,14 @@ class _Step:
         casts = ([] if parts.c == F32 else [parts.narrow()]) + parts.cast(numbers, "temporaries")
         logits, losses = tape.take(F32 * min(m.loss_chunk_tokens, parts.M) * m.vocab_size), tape.take(F32 * parts.M)
         d_hidden = parts.narrow()
-        d_weight = tape.take(F32 * numbers, "gradients")
-        tape.give(losses, logits, *casts, hidden)
-        wide = d_hidden if parts.c == F32 else parts.wide()
-        if parts.w != F32:  # cast to the weight's type
+        whole = parts.w == parts.c and parts.M <= m.loss_chunk_tokens  # one product makes it, in the weight's type
+        d_weight = tape.take((parts.w if whole else F32) * numbers, "gradients")
+        if parts.w != F32 and not whole:  # summed in float32, then rounded
             narrow = tape.take(parts.w * numbers, "gradients")
             tape.give(d_weight)
             d_weight = narrow
+        tape.give(losses, logits, *casts, hidden)
+        wide = d_hidden if parts.c == F32 else parts.wide()
         if wide is not d_hidden:
             tape.give(d_hidden)
         dx = parts.wide()
@@ -207,10 +218,12 @@ class _Step:
     def _embedding(self, dx: Buffer) -> None:
         """The table's gradient: rows added to the head's, or a matrix of its own. Sorting takes 4 numbers a token."""
         m, tape, parts = self.job.model, self.tape, self.parts
+        # A bf16 table's rows are rounded, then summed in float32.
+        rows = [] if parts.w == F32 else [parts.narrow(), parts.wide(), parts.wide()]
         sort = tape.take(4 * 8 * parts.M)
         if not m.tie_embeddings:
             parts.gradient(m.vocab_size * parts.D)
-        tape.give(sort, dx)
+        tape.give(sort, dx, *rows)
         parts.gradient(parts.D, F32)  # of the final norm
         self._settle("")
         if self.parts.transient or self.job.release:
