@@ -168,14 +168,14 @@ class _Step:
         dx = self._head(x, owned=x not in ends)
         if modes[0] not in ("none", "recompute"):  # the caller of the stack held it
             tape.give(embedded)
-        y = x
+        y = handed_in = x
         for i in reversed(range(len(saved))):
             if modes[i] == "fixed-point":
                 if self._ends_run(i):
-                    y = ends[-1]
-                y, dx = self._inverted(self.mixers[i], y, dx, y_owned=y is not ends[-1])
+                    y, handed_in = ends[-1], dx
+                y, dx = self._inverted(self.mixers[i], y, dx, held=(ends[-1], handed_in))
                 if i == 0 or modes[i - 1] != "fixed-point":
-                    tape.give(y, ends.pop())
+                    tape.give(y, ends.pop(), handed_in)
             else:
                 dx = self._backward(i, saved[i], dx)
             self._settle(self.mixers[i])
@@ -200,7 +200,7 @@ class _Step:
         casts = ([] if parts.c == F32 else [parts.narrow()]) + parts.cast(numbers, "temporaries")
         logits, losses = tape.take(F32 * min(m.loss_chunk_tokens, parts.M) * m.vocab_size), tape.take(F32 * parts.M)
         d_hidden = parts.narrow()
-        whole = parts.w == parts.c and parts.M <= m.loss_chunk_tokens  # one product makes it, in the weight's type
+        whole = parts.w == parts.c and m.loss_chunk_tokens >= parts.M  # one product makes it, in the weight's type
         d_weight = tape.take((parts.w if whole else F32) * numbers, "gradients")
         if parts.w != F32 and not whole:  # summed in float32, then rounded
             narrow = tape.take(parts.w * numbers, "gradients")
@@ -254,11 +254,12 @@ class _Step:
         parts, tape = self.parts, self.tape
         mixed, first = parts.sub_forward(mixer, kind)
         if self.job.compiled:
-            first.append(mixed)  # x + mix(x) is added again in backward
+            middle = mixed  # x + mix(x) is added again in backward
         else:
-            first.append(parts.wide(kind))
+            middle = parts.wide(kind)
             tape.give(mixed)
         fed, second = parts.sub_forward("mlp", kind)
+        second.append(middle)
         y = parts.wide("activations")
         tape.give(fed)
         return y, Kept(mixer=first, mlp=second)
@@ -267,40 +268,70 @@ class _Step:
         """The gradient of the block's input; frees what it kept, and dy."""
         parts, tape, mixer, mode = self.parts, self.tape, self.mixers[i], self.job.modes[i]
         output: list[Buffer] = []
-        if mode != "none":
-            x = kept.x if mode == "recompute" else [parts.wide()]
+        if mode == "compress":
+            return self._unpacked_backward(mixer, kept, dy)
+        if mode == "recompute":
             y, again = self._residuals(mixer, "temporaries")
-            if mode == "recompute":
-                output = [y]
-            else:  # what was packed is unpacked, all at once
-                tape.give(y, *kept.all())
-            kept = Kept(x, again.mixer, again.mlp)
+            output = [y]
+            kept = Kept(kept.x, again.mixer, again.mlp)
         middle = parts.sub_backward("mlp", kept.mlp)
         dx = parts.sub_backward(mixer, kept.mixer, into=middle)
         tape.give(*kept.x, *output, dy)
         return dx
 
     def _packed(self, mixer: str) -> Kept:
-        """What `compress` keeps of a block: an MLA mixer's input and the MLP's tensors, or all that grows with M."""
-        parts, m = self.parts, self.job.model
+        """What `compress` keeps of a block: of an MLA mixer its input, else all that grows with M; casts of weights."""
+        parts, shapes = self.parts, self.parts.shapes
         M, D = parts.M, parts.D
-        numbers = [M * D, M * D, M * 2 * m.mlp_dim, M, M]  # x, the MLP's u and a, statistics
-        w_in = parts.shapes.mamba()["in_proj"].rows
-        numbers += [M * D]  # x + mix(x), or what it is made from
-        if mixer == "mamba":
-            numbers += [M * D, M * w_in, M * parts.inner]  # u, zxbcdt, y
-        kept = Kept(mlp=[self.tape.take(n * BITS[self.job.bits] / 8, "activations") for n in numbers])
-        weights = list(parts.shapes.mlp().values()) + (list(parts.shapes.mamba().values()) if mixer == "mamba" else [])
-        for w in weights:
+
+        def pack(*numbers: int) -> list[Buffer]:
+            return [self.tape.take(n * BITS[self.job.bits] / 8, "activations") for n in numbers]
+
+        weights = shapes.mlp()
+        # The MLP's: statistics, u, a, and x + mix(x) or what it is made from.
+        kept = Kept(x=pack(M * D), mlp=pack(M, M * D, M * weights["gate_up"].rows, M * D))
+        for w in weights.values():
             kept.mlp += parts.cast(w.numbers, "activations")
         if mixer == "mamba":
-            kept.mlp.append(self.tape.take(parts.scan.decays(parts.scan.chunk), "activations"))
+            kept.mixer = pack(M, M * D, M * shapes.mamba()["in_proj"].rows, M * parts.inner)  # statistics, u, zxbcdt, y
+            kept.mixer.append(self.tape.take(parts.scan.decays(parts.scan.chunk), "activations"))
+            for w in shapes.mamba().values():
+                kept.mixer += parts.cast(w.numbers, "activations")
         return kept
 
-    def _inverted(self, mixer: str, y: Buffer, dy: Buffer, *, y_owned: bool) -> tuple[Buffer, Buffer]:
+    def _unpacked_backward(self, mixer: str, kept: Kept, dy: Buffer) -> Buffer:
+        """A block's backward from what `compress` kept. A compiled graph unpacks all of its at once, and so does a
+        compiled MLP on its own; uncompiled, every node unpacks what it needs.
+        """
+        parts, tape, job = self.parts, self.tape, self.job
+        M, D, c = parts.M, parts.D, parts.c
+        a = c * M * parts.shapes.mlp()["gate_up"].rows
+        own = [c * M * D, c * M * parts.shapes.mamba()["in_proj"].rows, c * M * parts.inner] if mixer == "mamba" else []
+        mine = [tape.take(size) for size in (c * M * D, a)]
+        later: list[Buffer] = []
+        if job.compiled:
+            mine.append(parts.narrow() if mixer == "mamba" else parts.wide())
+            if mixer == "mamba":
+                later = [parts.wide(), *(tape.take(size) for size in own)]
+        middle = parts.sub_backward("mlp", mine)
+        tape.give(*kept.mlp)
+        if mixer == "mla":  # its input alone was kept: run again
+            x = parts.wide()
+            out, again = parts.sub_forward("mla", "temporaries")
+            dx = parts.sub_backward("mla", again)
+            total = parts.wide()
+            tape.give(x, out, dx, middle, dy, *kept.x)
+            return total
+        later = later or [tape.take(size) for size in own]
+        dx = parts.sub_backward(mixer, later, into=middle)
+        tape.give(dy, *kept.mixer, *kept.x)
+        return dx
+
+    def _inverted(self, mixer: str, y: Buffer, dy: Buffer, *, held: tuple[Buffer, Buffer]) -> tuple[Buffer, Buffer]:
         """A block of a fixed-point run: each sub-layer inverted by iteration, evaluated once more, differentiated.
 
-        (its input, the gradient of that), from its output, which is freed if owned, and the gradient of that.
+        (its input, the gradient of that), from its output and the gradient of that, both freed unless `held`: those of
+        the run, which autograd holds until its end.
         """
         parts, tape = self.parts, self.tape
         for part in ("mlp", mixer):
@@ -315,8 +346,8 @@ class _Step:
             tape.give(*checks)
             gradient = parts.sub_backward(part, kept)
             total = parts.wide()
-            tape.give(gradient, dy, out, *([y] if y_owned else []))
-            dy, y, y_owned = total, x, True
+            tape.give(gradient, out, *(old for old in (y, dy) if old not in held))
+            dy, y = total, x
         return y, dy
 
     # -- the coupled form --
