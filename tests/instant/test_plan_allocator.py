@@ -71,8 +71,26 @@ def test_freeing_twice_is_an_error() -> None:
         a.give(block)
 
 
-def test_random_use_leaves_nothing_behind() -> None:
-    a, rng, live = CachingAllocator(), random.Random(0), []
+def test_expandable_segments_grow_and_leave_no_rests() -> None:
+    a = CachingAllocator(expandable=True)
+    a.take(11 * MIB)
+    assert (a.allocated, a.reserved) == (11 * MIB, 20 * MIB)
+    middle = a.take(9 * MIB - 512)
+    assert (a.allocated, a.reserved) == (20 * MIB - 512, 20 * MIB)
+    last = a.take(5 * MIB)  # 512 bytes are at the end already
+    assert a.reserved == 40 * MIB
+    a.give(last)
+    a.give(middle)
+    a.take(60 * MIB)  # from the end of the first block: one segment, which grows by what is missing
+    assert a.reserved == 80 * MIB
+    assert a.allocated == 71 * MIB
+    a.take(512)  # small blocks have a segment of their own
+    assert a.reserved == 82 * MIB
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+def test_random_use_leaves_nothing_behind(expandable: bool) -> None:
+    a, rng, live = CachingAllocator(expandable), random.Random(0), []
     for _ in range(2000):
         if live and rng.random() < 0.5:
             a.give(live.pop(rng.randrange(len(live))))

@@ -223,3 +223,13 @@ def test_a_plan_lists_every_mode_and_the_modes_it_chose() -> None:
     assert all(c.fits == (c.estimate.total <= 8 * GIB) for c in plan.candidates)
     assert [mode for mode, _ in plan.models] == ["none", "recompute", "coupled"]
     assert make_plan(config(batch_size=512)).chosen is None
+
+
+def test_growing_segments_leave_smaller_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = job_of(config(instant_mode="recompute", batch_size=32))
+    assert not one.expandable
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,roundup_power2_divisions:4")
+    grown = job_of(config(instant_mode="recompute", batch_size=32))
+    assert grown.expandable
+    assert estimate(grown).reserved < estimate(one).reserved
+    assert estimate(grown).peak <= estimate(one).peak

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,7 +76,7 @@ class Live(TorchDispatchMode):
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Callable[..., Any]]]:
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Callable[..., Any]]:
     """The Triton paths are taken and launch nothing; returns the operators' bodies."""
     from eco_llm.ops.mamba_mixer import triton as mixer
     from eco_llm.ops.swiglu import triton as swiglu
@@ -94,7 +94,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Callable[
     monkeypatch.setattr(Tensor, "data_ptr", lambda self: self.untyped_storage()._cdata)
     ops = torch.ops.eco_llm
     gc.collect()
-    yield {
+    return {
         ops.mamba_mixer.default: lambda *a: tuple(mixer.mixer_forward(*a)),
         ops.mamba_mixer_backward.default: lambda d, *a: tuple(mixer.mixer_backward(d, mixer.Kept(d, *a[:5]), *a[5:])),
         ops.swiglu_mlp.default: swiglu.mlp_forward,

@@ -7,7 +7,9 @@ merged. What `torch.cuda.memory_allocated` counts is blocks, rests that were not
 small model takes several percent more than its tensors' bytes. Segments are what `memory_reserved` counts; here nothing
 gives them back.
 
-A CUDA graph's private pool is another `pool` of the same allocator.
+A CUDA graph's private pool is another `pool` of the same allocator. With `expandable_segments:True` in
+`PYTORCH_CUDA_ALLOC_CONF` a pool is one segment that grows at its end (20 MiB at a time; small blocks 2), and every rest
+is split off.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Block:
 class CachingAllocator:
     """Counts what a sequence of `take` and `give` would allocate and reserve, bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, expandable: bool = False) -> None:
+        self._expandable = expandable
+        self._tails: dict[int, Block] = {}  # of growing segments, by the identity of their free list
         self.allocated = 0
         self.reserved = 0
         self._free: dict[tuple[str, bool], list[tuple[int, int, Block]]] = {}
@@ -48,7 +52,7 @@ class CachingAllocator:
         i = bisect_left(home, (size, -1))
         block = home.pop(i)[2] if i < len(home) else self._segment(home, size)
         rest = block.size - size
-        if rest >= _UNIT if small else rest > _SMALL:
+        if rest >= _UNIT if small or self._expandable else rest > _SMALL:
             self._split(block, size)
         block.free = False
         self.allocated += block.size
@@ -70,6 +74,8 @@ class CachingAllocator:
         self._keep(block)
 
     def _segment(self, home: list[tuple[int, int, Block]], size: int) -> Block:
+        if self._expandable:
+            return self._grown(home, size)
         if size <= _SMALL:
             length = 2 * _MIB
         elif size < 10 * _MIB:
@@ -81,11 +87,30 @@ class CachingAllocator:
         self._end += length
         return block
 
+    def _grown(self, home: list[tuple[int, int, Block]], size: int) -> Block:
+        """The end of a pool's segment, made long enough."""
+        tail = self._tails.get(id(home))
+        if tail is not None and tail.free:
+            del home[bisect_left(home, (tail.size, tail.at))]
+        else:
+            block = Block(home, 0 if tail is None else tail.at + tail.size, 0)
+            block.before = tail
+            if tail is not None:
+                tail.after = block
+            tail = self._tails[id(home)] = block
+        step = 2 * _MIB if size <= _SMALL else 20 * _MIB
+        length = -(-(size - tail.size) // step) * step
+        tail.size += length
+        self.reserved += length
+        return tail
+
     def _split(self, block: Block, size: int) -> None:
         rest = Block(block.home, block.at + size, block.size - size)
         rest.before, rest.after = block, block.after
         if rest.after is not None:
             rest.after.before = rest
+        elif self._expandable:
+            self._tails[id(block.home)] = rest
         block.after, block.size = rest, size
         self._keep(rest)
 
@@ -103,3 +128,5 @@ class CachingAllocator:
             block.after = neighbour.after
             if block.after is not None:
                 block.after.before = block
+            elif self._expandable:
+                self._tails[id(block.home)] = block

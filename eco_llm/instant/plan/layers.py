@@ -32,8 +32,8 @@ class Buffer:
 class Tape:
     """Plays allocations and remembers the worst moment."""
 
-    def __init__(self) -> None:
-        self.allocator = CachingAllocator()
+    def __init__(self, expandable: bool = False) -> None:
+        self.allocator = CachingAllocator(expandable)
         self.pool = ""
         self.live: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self.peak = 0

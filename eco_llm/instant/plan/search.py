@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -46,8 +47,15 @@ def job_of(config: TrainConfig) -> Job:
         release=o.gradient_release,
         bits=4 if instant.instant_bits == "4" else 8,
         evaluates=t.eval_interval > 0,
+        expandable=_segments_grow(),
         probed=instant.instant_bits == "auto",
     )
+
+
+def _segments_grow() -> bool:
+    """What PyTorch would read in the environment of this process."""
+    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + "," + os.environ.get("PYTORCH_ALLOC_CONF", "")
+    return "expandable_segments:true" in settings.lower().replace(" ", "")
 
 
 def modes_of(text: str, model: SigmaConfig) -> tuple[str, ...]:

@@ -48,6 +48,8 @@ class Job:
     """Of what `compress` stores."""
     evaluates: bool = True
     """Whether validation runs in the same process."""
+    expandable: bool = False
+    """Whether the allocator's segments grow (`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`)."""
     probed: bool = False
     """Whether `compress` measures, between steps, if 4 bits would do."""
 

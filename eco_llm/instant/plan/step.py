@@ -86,7 +86,7 @@ class _Step:
     """The tape of one job."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.tape = job, Tape()
+        self.job, self.tape = job, Tape(job.expandable)
         self.parts = Parts(job, self.tape)
         self.mixers = job.model.mixer_pattern
         self.outer: list[Buffer] = []  # the head's gradient, to which a tied table's is added at the very end

@@ -51,9 +51,10 @@ def flags_of(plan: Plan) -> list[str]:
     if plan.chosen is not None:
         found.append(f"--batch-size {plan.job.batch} --instant-mode {mode_text(plan.chosen)}")
     else:
-        best = max(
-            (c for c in plan.candidates if c.fits), key=lambda c: (-c.estimate.extra_forwards, c.batch), default=None
-        )
+        # The largest batch of a mode that is exact and the same function; failing that, of the coupled form, or any.
+        preferred = {"none": 2, "recompute": 2, "coupled": 1}
+        fitting = [c for c in plan.candidates if c.fits]
+        best = max(fitting, key=lambda c: (preferred.get(c.mode, 0), c.batch), default=None)
         if best is not None:
             found.append(f"--batch-size {best.batch} --instant-mode {best.mode}")
     for mode, model in plan.models[-1:]:
