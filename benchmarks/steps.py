@@ -16,11 +16,12 @@ import torch
 from common import seconds_of
 from torch import Tensor, nn
 
-from eco_llm.config import C3OConfig, OptimizerConfig, SigmaConfig
+from eco_llm.config import C3OConfig, InstantConfig, OptimizerConfig, SigmaConfig
 from eco_llm.data.loader import Batch, TokenLoader
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.ops.backend import kernels_for
 from eco_llm.optim.factory import build_optimizer
+from eco_llm.optim.release import ReleasedUpdate
 from eco_llm.optim.update import Update
 from eco_llm.perf.phases import PhaseTimer
 from eco_llm.runtime import Runtime
@@ -99,6 +100,9 @@ class Ours:
         compile_blocks: as `--torch-compile`.
         graph: one CUDA graph a step; without CUDA it does nothing.
         seed: of the weights.
+        instant: what is kept for backward; default: everything.
+        bf16_weights: as `--weights-dtype bf16`.
+        release: as `--gradient-release`.
     """
 
     def __init__(
@@ -112,18 +116,27 @@ class Ours:
         settings: OptimizerConfig | None = None,
         c3o: C3OConfig | None = None,
         seed: int = 1337,
+        instant: InstantConfig | None = None,
+        bf16_weights: bool = False,
+        release: bool = False,
     ) -> None:
         settings = settings or OptimizerConfig(lr=1e-4)
         runtime.setup(seed)
         with torch.device(runtime.device):
-            self.model = SigmaLLM(shape)
+            weights = torch.bfloat16 if bf16_weights else torch.float32
+            self.model = SigmaLLM(shape, instant, weights_dtype=weights)
         if compile_blocks:
             self.model.compile_blocks()
         groups = self.model.parameter_groups(settings.weight_decay)
         c3o = c3o or C3OConfig(
             c3o_trust_norm_refresh_drift=0.02 if runtime.device.type == "cuda" else 0.0
         )  # the profiles'
-        self.update = Update(build_optimizer(groups, settings, c3o, runtime.device), settings)
+        rule = (settings, c3o, runtime.device)
+        self.update: Update | ReleasedUpdate
+        if release:
+            self.update = ReleasedUpdate(groups, self.model.update_units(), *rule, guard=self.model.stack.guard)
+        else:
+            self.update = Update(build_optimizer(groups, *rule), settings)
         self._timer = PhaseTimer(runtime.device)
         first = next(source)
         loader = cast(TokenLoader, itertools.chain([first], source))
@@ -134,6 +147,8 @@ class Ours:
             shape_of_batch = (first.inputs.shape[0], first.inputs.shape[1])
             self._step = GraphedStep(plain, shape_of_batch, fall_back=None)
             self.how += ", whole-step CUDA graph"
+        if instant is not None:
+            self.how += f", INSTANT {instant.instant_mode}"
         self.how += f", {settings.optimizer}, {kernels_for(runtime.device).name} kernels"
         self._number = 0
 
@@ -148,7 +163,14 @@ class Ours:
         timer.mark_core_end()
         timer.end_step()
         timer.collect()
+        self.output = output
         return output.values[0]
+
+    def review(self, step: int) -> list[str]:
+        """What INSTANT decides between steps, as the trainer asks for it; the host waits for the device."""
+        stack = self.model.stack
+        stack.observe(dict(zip(self.output.names, self.output.values.tolist(), strict=True)))
+        return self._step.review(step)
 
 
 def gpt_flops_per_token(model: nn.Module, layers: int, width: int, length: int) -> int:

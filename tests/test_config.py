@@ -13,6 +13,7 @@ from eco_llm.config import (
     FREE_ON_RESUME,
     C3OConfig,
     DataConfig,
+    InstantConfig,
     OptimizerConfig,
     PerfConfig,
     RuntimeConfig,
@@ -26,7 +27,9 @@ from eco_llm.config import (
 )
 from eco_llm.errors import UserError
 
-GROUPS = (TrainingConfig, SigmaConfig, DataConfig, OptimizerConfig, C3OConfig, RuntimeConfig, PerfConfig)
+GROUPS = (
+    TrainingConfig, SigmaConfig, DataConfig, OptimizerConfig, C3OConfig, RuntimeConfig, InstantConfig, PerfConfig,
+)  # fmt: skip
 
 
 def with_settings(config: TrainConfig, **changes: Any) -> TrainConfig:

@@ -54,7 +54,7 @@ class Packing:
         draw: 0-dim integer tensor on the device, another value in every forward: the random numbers' counter.
         block: the block's number, so that blocks draw different numbers.
         tokens: (B, T) of the block's input.
-        weights: shapes of the block's parameters; a two-dimensional tensor of such a shape is taken for the cast of one.
+        weights: shapes of the block's parameters; a matrix of such a shape is taken for the cast of one.
         sizes: adds up what was packed.
     """
 
@@ -160,7 +160,8 @@ class _RecomputeFromPacked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         x = _unpack(ctx.packed)
         ctx.packed = None
-        return back_propagate(*ctx.setting.record(ctx.f, x), gradients[0]), None, None, None
+        leaf, y = ctx.setting.record(ctx.f, x)
+        return back_propagate(leaf, y, gradients[0]), None, None, None
 
 
 def recompute_from_packed(f: SubLayer, x: Tensor, packing: Packing) -> Tensor:

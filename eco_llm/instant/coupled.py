@@ -50,9 +50,7 @@ def coupled_values(blocks: Sequence[Layer], x: Tensor) -> Tensor:
 
 class _Coupled(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, blocks: Sequence[Layer], gate: Gate, setting: Setting
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, blocks: Sequence[Layer], gate: Gate, setting: Setting) -> tuple[Tensor, Tensor]:
         a, b = start(x)
         sums = []
         for block in blocks:

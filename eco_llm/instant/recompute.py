@@ -22,7 +22,8 @@ class _Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        return back_propagate(*ctx.setting.record(ctx.f, x), gradients[0]), None, None
+        leaf, y = ctx.setting.record(ctx.f, x)
+        return back_propagate(leaf, y, gradients[0]), None, None
 
 
 def recompute(f: SubLayer, x: Tensor) -> Tensor:

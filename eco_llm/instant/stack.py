@@ -7,6 +7,7 @@ of the last batch; so a run that is stopped and resumed takes the same ones.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -156,6 +157,16 @@ class Stack:
             x = x + recompute_from_packed(mix, x, packing)
             return x + feed(x)
 
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Forward and backward in here leave no trace: the steps that follow draw the numbers they would have drawn."""
+        before = None if self._draw is None else self._draw.clone()
+        try:
+            yield
+        finally:
+            if before is not None and self._draw is not None:
+                self._draw.copy_(before)
+
     def guard(self, loss: Tensor) -> Tensor:
         """What the optimizer's guard is given: the loss, or NaN where the gate tripped. 0-dim."""
         return loss if self._gate is None else self._gate.guard(loss)
@@ -185,7 +196,7 @@ class Stack:
         return found
 
     def observe(self, values: dict[str, float]) -> dict[str, float]:
-        """Take in a finished step's values; return those that belong in the record (verdicts of single blocks do not)."""
+        """Take in a finished step's values; return those that belong in the record (not single blocks' verdicts)."""
         for index in range(len(self.modes)):
             if values.get(block_name(index)):
                 self._new_trips.add(index)
@@ -260,7 +271,7 @@ class Stack:
                 x = setting.value(block, x)
         sizes = [errors.numel() for _, errors in found]
         numbers = torch.cat([errors.flatten().float() for _, errors in found]).tolist()
-        for (index, errors), size in zip(found, sizes, strict=True):
+        for (index, _), size in zip(found, sizes, strict=True):
             mine, numbers = numbers[:size], numbers[size:]
             if self.modes[index] == "compress":
                 self._decided.bits[index] = 4 if mine[0] <= config.instant_error_threshold else 8

@@ -229,7 +229,8 @@ class SigmaLLM(nn.Module):
         """Compile every block in place with torch.compile, for static shapes.
 
         Blocks of a kind share one compiled graph, so this costs two compilations, not one a layer (four where INSTANT
-        runs the halves of a block on their own); names in the state dict do not change. Generation (`prefill`, `step`) stays uncompiled.
+        runs the halves of a block on their own); names in the state dict do not change. Generation (`prefill`, `step`)
+        stays uncompiled.
 
         Raises:
             UserError: a pinned chunk of 256 on CUDA before torch 2.13, whose compiler cannot scan 256 tokens.

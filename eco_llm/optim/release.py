@@ -18,7 +18,7 @@ What cannot be had this way: docs/gradient_release.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -57,6 +57,8 @@ class ReleasedUpdate:
         config: rule and settings; clips by value or not at all (`TrainConfig.validate`).
         c3o: settings of C3O.
         device: where the parameters live.
+        guard: what a unit is told in place of the loss, asked when it is about to step; NaN refuses it and all after it
+            (INSTANT's gate, whose verdicts come block by block).
 
     Raises:
         ValueError: clipping by norm; a parameter in no unit, or in two; an empty group.
@@ -69,7 +71,10 @@ class ReleasedUpdate:
         config: OptimizerConfig,
         c3o: C3OConfig,
         device: torch.device | str,
+        *,
+        guard: Callable[[Tensor], Tensor] = lambda loss: loss,
     ) -> None:
+        self._guard = guard
         if config.grad_clip > 0 and config.grad_clip_mode == "norm":
             raise ValueError("gradient release: the norm of all gradients is not known when the first are used")
         if not all(group["params"] for group in groups):
@@ -153,7 +158,7 @@ class ReleasedUpdate:
         unit.stepped = True
         if self._apply:
             assert self._verdict is not None
-            result = unit.update.step(self._verdict)
+            result = unit.update.step(self._guard(self._verdict))
             self._norms.append(result.grad_norm)
             self._verdict = torch.where(result.applied, self._verdict, torch.nan)
         unit.update.zero_grad()

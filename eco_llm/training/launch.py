@@ -164,7 +164,7 @@ class _Launch:
         rule = (self.config.optimizer, self.config.c3o, runtime.device)
         update: Update | ReleasedUpdate
         if self.config.optimizer.gradient_release:
-            update = ReleasedUpdate(groups, self.model.update_units(), *rule)
+            update = ReleasedUpdate(groups, self.model.update_units(), *rule, guard=self.model.stack.guard)
         else:
             update = Update(build_optimizer(groups, *rule), self.config.optimizer)
         self.graph = wants_graph(self.config, runtime) and update.capturable

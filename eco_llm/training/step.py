@@ -113,7 +113,8 @@ class TrainStep:
 
     def forward_and_backward(self, batch: Batch) -> None:
         """Leave gradients (with --gradient-release none), change nothing else."""
-        self.update.rehearse(self._loss(batch))
+        with self.model.stack.rehearsal():
+            self.update.rehearse(self._loss(batch))
 
     def fetch(self) -> Batch:
         """The next micro-batch, on the host."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,10 +12,11 @@ from torch import Tensor
 from eco_llm.config import InstantConfig, SigmaConfig
 from eco_llm.model.sigma_llm import SigmaLLM
 
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The CPU; with `-m gpu`, the GPU, on a stream of its own, as a captured step would be."""
-    yield torch.device(request.param)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, or with `-m gpu` the GPU."""
+    return torch.device(request.param)
 
 
 @pytest.fixture

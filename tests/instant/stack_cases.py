@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -70,7 +70,8 @@ def test_what_counts_as_an_activation() -> None:
     inside = [torch.empty(2, 128, 64), torch.empty(2, 4, 128, 16), torch.empty(256, 32), torch.empty(2, 128, 4, 16)]
     outside = [
         torch.empty(256, 64), torch.empty(64, 256), torch.nn.Parameter(torch.empty(256, 32)), torch.empty(2, 8, 4),
-        torch.empty(2, 128, 64).long(), torch.empty(3, 128, 64), torch.empty(2, 128, 80)[..., :64], torch.empty(128, 64),
+        torch.empty(2, 128, 64).long(), torch.empty(3, 128, 64), torch.empty(2, 128, 80)[..., :64],
+        torch.empty(128, 64),
     ]  # fmt: skip
     assert [is_activation(x, (2, 128), weights) for x in inside] == [True] * 4
     assert [is_activation(x, (2, 128), weights) for x in outside] == [False] * 8

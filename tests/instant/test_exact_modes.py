@@ -16,7 +16,6 @@ from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.ops.grid import RANGE
 
 
-
 def stored(model: SigmaLLM, monkeypatch: pytest.MonkeyPatch) -> SigmaLLM:
     """The coupled network with everything kept, by plain autograd."""
     monkeypatch.setattr(model, "stack", StoredStack(model))

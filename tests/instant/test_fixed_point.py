@@ -16,7 +16,7 @@ from eco_llm.model.sigma_llm import SigmaLLM
 
 
 class Scale(torch.nn.Module):
-    """f(x) = slope · x: y = x + f(x) is undone by iteration if |slope| < 1, the error shrinking by |slope| each time."""
+    """f(x) = slope · x: y = x + f(x) is undone if |slope| < 1, the error shrinking by |slope| in each iteration."""
 
     def __init__(self, slope: float) -> None:
         super().__init__()

@@ -75,6 +75,12 @@ def with_hook(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
         "--grad-accum 1 --torch-compile",
         "--optimizer adamw --grad-accum 2",
         "--dtype fp32",
+        "--instant-mode recompute --grad-accum 2",
+        "--instant-mode coupled --torch-compile --grad-accum 2",
+        "--instant-mode compress --instant-bits 8 --torch-compile",
+        "--instant-mode compress --instant-error-threshold 1 --instant-int4-probe-interval 7",  # captured anew
+        "--instant-mode fixed-point --instant-reversible-tol 0.5 --instant-int4-probe-interval 7",
+        "--instant-mode coupled --gradient-release --grad-clip 0 --weights-dtype bf16",
     ],
 )
 def test_losses_are_those_of_the_eager_step(flags: str, train: Callable[..., Any], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_graph import SHAPE, Parts, StandIn, parts, train
 from torch import Tensor
-from train_cases import assert_same_checkpoint, losses, records, stop_after
+from train_cases import assert_same_checkpoint, assert_same_tree, losses, records, stop_after
 
 from eco_llm.cli.main import main
 from eco_llm.instant import stack
@@ -134,6 +134,33 @@ def test_a_trip_is_counted_logged_and_not_applied(
     assert torch.equal(states[1]["embedding.weight"], states[3]["embedding.weight"])
     assert not torch.equal(states[3]["embedding.weight"], states[4]["embedding.weight"])
     assert "the gate tripped at block" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["recompute", "coupled", "compress", "fixed-point", "none,recompute,none"])
+def test_released_updates_are_the_ordinary_ones(mode: str, tiny_flags: Flags, tmp_path: Path) -> None:
+    """An update inside backward changes weights that nested backwards still have to recompute with, or it would."""
+    settings = f"--steps 4 --lr 1e-2 --eval-interval 0 --grad-clip 0 --instant-mode {mode}"
+    assert main(tiny_flags(settings, run="ordinary")) == 0
+    assert main(tiny_flags(f"{settings} --gradient-release", run="released")) == 0
+    ends = [checkpoint.load(checkpoint.listing(tmp_path / r / "checkpoints")[-1]) for r in ("ordinary", "released")]
+    assert_same_tree(ends[0].model, ends[1].model)
+    assert_same_tree(ends[0].optimizer["state"], ends[1].optimizer["state"])
+    assert records(tmp_path / "released")[-1]["skipped_steps"] == 0
+
+
+def test_a_trip_stops_released_updates_before_they_are_made(
+    tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every reconstruction is wrong: no block's update, and not the embedding's, may be applied."""
+    from eco_llm.instant import coupled
+
+    honest = coupled.retreat
+    monkeypatch.setattr(coupled, "retreat", lambda c, y: honest(c, y) + 2.0**-14)
+    settings = "--steps 3 --save-interval 1 --keep-checkpoints 9 --lr 1e-2 --eval-interval 0 --grad-clip 0"
+    assert main(tiny_flags(f"{settings} --instant-mode coupled --gradient-release")) == 0
+    assert [r["skipped_steps"] for r in records(tmp_path / "run")] == [1, 2, 3]
+    first, last = (checkpoint.load(checkpoint.listing(tmp_path / "run" / "checkpoints")[i]).model for i in (0, -1))
+    assert_same_tree(first, last)
 
 
 def test_a_gate_does_not_hide_a_loss_that_is_not_finite(

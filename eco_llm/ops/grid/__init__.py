@@ -27,7 +27,7 @@ def snap(x: Tensor) -> Tensor:
 
 
 def advance(a: Tensor, y: Tensor) -> Tensor:
-    """a + snap(y): `a` a stream, contiguous, float32 or float64; y of its shape, any floating type. In the type of a."""
+    """a + snap(y): `a` a stream, contiguous, float32 or float64; y of its shape, any floating type. In a's type."""
     return _move(a, y, back=False)
 
 
