@@ -354,7 +354,7 @@ class InstantConfig:
 
     instant_mode: str = "none"
     """Memory mode: none, recompute, compress, fixed-point, coupled (whole stack only), or one for each block, first to
-    last, as in `recompute*12,none*6`."""
+    last, as in `recompute*12,none*6`; auto is the fastest exact one that fits into --vram-gib."""
     instant_reversible_tol: float = 3e-3
     """fixed-point: largest relative residual of an inversion that the gate lets pass."""
     instant_max_iters: int = 12
@@ -365,6 +365,8 @@ class InstantConfig:
     """Steps between probes: of 4 bits (compress) and of the iterations each block needs (fixed-point)."""
     instant_error_threshold: float = 0.1
     """compress: largest relative error of what is stored with which 4 bits are used."""
+    vram_gib: float = 0.0
+    """GPU memory that training may take, for `--instant-mode auto` and `eco_train plan`; 0 is not given."""
 
     @property
     def coupled(self) -> bool:
@@ -383,7 +385,7 @@ class InstantConfig:
             name, star, count = part.partition("*")
             if name not in MEMORY_MODES:
                 raise UserError(
-                    f"--instant-mode {self.instant_mode!r}: {name!r} is not one of {', '.join(MEMORY_MODES)}"
+                    f"--instant-mode {self.instant_mode!r}: {name!r} is not one of {', '.join(MEMORY_MODES)}, auto"
                 )
             if not star and len(parts) == 1:
                 modes = [name] * len(mixers)
@@ -410,6 +412,7 @@ class InstantConfig:
             instant_max_iters=(1, 100),
             instant_int4_probe_interval=(1, 1_000_000),
             instant_error_threshold=(1e-6, 1.0),
+            vram_gib=(0.0, 100_000.0),
         )
 
 
@@ -429,6 +432,8 @@ class PerfConfig:
     """Phase clock: CUDA events, the host's, or events where there is a GPU."""
     perf_sync_boundaries: bool = False
     """Synchronise the device at every phase boundary: exact host times, slower steps."""
+    memory_report: Literal["off", "once", "step"] = "off"
+    """Where a step's GPU memory goes, once or every step, and a snapshot for PyTorch's memory viewer."""
 
     def validate(self) -> None:
         """Raise UserError for impossible counts."""
@@ -458,7 +463,10 @@ class TrainConfig:
         """Raise UserError for the first setting, or pair of settings, that cannot work."""
         for group in dataclasses.fields(self):
             getattr(self, group.name).validate()
-        self.instant.block_modes(self.model.mixer_pattern)
+        if self.instant.instant_mode != "auto":
+            self.instant.block_modes(self.model.mixer_pattern)
+        elif not self.instant.vram_gib:
+            raise UserError("--instant-mode auto needs --vram-gib, the GPU's memory that training may take")
         t, p = self.training, self.perf
         tokens = t.batch_size * t.seq_len
         if tokens > 2**31:
@@ -507,7 +515,9 @@ FREE_ON_RESUME = frozenset(
 )  # fmt: skip
 
 # Settings, and sections, that runs of earlier versions do not have; they take their defaults.
-ADDED_SINCE_0_1_0 = frozenset({"cuda_graph", "instant", "weights_dtype", "gradient_release"})
+ADDED_SINCE_0_1_0 = frozenset(
+    {"cuda_graph", "instant", "weights_dtype", "gradient_release", "memory_report", "vram_gib"}
+)
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

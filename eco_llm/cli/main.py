@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": ("eco_llm.cli.sample", "continue a prompt with a trained model"),
     "evaluate": ("eco_llm.cli.evaluate", "validation loss and bits per byte of a checkpoint"),
     "data": ("eco_llm.cli.data", "prepare or inspect a tokenised corpus"),
+    "plan": ("eco_llm.cli.plan", "what fits into a GPU's memory, estimated without one"),
     "doctor": ("eco_llm.cli.doctor", "check that this machine can train, and say what to fix"),
 }
 

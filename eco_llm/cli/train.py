@@ -28,6 +28,10 @@ def run(args: Sequence[str]) -> int:
     command = parse(TrainCommand, args, prog="eco_train train", description=DESCRIPTION)
     config = command.config
     config.validate()
+    if config.instant.instant_mode == "auto":
+        from eco_llm.instant.plan.search import choose
+
+        config = choose(config)
     if command.print_config:
         print(json.dumps(to_dict(config), indent=1))
         return 0

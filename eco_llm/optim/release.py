@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from eco_llm.config import C3OConfig, OptimizerConfig
 from eco_llm.optim.factory import build_optimizer
@@ -102,6 +103,11 @@ class ReleasedUpdate:
             for p in unit.params:
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(self._hook_of(unit))
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """One a unit."""
+        return [unit.update.optimizer for unit in self._units]
 
     # ---- backward, and the updates inside it --------------------------------------------------------------------
 

@@ -43,6 +43,11 @@ class Update:
         self._made_capturable = False
         self._gated_on_device = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """All there are."""
+        return [self.optimizer]
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to the parameters'."""
         loss.backward()

@@ -28,6 +28,7 @@ from eco_llm.optim.release import ReleasedUpdate
 from eco_llm.optim.update import Update
 from eco_llm.perf.device_counters import DeviceCounters, memory_stats
 from eco_llm.perf.environment import collect as collect_environment
+from eco_llm.perf.memory import CudaAllocator, Known, MemoryLedger, Snapshot, tensor_bytes
 from eco_llm.perf.phases import PhaseTimer
 from eco_llm.runtime import Runtime, torch_dtype
 from eco_llm.training import checkpoint
@@ -35,6 +36,7 @@ from eco_llm.training.crash import write_crash_report
 from eco_llm.training.evaluation import Validation, evaluate
 from eco_llm.training.graph import CaptureError, GraphedStep, wants_graph
 from eco_llm.training.hooks.base import Hook
+from eco_llm.training.hooks.memory_report import MemoryReport
 from eco_llm.training.hooks.metrics_file import MetricsFile
 from eco_llm.training.hooks.perf_window import PerfFiles
 from eco_llm.training.hooks.progress import ProgressDisplay
@@ -57,6 +59,10 @@ def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
     runtime = Runtime.detect(config.runtime)
     PhaseTimer(runtime.device, config.perf.perf_device_time_mode)  # refuses a clock the device does not have
     wants_graph(config, runtime)  # refuses a graph that the device cannot have
+    if config.perf.memory_report != "off" and runtime.device.type != "cuda":
+        raise UserError(
+            f"--memory-report {config.perf.memory_report} reads a CUDA allocator; there is none on {runtime.device}"
+        )
 
     def accept(manifest: Manifest) -> None:
         require_length(manifest.splits["train"].tokens, config.training.seq_len, "train")
@@ -95,6 +101,18 @@ def resolve_shape(config: TrainConfig, data: PreparedData) -> SigmaConfig:
     return dataclasses.replace(config.model, vocab_size=-(-data.tokenizer.vocab_size // 64) * 64)
 
 
+def _known(optimizers: Sequence[torch.optim.Optimizer]) -> Known:
+    """Bytes of the optimizers' parameters, of their gradients, and of their state on the same device."""
+    params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    values = [v for o in optimizers for of_one in o.state.values() for v in of_one.values()]
+    state = [v for v in values if isinstance(v, torch.Tensor)]
+    return Known(
+        weights=tensor_bytes(params),
+        gradients=tensor_bytes(p.grad for p in params if p.grad is not None),
+        optimizer=tensor_bytes(v for v in state if v.device == params[0].device),
+    )
+
+
 class _Launch:
     """One training, from an open run directory to its outcome."""
 
@@ -110,6 +128,8 @@ class _Launch:
         self.run, self.config, self.shape, self.runtime, self.data = run, config, shape, runtime, data
         self.command = list(command)
         self.graph = False
+        self.ledger: MemoryLedger | None = None
+        self.report: MemoryReport | None = None
         self.kernels = serving_kernels(shape, runtime.device, runtime.compute_dtype)
         self.display = ProgressDisplay(config.training.log_interval)
         self.say = self.display.on_message
@@ -172,14 +192,21 @@ class _Launch:
         if moved:
             self.say(f"{moved} logged steps after the checkpoint will be done again (kept: metrics.superseded.jsonl)")
         self.run.perf.mkdir(exist_ok=True)
+        environment = collect_environment(str(runtime.device), self.command)
+        if perf.memory_report != "off":
+            self.ledger = MemoryLedger(CudaAllocator(runtime.device), lambda: _known(update.optimizers))
+            self.report = MemoryReport(
+                perf.memory_report, self.ledger, Snapshot(runtime.device), self.run.perf, environment, self.say
+            )
         hooks: list[Hook] = [
             MetricsFile(self.run.metrics_file),
             TensorBoard(self.run.tensorboard, first_step),
             PerfFiles(
                 perf, self.run.perf, timer, device=runtime.device,
                 tokens_per_step=t.tokens_per_step,
-                environment=collect_environment(str(runtime.device), self.command), say=self.say,
+                environment=environment, say=self.say,
             ),
+            *([self.report] if self.report is not None else []),
             self.display,
         ]  # fmt: skip
         trainer = SigmaTrainer(
@@ -192,7 +219,8 @@ class _Launch:
 
     def _make_step(self, update: Update | ReleasedUpdate, loader: TokenLoader, timer: PhaseTimer) -> Step:
         t = self.config.training
-        step = TrainStep(self.model, update, loader, self.runtime, timer, t.grad_accum)
+        observed = {} if self.report is None else {"at": self.report.at}
+        step = TrainStep(self.model, update, loader, self.runtime, timer, t.grad_accum, **observed)
         if not self.graph:
             return step
         may_fall_back = self.config.runtime.cuda_graph == "auto"
@@ -214,9 +242,14 @@ class _Launch:
             numbers["gpu_power_watts"] = reading.gpu_power_watts
         t = self.config.training
         if step % t.log_interval == 0 or step == t.steps:  # the allocator's counters cost 0.1 ms to read
-            memory = memory_stats(self.runtime.device)
-            numbers["memory_peak_gib"] = memory.get("gpu_memory_peak_gib", memory["process_peak_rss_gib"])
+            numbers["memory_peak_gib"] = self._peak_gib()
         return numbers
+
+    def _peak_gib(self) -> float | None:
+        """Of the whole run; the ledger starts the allocator's count anew in every step that it measures."""
+        memory = memory_stats(self.runtime.device)
+        peak = memory.get("gpu_memory_peak_gib", memory["process_peak_rss_gib"])
+        return peak if self.ledger is None or peak is None else max(peak, self.ledger.highest / 2**30)
 
     def _record_settings(self, saved: checkpoint.Checkpoint | None) -> None:
         """Write config.json, or add this resume to it."""
@@ -318,8 +351,7 @@ class _Launch:
         return outcome
 
     def _finish(self, trainer: SigmaTrainer) -> None:
-        memory = memory_stats(self.runtime.device)
-        peak = memory.get("gpu_memory_peak_gib") or memory["process_peak_rss_gib"]
+        peak = self._peak_gib()
         peak_text = f"; peak memory {peak:.2f} GiB" if peak is not None else ""
         skipped = f", {trainer.skipped_steps} skipped" if trainer.skipped_steps else ""
         self.say(f"done: {trainer.step} steps{skipped}{peak_text}; run directory {self.run.path}")

@@ -56,10 +56,11 @@ class TrainStep:
         runtime: Runtime,
         timer: PhaseTimer,
         grad_accum: int,
+        at: Callable[[str], object] = lambda point: None,
     ) -> None:
         self.model, self.update, self.timer, self.grad_accum = model, update, timer, grad_accum
         self.device = runtime.device
-        self._loader, self._runtime = loader, runtime
+        self._loader, self._runtime, self._at = loader, runtime, at
         self._prepared = False
         self._last: Batch | None = None
         model.stack.prepare(runtime.device)
@@ -80,14 +81,17 @@ class TrainStep:
     def compute(self, fetch: Callable[[], Batch]) -> StepOutput:
         """Everything between the data and the cleared gradients; `fetch` is called once for each micro-batch."""
         timer, stack = self.timer, self.model.stack
+        self._at("begin")
         stack.begin_step()
         total: Tensor | None = None
         for _ in range(self.grad_accum):
             batch = self._last = fetch()
             with timer.phase("forward"):
                 loss = self._loss(batch)
+            self._at("forward")
             with timer.phase("backward"):
                 self.update.backward(loss)
+            self._at("backward")
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         with timer.phase("opt_step"):
@@ -97,6 +101,7 @@ class TrainStep:
             values = torch.stack([total.float(), result.grad_norm.float(), result.applied.float()])
             if names or verdicts:
                 values = torch.cat([values, *(part.float() for part in (metrics, verdict_values) if part is not None)])
+        self._at("opt_step")
         return StepOutput(("loss", "grad_norm", "applied", *names, *verdicts), values)
 
     def review(self, step: int) -> list[str]:

@@ -1,0 +1,264 @@
+"""What the parts of a block allocate, keep and free, forward and backward, in the order in which the code does.
+
+Each function mirrors one of the model's: `ops/mamba_mixer/triton.py`, `ops/ssd/triton.py`, `ops/swiglu/triton.py`,
+`model/mla.py`, `model/block.py`. Change the two together; tests/instant/test_plan_layers.py runs the real operators on
+fake tensors and compares what they keep, benchmarks/plan_accuracy.py compares whole steps with a GPU's own count.
+
+Compiled blocks (`Job.compiled`): the elementwise parts are fused, so their intermediates never exist, and of the two
+norms' inputs the second is not kept but added again from the block's input and the mixer's result.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from eco_llm.instant.plan.allocator import Block, CachingAllocator
+from eco_llm.instant.plan.sizes import Job, Scan, Shapes
+
+Kind = Literal["weights", "gradients", "optimizer", "activations", "temporaries"]
+KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer", "activations", "temporaries")
+F32 = 4
+
+
+class Buffer:
+    """A live allocation of some kind."""
+
+    __slots__ = ("block", "kind")
+
+    def __init__(self, block: Block, kind: Kind) -> None:
+        self.block, self.kind = block, kind
+
+
+class Tape:
+    """Plays allocations and remembers the worst moment."""
+
+    def __init__(self, expandable: bool = False) -> None:
+        self.allocator = CachingAllocator(expandable)
+        self.pool = ""
+        self.live: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        self.peak = 0
+        self.at_peak: dict[Kind, int] = dict(self.live)
+
+    def take(self, size: float, kind: Kind = "temporaries") -> Buffer:
+        """Allocate `size` bytes."""
+        buffer = Buffer(self.allocator.take(int(size), self.pool), kind)
+        self.live[kind] += buffer.block.size
+        if self.allocator.allocated > self.peak:
+            self.peak = self.allocator.allocated
+            self.at_peak = dict(self.live)
+        return buffer
+
+    def give(self, *buffers: Buffer) -> None:
+        """Free them."""
+        for buffer in buffers:
+            self.live[buffer.kind] -= buffer.block.size
+            self.allocator.give(buffer.block)
+
+
+class Parts:
+    """Sub-layers of one job on one tape. M, D, … as in sizes.py; `kind` is what kept tensors count as."""
+
+    def __init__(self, job: Job, tape: Tape) -> None:
+        self.job, self.tape = job, tape
+        self.shapes, self.scan = Shapes(job.model), Scan(job)
+        m = job.model
+        self.M, self.D, self.c, self.w = job.tokens, m.d_model, job.compute_bytes, job.weight_bytes
+        self.inner, self.state, self.heads = m.mamba_inner_dim, m.mamba_state_dim, m.mamba_n_heads
+        self.gradients: list[Buffer] = []
+        """Of weights, since the list was last emptied; a step decides what becomes of them."""
+        self.transient = False
+        """Whether a weight's gradient is added to one that exists, and freed."""
+
+    # -- small things --
+
+    def wide(self, kind: Kind = "temporaries") -> Buffer:
+        """[B, T, D] float32."""
+        return self.tape.take(F32 * self.M * self.D, kind)
+
+    def narrow(self, kind: Kind = "temporaries") -> Buffer:
+        """[B, T, D] in the compute type."""
+        return self.tape.take(self.c * self.M * self.D, kind)
+
+    def cast(self, numbers: int, kind: Kind) -> list[Buffer]:
+        """A weight in the compute type, where it has another."""
+        return [] if self.w == self.c else [self.tape.take(self.c * numbers, kind)]
+
+    def gradient(self, numbers: int, width: int | None = None) -> Buffer:
+        """Of a weight, made by a product in the weight's own type."""
+        buffer = self.tape.take((width or self.w) * numbers, "temporaries" if self.transient else "gradients")
+        self.gradients.append(buffer)
+        return buffer
+
+    def vectors(self, mixer: str) -> None:
+        """Gradients of a block's vectors, which come as it ends."""
+        for length in self.shapes.vectors(mixer):
+            self.gradient(length, F32)
+
+    # -- Mamba mixer --
+
+    def mamba_forward(self, kind: Kind) -> tuple[Buffer, list[Buffer]]:
+        """(result, kept): zxbcdt, y, decays, casts of the weights."""
+        take, give, M, c, s = self.tape.take, self.tape.give, self.M, self.c, self.scan
+        w_in, w_out = self.shapes.mamba().values()
+        casts = self.cast(w_in.numbers, kind) + self.cast(w_out.numbers, kind)
+        zxbcdt = take(c * M * w_in.rows, kind)
+        conv = take(c * M * (self.inner + 2 * self.state))
+        decays = take(s.decays(s.chunk), kind)
+        states = take(s.states(s.chunk))
+        y = take(c * M * self.inner, kind)
+        give(states)
+        gated = take(c * M * self.inner)
+        out = self.narrow(kind)
+        give(gated, conv)
+        return out, [zxbcdt, y, decays, *casts]
+
+    def mamba_backward(self) -> Buffer:
+        """The gradient of u; what forward kept is the caller's to free."""
+        take, give, M, c, s = self.tape.take, self.tape.give, self.M, self.c, self.scan
+        w_in, w_out = self.shapes.mamba().values()
+        channels = self.inner + 2 * self.state
+        d_zxbcdt, d_gated, gated = take(c * M * w_in.rows), take(c * M * self.inner), take(c * M * self.inner)
+        self.gradient(w_out.numbers)
+        give(gated)
+        conv = take(c * M * channels)
+        tile = s.block
+        again = [] if s.chunk == tile else [take(s.decays(tile))]
+        states, d_states = take(s.states(tile)), take(s.states(tile))
+        dx = take(c * M * self.inner)
+        d_bc = take(F32 * s.shares() * M * 2 * self.state)
+        padded, slices = s.padded(tile), self.inner // (32 if c == F32 else 64)
+        vectors = take(F32 * 3 * self.job.batch * slices * padded)
+        give(states, d_states, vectors, *again)
+        conv_partials = take(F32 * channels * (self.job.model.mamba_conv_width + 1) * -(-M // _CONV_STRIP))
+        d_u = self.narrow()
+        self.gradient(w_in.numbers)
+        give(d_zxbcdt, d_gated, conv, dx, d_bc, conv_partials)
+        return d_u
+
+    # -- SwiGLU --
+
+    def mlp_forward(self, kind: Kind) -> tuple[Buffer, list[Buffer]]:
+        """(result, kept): a [M, 2F], casts of the weights."""
+        w_up, w_down = self.shapes.mlp().values()
+        casts = self.cast(w_up.numbers, kind) + self.cast(w_down.numbers, kind)
+        a = self.tape.take(self.c * self.M * w_up.rows, kind)
+        h = self.tape.take(self.c * self.M * w_down.columns)
+        y = self.narrow()
+        self.tape.give(h)
+        return y, [a, *casts]
+
+    def mlp_backward(self) -> Buffer:
+        """The gradient of x."""
+        w_up, w_down = self.shapes.mlp().values()
+        dh = self.tape.take(self.c * self.M * w_down.columns)
+        da = self.tape.take(self.c * self.M * w_up.rows)
+        self.gradient(w_down.numbers)
+        self.tape.give(dh)
+        self.gradient(w_up.numbers)
+        d_x = self.narrow()
+        self.tape.give(da)
+        return d_x
+
+    # -- MLA mixer --
+
+    def mla_forward(self, kind: Kind) -> tuple[Buffer, list[Buffer]]:
+        """(result, kept): latents, queries, keys, values, attention's result twice, casts of the weights."""
+        take, give, M, c, m = self.tape.take, self.tape.give, self.M, self.c, self.job.model
+        width, weights = m.n_heads * m.head_dim, self.shapes.mla()
+        kept = [b for w in weights.values() for b in self.cast(w.numbers, kind)]
+        if m.q_latent_dim:
+            kept += [take(c * M * m.q_latent_dim, kind), take(c * M * m.q_latent_dim, kind)]
+        raw = take(c * M * width)
+        kept.append(take(c * M * weights["kv_down"].rows, kind))
+        kept.append(take(c * M * m.kv_latent_dim, kind))
+        kept.append(take(c * M * weights["kv_up"].rows, kind))
+        kept += [take(c * M * width, kind), take(c * M * width, kind)]  # q, k with their rotary parts
+        give(raw)
+        kept += [take(c * M * width, kind), take(F32 * M * m.n_heads, kind)]  # attention and its log-sums
+        kept.append(take(c * M * width, kind))  # heads side by side
+        return self.narrow(kind), kept
+
+    def mla_backward(self) -> Buffer:
+        """The gradient of u."""
+        take, give, M, c, m = self.tape.take, self.tape.give, self.M, self.c, self.job.model
+        width, weights = m.n_heads * m.head_dim, self.shapes.mla()
+        d_y = take(c * M * width)
+        self._mla_gradient(weights["out_proj"].numbers)
+        # Attention's backward adds up the gradient of q in float32.
+        sums = take(F32 * M * width)
+        d_q, d_k, d_v = take(c * M * width), take(c * M * width), take(c * M * width)
+        give(sums, d_y)
+        d_kv = take(c * M * weights["kv_up"].rows)
+        give(d_k, d_v)
+        self._mla_gradient(weights["kv_up"].numbers)
+        d_latent = take(c * M * m.kv_latent_dim)
+        give(d_kv)
+        d_down = take(c * M * weights["kv_down"].rows)
+        give(d_latent)
+        self._mla_gradient(weights["kv_down"].numbers)
+        d_u = self.narrow()
+        give(d_down)
+        packed = take(c * M * width)
+        give(d_q)
+        for name in weights:
+            if name.startswith("q"):
+                self._mla_gradient(weights[name].numbers)
+        second = self.narrow()
+        give(packed, second)
+        return d_u
+
+    def _mla_gradient(self, numbers: int) -> None:
+        """Autocast's products give it in the compute type; then it is cast."""
+        if self.w == self.c:
+            self.gradient(numbers)
+            return
+        product = self.tape.take(self.c * numbers)
+        self.gradient(numbers)
+        self.tape.give(product)
+
+    # -- sub-layers: norm → mixer, norm → MLP --
+
+    def mixer_forward(self, mixer: str, kind: Kind) -> tuple[Buffer, list[Buffer]]:
+        """A mixer of either kind."""
+        return self.mla_forward(kind) if mixer == "mla" else self.mamba_forward(kind)
+
+    def mixer_backward(self, mixer: str) -> Buffer:
+        return self.mla_backward() if mixer == "mla" else self.mamba_backward()
+
+    def normed(self, kind: Kind) -> list[Buffer]:
+        """A norm's result in the compute type, and its statistics; uncompiled, the float32 result passes by."""
+        statistics = self.tape.take(F32 * self.M, kind)
+        if self.job.compiled or self.c == F32:
+            return [statistics, self.narrow(kind)]
+        passing = self.wide()
+        u = self.narrow(kind)
+        self.tape.give(passing)
+        return [statistics, u]
+
+    def sub_forward(self, part: str, kind: Kind) -> tuple[Buffer, list[Buffer]]:
+        """`mix` of a mixer ("mamba", "mla") or `feed` ("mlp"): (result, kept). The input is the caller's."""
+        kept = self.normed(kind)
+        out, more = self.mlp_forward(kind) if part == "mlp" else self.mixer_forward(part, kind)
+        return out, kept + more
+
+    def sub_backward(self, part: str, kept: list[Buffer], into: Buffer | None = None) -> Buffer:
+        """The gradient of the sub-layer's input, [B, T, D] float32; frees what forward kept.
+
+        Args:
+            into: a [B, T, D] float32 buffer whose place the result takes, where blocks are compiled.
+        """
+        dy = [] if self.c == F32 else [self.narrow()]
+        d_u = self.mlp_backward() if part == "mlp" else self.mixer_backward(part)
+        self.tape.give(*dy, *kept)
+        passing = [] if self.job.compiled or self.c == F32 else [self.wide()]
+        if passing:
+            self.tape.give(d_u)
+        d_x = into if into is not None and self.job.compiled else self.wide()
+        self.tape.give(*(passing or [d_u]))
+        if into is not None and d_x is not into:
+            self.tape.give(into)
+        return d_x
+
+
+_CONV_STRIP = 4 * 32
+"""Tokens of one row of the convolution's partial sums: 4 strips of 8 to 64, of which the launcher chooses."""

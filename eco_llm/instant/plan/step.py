@@ -1,0 +1,430 @@
+"""One training step as a sequence of allocations, and the peak that it comes to. Modes: eco_llm/instant/*.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from eco_llm.instant.plan.layers import F32, Buffer, Kind, Parts, Tape
+from eco_llm.instant.plan.sizes import STATE_ROW, Job
+
+GIB = 2**30
+CUBLAS_WORKSPACE = 32 * 2**20
+"""Of one (thread, stream) on Hopper; other cards take 8.1 MiB. Forward and backward run on threads of their own."""
+CONTEXT = GIB // 2
+"""What the CUDA context, libraries and loaded kernels take outside the allocator: assumed."""
+INVERSIONS = 3
+"""Iterations of `fixed-point`, which the run chooses by itself: assumed."""
+FORWARDS = {"none": 0.0, "compress": 0.0, "recompute": 1.0, "coupled": 1.0, "fixed-point": INVERSIONS + 1.0}
+"""Extra forward work of a block in backward."""
+BITS = {8: 8.25, 4: 4.25}
+"""Of a number that `compress` stores, with its share of the scales."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job takes, bytes."""
+
+    by_kind: dict[Kind, int]
+    """At the peak of `torch.cuda.max_memory_allocated`, which is their sum."""
+    reserved: int
+    """What the allocator holds once validation has run too (`torch.cuda.max_memory_reserved`)."""
+    extra_forwards: float
+    """Forward passes over the whole stack that backward adds."""
+
+    @property
+    def peak(self) -> int:
+        """Of allocated memory."""
+        return sum(self.by_kind.values())
+
+    @property
+    def total(self) -> int:
+        """What must be free on the card."""
+        return self.reserved + CONTEXT
+
+    @property
+    def reserve(self) -> int:
+        """What is needed beside the peak: the allocator's gaps, validation's memory, the CUDA context."""
+        return self.total - self.peak
+
+    @property
+    def relative_cost(self) -> float:
+        """Time of a step against one that keeps everything, if a backward is two forwards."""
+        return (3.0 + self.extra_forwards) / 3.0
+
+
+@dataclass
+class Kept:
+    """What a block keeps, by the half of the block that backward frees it with."""
+
+    x: list[Buffer] = field(default_factory=list)
+    mixer: list[Buffer] = field(default_factory=list)
+    mlp: list[Buffer] = field(default_factory=list)
+
+    def all(self) -> list[Buffer]:
+        return [*self.x, *self.mixer, *self.mlp]
+
+
+def estimate(job: Job) -> Estimate:
+    """Play one step of `job`.
+
+    Raises:
+        UserError: a shape that the kernels planned for do not take.
+    """
+    job.check()
+    # A block is recomputed until a probe has shown that it can be inverted, and again after a trip of the gate.
+    forms = {job.modes, tuple("recompute" if mode == "fixed-point" else mode for mode in job.modes)}
+    steps = [_Step(job.replace(modes=modes)) for modes in sorted(forms)]
+    for step in steps:
+        step.play()
+    worst = max(steps, key=lambda step: step.tape.peak)
+    reserved = max(step.tape.allocator.reserved for step in steps)
+    extra = sum(FORWARDS[mode] for mode in job.modes) / len(job.modes)
+    return Estimate(worst.tape.at_peak, reserved, extra)
+
+
+class _Step:
+    """The tape of one job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.tape = job, Tape(job.expandable)
+        self.parts = Parts(job, self.tape)
+        self.mixers = job.model.mixer_pattern
+        self.outer: list[Buffer] = []  # the head's gradient, to which a tied table's is added at the very end
+
+    def play(self) -> None:
+        """Everything a process does until it has trained and validated once."""
+        self._set_up()
+        self.tape.pool = "graph" if self.job.graph else ""
+        if self.job.grad_accum > 1:  # the last micro-step finds the gradients of those before
+            for size in self._weights():
+                self.tape.take(size, "gradients")
+            self.parts.transient = True
+        self._train()
+        self.tape.pool = ""
+        if self.job.evaluates:
+            self._validate()
+        self._probe()
+
+    def _numbers(self) -> list[list[tuple[int, bool]]]:
+        """(numbers, whether it is a matrix) of every weight, by unit: embedding, blocks, final norm with the head."""
+        m, shapes = self.job.model, self.parts.shapes
+        table = (m.vocab_size * m.d_model, True)
+        units = [[table]]
+        for mixer in self.mixers:
+            matrices = [(x.numbers, True) for x in shapes.block_matrices(mixer)]
+            units.append(matrices + [(n, False) for n in shapes.vectors(mixer)])
+        return [*units, [(m.d_model, False)] + ([] if m.tie_embeddings else [table])]
+
+    def _weights(self) -> list[int]:
+        """Bytes of every weight, in the order of the modules."""
+        return [n * (self.parts.w if matrix else F32) for unit in self._numbers() for n, matrix in unit]
+
+    def _set_up(self) -> None:
+        """Weights, optimizer state, static inputs, workspaces."""
+        tape, job, units = self.tape, self.job, self._numbers()
+        for size in self._weights():
+            tape.take(size, "weights")
+        if job.optimizer == "adamw":
+            arenas = [[weight] for unit in units for weight in unit]
+        elif job.release:
+            arenas = [[x for x in unit if x[1] == matrix] for unit in units for matrix in (True, False)]
+        else:
+            outer, inner = units[0] + [x for x in units[-1] if x[1]], [x for unit in units[1:] for x in unit]
+            inner = inner if job.model.tie_embeddings else inner[:-1]
+            arenas = [outer, *([x for x in inner if x[1] == matrix] for matrix in (True, False))]
+        row = 1 if job.optimizer == "adamw" else STATE_ROW
+        for arena in filter(None, arenas):
+            numbers = sum(-(-n // row) * row for n, _ in arena)
+            for _ in range(2):
+                tape.take(numbers * job.state_bytes / 2, "optimizer")
+            if job.error_bytes and arena[0][1]:
+                tape.take(numbers * job.error_bytes, "optimizer")
+        tape.take(2 * 8 * job.tokens * job.grad_accum)
+        for _ in range(2):
+            tape.take(CUBLAS_WORKSPACE)
+
+    # -- training --
+
+    def _train(self) -> None:
+        """One micro-step: forward, loss, backward. The update works in place."""
+        x = self.parts.wide("activations")
+        dx = self._coupled(x) if self.job.coupled else self._plain(x)
+        self._embedding(dx)
+
+    def _plain(self, x: Buffer) -> Buffer:
+        tape, modes = self.tape, self.job.modes
+        embedded, saved = x, []
+        ends: list[Buffer] = []  # outputs of runs of fixed-point blocks
+        for i, mode in enumerate(modes):
+            y, kept = self._forward(self.mixers[i], mode, x)
+            if mode not in ("none", "recompute") and x not in (embedded, *ends):
+                tape.give(x)
+            if x in ends:
+                kept.x = []  # the run before keeps it too, and frees it later
+            if self._ends_run(i):
+                ends.append(y)
+            x = y
+            saved.append(kept)
+        dx = self._head(x, owned=x not in ends)
+        if modes[0] not in ("none", "recompute"):  # the caller of the stack held it
+            tape.give(embedded)
+        y = handed_in = x
+        for i in reversed(range(len(saved))):
+            if modes[i] == "fixed-point":
+                if self._ends_run(i):
+                    y, handed_in = ends[-1], dx
+                y, dx = self._inverted(self.mixers[i], y, dx, held=(ends[-1], handed_in))
+                if i == 0 or modes[i - 1] != "fixed-point":
+                    tape.give(y, ends.pop(), handed_in)
+            else:
+                dx = self._backward(i, saved[i], dx)
+            self._settle(self.mixers[i])
+        return dx
+
+    def _ends_run(self, i: int) -> bool:
+        return self.job.modes[i] == "fixed-point" and self.job.modes[i + 1 : i + 2] != ("fixed-point",)
+
+    def _settle(self, mixer: str) -> None:
+        """A block's vectors get their gradients; what becomes of all of them when backward leaves it."""
+        for length in self.parts.shapes.vectors(mixer) if mixer else []:
+            self.parts.gradient(length, F32)
+        if self.parts.transient or self.job.release:
+            self.tape.give(*self.parts.gradients)
+        self.parts.gradients = []
+
+    def _head(self, x: Buffer, *, owned: bool) -> Buffer:
+        """Final norm, product and loss, which makes its gradients in forward; then their backward. Frees x if owned."""
+        m, tape, parts = self.job.model, self.tape, self.parts
+        numbers = m.vocab_size * parts.D
+        hidden = parts.wide()
+        casts = ([] if parts.c == F32 else [parts.narrow()]) + parts.cast(numbers, "temporaries")
+        logits, losses = tape.take(F32 * min(m.loss_chunk_tokens, parts.M) * m.vocab_size), tape.take(F32 * parts.M)
+        d_hidden = parts.narrow()
+        whole = parts.w == parts.c and m.loss_chunk_tokens >= parts.M  # one product makes it, in the weight's type
+        d_weight = tape.take((parts.w if whole else F32) * numbers, "gradients")
+        if parts.w != F32 and not whole:  # summed in float32, then rounded
+            narrow = tape.take(parts.w * numbers, "gradients")
+            tape.give(d_weight)
+            d_weight = narrow
+        tape.give(losses, logits, *casts, hidden)
+        wide = d_hidden if parts.c == F32 else parts.wide()
+        if wide is not d_hidden:
+            tape.give(d_hidden)
+        dx = parts.wide()
+        tape.give(wide, *([x] if owned else []))
+        self.outer = [d_weight]
+        return dx
+
+    def _embedding(self, dx: Buffer) -> None:
+        """The table's gradient: rows added to the head's, or a matrix of its own. Sorting takes 4 numbers a token."""
+        m, tape, parts = self.job.model, self.tape, self.parts
+        # A bf16 table's rows are rounded, then summed in float32.
+        rows = [] if parts.w == F32 else [parts.narrow(), parts.wide(), parts.wide()]
+        sort = tape.take(4 * 8 * parts.M)
+        if not m.tie_embeddings:
+            parts.gradient(m.vocab_size * parts.D)
+        tape.give(sort, dx, *rows)
+        parts.gradient(parts.D, F32)  # of the final norm
+        self._settle("")
+        if self.parts.transient or self.job.release:
+            tape.give(*self.outer)
+
+    # -- blocks of the plain residual form --
+
+    def _forward(self, mixer: str, mode: str, x: Buffer) -> tuple[Buffer, Kept]:
+        """(the block's output, what it keeps); its input, unless kept, is the caller's to free."""
+        tape = self.tape
+        y, kept = self._residuals(mixer, "activations" if mode == "none" else "temporaries")
+        if mode == "none":
+            kept.x = [x]
+        elif mode == "recompute":
+            tape.give(*kept.all())
+            kept = Kept(x=[x])
+        elif mode == "compress":
+            packed = self._packed(mixer)
+            tape.give(*kept.all())
+            kept = packed
+        else:
+            tape.give(*kept.all())
+            kept = Kept()
+        return y, kept
+
+    def _residuals(self, mixer: str, kind: Kind) -> tuple[Buffer, Kept]:
+        """x + mix(x), then + feed: (output, kept), the input being the caller's."""
+        parts, tape = self.parts, self.tape
+        mixed, first = parts.sub_forward(mixer, kind)
+        if self.job.compiled:
+            middle = mixed  # x + mix(x) is added again in backward
+        else:
+            middle = parts.wide(kind)
+            tape.give(mixed)
+        fed, second = parts.sub_forward("mlp", kind)
+        second.append(middle)
+        y = parts.wide("activations")
+        tape.give(fed)
+        return y, Kept(mixer=first, mlp=second)
+
+    def _backward(self, i: int, kept: Kept, dy: Buffer) -> Buffer:
+        """The gradient of the block's input; frees what it kept, and dy."""
+        parts, tape, mixer, mode = self.parts, self.tape, self.mixers[i], self.job.modes[i]
+        output: list[Buffer] = []
+        if mode == "compress":
+            return self._unpacked_backward(mixer, kept, dy)
+        if mode == "recompute":
+            y, again = self._residuals(mixer, "temporaries")
+            output = [y]
+            kept = Kept(kept.x, again.mixer, again.mlp)
+        middle = parts.sub_backward("mlp", kept.mlp)
+        dx = parts.sub_backward(mixer, kept.mixer, into=middle)
+        tape.give(*kept.x, *output, dy)
+        return dx
+
+    def _packed(self, mixer: str) -> Kept:
+        """What `compress` keeps of a block: of an MLA mixer its input, else all that grows with M; casts of weights."""
+        parts, shapes = self.parts, self.parts.shapes
+        M, D = parts.M, parts.D
+
+        def pack(*numbers: int) -> list[Buffer]:
+            return [self.tape.take(n * BITS[self.job.bits] / 8, "activations") for n in numbers]
+
+        weights = shapes.mlp()
+        # The MLP's: statistics, u, a, and x + mix(x) or what it is made from.
+        kept = Kept(x=pack(M * D), mlp=pack(M, M * D, M * weights["gate_up"].rows, M * D))
+        for w in weights.values():
+            kept.mlp += parts.cast(w.numbers, "activations")
+        if mixer == "mamba":
+            kept.mixer = pack(M, M * D, M * shapes.mamba()["in_proj"].rows, M * parts.inner)  # statistics, u, zxbcdt, y
+            kept.mixer.append(self.tape.take(parts.scan.decays(parts.scan.chunk), "activations"))
+            for w in shapes.mamba().values():
+                kept.mixer += parts.cast(w.numbers, "activations")
+        return kept
+
+    def _unpacked_backward(self, mixer: str, kept: Kept, dy: Buffer) -> Buffer:
+        """A block's backward from what `compress` kept. A compiled graph unpacks all of its at once, and so does a
+        compiled MLP on its own; uncompiled, every node unpacks what it needs.
+        """
+        parts, tape, job = self.parts, self.tape, self.job
+        M, D, c = parts.M, parts.D, parts.c
+        a = c * M * parts.shapes.mlp()["gate_up"].rows
+        own = [c * M * D, c * M * parts.shapes.mamba()["in_proj"].rows, c * M * parts.inner] if mixer == "mamba" else []
+        mine = [tape.take(size) for size in (c * M * D, a)]
+        later: list[Buffer] = []
+        if job.compiled:
+            mine.append(parts.narrow() if mixer == "mamba" else parts.wide())
+            if mixer == "mamba":
+                later = [parts.wide(), *(tape.take(size) for size in own)]
+        middle = parts.sub_backward("mlp", mine)
+        tape.give(*kept.mlp)
+        if mixer == "mla":  # its input alone was kept: run again
+            x = parts.wide()
+            out, again = parts.sub_forward("mla", "temporaries")
+            dx = parts.sub_backward("mla", again)
+            total = parts.wide()
+            tape.give(x, out, dx, middle, dy, *kept.x)
+            return total
+        later = later or [tape.take(size) for size in own]
+        dx = parts.sub_backward(mixer, later, into=middle)
+        tape.give(dy, *kept.mixer, *kept.x)
+        return dx
+
+    def _inverted(self, mixer: str, y: Buffer, dy: Buffer, *, held: tuple[Buffer, Buffer]) -> tuple[Buffer, Buffer]:
+        """A block of a fixed-point run: each sub-layer inverted by iteration, evaluated once more, differentiated.
+
+        (its input, the gradient of that), from its output and the gradient of that, both freed unless `held`: those of
+        the run, which autograd holds until its end.
+        """
+        parts, tape = self.parts, self.tape
+        for part in ("mlp", mixer):
+            x = parts.wide()
+            for _ in range(2):  # iterations beyond the second take no other memory
+                out, kept = parts.sub_forward(part, "temporaries")
+                following = parts.wide()
+                tape.give(out, *kept, x)
+                x = following
+            out, kept = parts.sub_forward(part, "temporaries")
+            checks = [parts.wide(), parts.wide()]
+            tape.give(*checks)
+            gradient = parts.sub_backward(part, kept)
+            total = parts.wide()
+            tape.give(gradient, out, *(old for old in (y, dy) if old not in held))
+            dy, y = total, x
+        return y, dy
+
+    # -- the coupled form --
+
+    def _coupled(self, x: Buffer) -> Buffer:
+        """The whole stack: two streams forward; backward from the two last states."""
+        parts, tape = self.parts, self.tape
+        a = b = parts.wide("activations")  # snapped; both streams at first
+        for mixer in self.mixers:
+            for part in (mixer, "mlp"):
+                out, kept = parts.sub_forward(part, "temporaries")
+                new = parts.wide("activations")
+                tape.give(out, *kept, *([a] if a is not b else []))
+                a, b = b, new
+        total = parts.wide("activations")
+        dy = self._head(total, owned=True)
+        tape.give(x)  # the caller of the stack held it
+        held = {id(a), id(b), id(dy)}  # what forward saved and autograd handed in: freed with the whole
+        end = (a, b)
+        da = db = dy
+        c: Buffer | None = None
+
+        def drop(buffer: Buffer | None) -> None:
+            if buffer is not None and id(buffer) not in held:
+                tape.give(buffer)
+
+        for mixer in reversed(self.mixers):
+            for part in ("mlp", mixer):
+                drop(c)
+                b, c = a, b
+                out, kept = parts.sub_forward(part, "temporaries")
+                a = parts.wide()
+                grad = parts.sub_backward(part, kept)
+                tape.give(out)
+                total = parts.wide()
+                tape.give(grad)
+                before, da, db = da, db, total
+                if before is not da:
+                    drop(before)
+            self._settle(mixer)
+        dx = parts.wide()
+        for buffer in {id(x): x for x in (c, a, b, da, db) if x is not None}.values():
+            drop(buffer)
+        tape.give(*end, dy)
+        return dx
+
+    # -- between steps --
+
+    def _probe(self) -> None:
+        """What INSTANT measures on a batch between steps, beside a graph's private memory."""
+        parts, tape = self.parts, self.tape
+        inverts = "fixed-point" in self.job.modes
+        if not (inverts or ("compress" in self.job.modes and self.job.probed)):
+            return
+        for mixer in dict.fromkeys(self.mixers):
+            stream = [parts.wide() for _ in range(5 if inverts else 2)]
+            mixed, first = parts.sub_forward(mixer, "temporaries")
+            fed, second = parts.sub_forward("mlp", "temporaries")
+            tape.give(mixed, fed, *first, *second, *stream)
+
+    def _validate(self) -> None:
+        """A forward pass in which nothing is kept, beside a graph's private memory if there is a graph."""
+        parts, tape, m = self.parts, self.tape, self.job.model
+        tokens = tape.take(2 * 8 * parts.M)
+        streams = [parts.wide()] + ([parts.wide()] if self.job.coupled else [])
+        cached: list[Buffer] = []  # autocast's casts, until its context ends; compiled blocks cast for themselves
+        for mixer in self.mixers:
+            out, kept = parts.sub_forward(mixer, "temporaries")
+            middle = parts.wide()
+            tape.give(out, *kept)
+            fed, kept = parts.sub_forward("mlp", "temporaries")
+            after = parts.wide()
+            tape.give(fed, *kept, middle, streams.pop())
+            streams.append(after)
+            if not self.job.compiled:
+                cached += [b for w in parts.shapes.mlp().values() for b in parts.cast(w.numbers, "temporaries")]
+        hidden = parts.wide()
+        casts = ([] if parts.c == F32 else [parts.narrow()]) + parts.cast(m.vocab_size * parts.D, "temporaries")
+        logits = tape.take(F32 * min(m.loss_chunk_tokens, parts.M) * m.vocab_size)
+        tape.give(logits, *casts, hidden, *streams, *cached, tokens)

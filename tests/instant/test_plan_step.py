@@ -1,0 +1,235 @@
+"""Whole steps: against what GPUs measured, and against what must hold of any estimate."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eco_llm.config import (
+    C3OConfig,
+    InstantConfig,
+    OptimizerConfig,
+    RuntimeConfig,
+    SigmaConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from eco_llm.errors import UserError
+from eco_llm.instant.plan.search import (
+    cheapest_modes,
+    choose,
+    fits,
+    job_of,
+    largest_batch,
+    largest_model,
+    last_that_fits,
+    make_plan,
+    mode_text,
+    modes_of,
+    scaled,
+)
+from eco_llm.instant.plan.sizes import Job, Shapes
+from eco_llm.instant.plan.step import GIB, estimate
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+DEFAULT = SigmaConfig()
+
+
+def job(model: SigmaConfig = DEFAULT, mode: str = "none", batch: int = 4, seq_len: int = 512, **changes: Any) -> Job:
+    return Job(model, batch, seq_len, modes_of(mode, model), **changes)
+
+
+@pytest.mark.parametrize("shape", ["4x512", "32x1024", "1x65536"])
+def test_estimates_are_within_five_percent_of_measured_steps(shape: str) -> None:
+    """Compiled blocks, C3O in float32, one CUDA graph: the evidence of benchmarks/against_nanogpt.py."""
+    evidence = json.loads((RESULTS / "nvidia-h200" / f"against_nanogpt_{shape}.json").read_text(encoding="utf-8"))
+    measured = evidence["summary"]["sigma_peak_memory_gib"]
+    batch, seq_len = map(int, re.findall(r"\d+", shape))
+    model = SigmaConfig(vocab_size=50_304, mlp_hidden_dim=evidence["summary"]["mlp_hidden_dim"])
+    assert Shapes(model).parameters() == evidence["summary"]["sigma_parameters"]
+    assert estimate(job(model, batch=batch, seq_len=seq_len)).peak / GIB == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("nvidia-*/plan_accuracy*.json")), ids=lambda p: p.parent.name)
+def test_evidence_of_the_plan_holds(file: Path) -> None:
+    """Every configuration that benchmarks/plan_accuracy.py measured, estimated anew."""
+    samples = json.loads(file.read_text(encoding="utf-8"))["samples"]
+    assert len(samples) >= 12
+    for sample in samples:
+        model = SigmaConfig(**sample["model"])
+        one = Job(model, modes=modes_of(sample["mode"], model), **sample["job"])
+        assert estimate(one).peak == pytest.approx(sample["measured_peak"], rel=0.05), sample["name"]
+
+
+@pytest.mark.parametrize("mode", ["none", "recompute", "compress", "fixed-point", "coupled", "recompute*9,none*9"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_holds_of_every_estimate(mode: str, compiled: bool) -> None:
+    one = job(mode=mode, batch=8, seq_len=1024, compiled=compiled)
+    found = estimate(one)
+    assert found.peak == sum(found.by_kind.values())
+    assert found.peak <= found.reserved < found.total
+    weights = 4 * Shapes(DEFAULT).parameters()
+    assert weights <= found.by_kind["weights"] <= 1.05 * weights
+    assert found.by_kind["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+    assert estimate(one.replace(batch=16)).peak > found.peak
+    assert estimate(one.replace(state_bytes=2.0625)).peak < found.peak - 5 * Shapes(DEFAULT).parameters()
+    assert estimate(one.replace(weight_bytes=2)).peak < found.peak
+    assert estimate(one.replace(release=True)).peak <= found.peak
+    # A micro-step that finds gradients holds them all from the start.
+    assert estimate(one.replace(grad_accum=2)).by_kind["gradients"] >= 0.99 * weights
+
+
+def test_modes_save_what_they_are_for() -> None:
+    peaks = {
+        m: estimate(job(mode=m, batch=32, seq_len=1024)).peak for m in ("none", "recompute", "compress", "coupled")
+    }
+    assert peaks["coupled"] < peaks["recompute"] < peaks["compress"] < peaks["none"]
+    four = estimate(job(mode="compress", batch=32, seq_len=1024, bits=4)).peak
+    assert four < peaks["compress"]
+    assert estimate(job(mode="fixed-point", batch=32, seq_len=1024)).peak >= peaks["recompute"]  # it begins as that
+
+
+def test_coupled_activations_do_not_grow_with_depth() -> None:
+    def beside_parameters(layers: int) -> int:
+        model = SigmaConfig(n_layers=layers)
+        found = estimate(job(model, "coupled", batch=32, seq_len=1024))
+        return found.by_kind["activations"] + found.by_kind["temporaries"]
+
+    assert beside_parameters(48) == pytest.approx(beside_parameters(12), rel=0.02)
+
+
+def test_released_gradients_are_never_all_there() -> None:
+    model = SigmaConfig(n_layers=36, vocab_size=1024)
+    assert estimate(job(model, "recompute", release=True)).by_kind["gradients"] < 0.1 * 4 * Shapes(model).parameters()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 100])
+@pytest.mark.parametrize("most", [1, 2, 5, 8, 64, 1000])
+def test_last_that_fits(limit: int, most: int) -> None:
+    assert last_that_fits(lambda n: n <= limit, most) == min(limit, most)
+    assert last_that_fits(lambda n: False, most) == 0
+
+
+@pytest.mark.parametrize("mode", ["none", "recompute", "coupled"])
+def test_the_largest_batch_fits_and_one_more_does_not(mode: str) -> None:
+    one = job(mode=mode, seq_len=1024)
+    most = largest_batch(one, 8.0)
+    assert most > 4
+    assert fits(one.replace(batch=most), 8.0)
+    assert not fits(one.replace(batch=most + 1), 8.0)
+    assert largest_batch(one, 1.0) == 0
+
+
+def test_the_largest_model_fits_and_the_next_does_not() -> None:
+    one = job(mode="coupled", batch=1, seq_len=1024, state_bytes=2.0625, weight_bytes=2, release=True)
+    found = largest_model(one, "coupled", 8.0)
+    assert found is not None
+    size = found.n_heads
+    assert found == scaled(DEFAULT, size)
+    found.validate()
+    assert fits(one.replace(model=found, modes=modes_of("coupled", found)), 8.0)
+    more = scaled(DEFAULT, size + 1)
+    assert not fits(one.replace(model=more, modes=modes_of("coupled", more)), 8.0)
+    assert found.d_model // found.n_heads == DEFAULT.d_model // DEFAULT.n_heads
+    assert largest_model(one, "none", 0.6) is None
+
+
+def test_scaling_stops_widening_where_the_kernels_do() -> None:
+    assert scaled(DEFAULT, 12) == DEFAULT
+    widest, deeper = scaled(DEFAULT, 64), scaled(DEFAULT, 80)
+    assert widest.mamba_inner_dim == 8192
+    assert deeper.d_model == widest.d_model
+    assert deeper.n_layers == 120
+
+
+def test_the_cheapest_modes_that_fit() -> None:
+    one = job(batch=32, seq_len=1024)
+    totals = {m: estimate(job(mode=m, batch=32, seq_len=1024)).total / GIB for m in ("none", "recompute", "coupled")}
+    assert cheapest_modes(one, totals["none"] + 0.01) == ("none",) * 18
+    between = cheapest_modes(one, (totals["none"] + totals["recompute"]) / 2)
+    assert between is not None
+    count = between.count("recompute")
+    assert between == ("recompute",) * count + ("none",) * (18 - count)
+    assert 0 < count < 18
+    fewer = ("recompute",) * (count - 1) + ("none",) * (19 - count)
+    assert not fits(one.replace(modes=fewer), (totals["none"] + totals["recompute"]) / 2)
+    assert cheapest_modes(one, (totals["recompute"] + totals["coupled"]) / 2) == ("coupled",) * 18
+    assert cheapest_modes(one, totals["coupled"] - 0.01) is None
+
+
+@pytest.mark.parametrize("text", ["none", "coupled", "recompute*9,none*9", "none*1,recompute*16,none*1"])
+def test_mode_text_is_what_the_flag_takes(text: str) -> None:
+    assert mode_text(modes_of(text, DEFAULT)) == text
+
+
+def config(**changes: Any) -> TrainConfig:
+    instant = {
+        "vram_gib": 8.0,
+        **{k: v for k, v in changes.items() if k in ("instant_mode", "vram_gib", "instant_bits")},
+    }
+    return TrainConfig(
+        training=TrainingConfig(batch_size=changes.get("batch_size", 4), seq_len=1024),
+        runtime=RuntimeConfig(device=changes.get("device", "auto")),
+        optimizer=OptimizerConfig(optimizer=changes.get("optimizer", "c3o")),
+        c3o=C3OConfig(c3o_credit_gain=changes.get("credit", 0.0), c3o_state_dtype=changes.get("state", "fp32")),
+        instant=InstantConfig(**instant),
+    )
+
+
+def test_settings_become_a_job() -> None:
+    found = job_of(config(state="bf16", batch_size=3, instant_mode="compress", instant_bits="4"))
+    assert (found.batch, found.seq_len, found.state_bytes, found.bits) == (3, 1024, 4.0, 4)
+    assert found.compiled
+    assert found.graph
+    assert set(found.modes) == {"compress"}
+    assert job_of(config(optimizer="adamw", state="bf16")).state_bytes == 8.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"device": "cpu"}, "--device cpu"),
+        ({"optimizer": "muon"}, "--optimizer muon"),
+        ({"credit": 1.0}, "--c3o-credit-gain"),
+        ({"vram_gib": 0.0}, "--vram-gib"),
+    ],
+)
+def test_what_is_not_foretold_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        make_plan(config(**changes))
+
+
+def test_auto_becomes_the_modes_that_fit() -> None:
+    chosen = choose(config(instant_mode="auto", batch_size=16))
+    assert re.fullmatch(r"recompute\*\d+,none\*\d+", chosen.instant.instant_mode)
+    chosen.validate()
+    assert choose(chosen) is chosen
+    assert choose(config(instant_mode="auto", batch_size=4)).instant.instant_mode == "none"
+    with pytest.raises(UserError, match=r"takes \d+\.\d GiB at least"):
+        choose(config(instant_mode="auto", batch_size=512))
+    with pytest.raises(UserError, match="--vram-gib"):
+        config(instant_mode="auto", vram_gib=0.0).validate()
+
+
+def test_a_plan_lists_every_mode_and_the_modes_it_chose() -> None:
+    plan = make_plan(config(instant_mode="auto", batch_size=16))
+    assert {"none", "recompute", "compress", "fixed-point", "coupled"} < {c.mode for c in plan.candidates}
+    assert plan.chosen is not None
+    assert mode_text(plan.chosen) in {c.mode for c in plan.candidates}
+    assert all(c.fits == (c.estimate.total <= 8 * GIB) for c in plan.candidates)
+    assert [mode for mode, _ in plan.models] == ["none", "recompute", "coupled"]
+    assert make_plan(config(batch_size=512)).chosen is None
+
+
+def test_growing_segments_leave_smaller_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = job_of(config(instant_mode="recompute", batch_size=32))
+    assert not one.expandable
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,roundup_power2_divisions:4")
+    grown = job_of(config(instant_mode="recompute", batch_size=32))
+    assert grown.expandable
+    assert estimate(grown).reserved < estimate(one).reserved
+    assert estimate(grown).peak <= estimate(one).peak
