@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from common import require_close, write_evidence
-from steps import clean, seconds_each
+from steps import clean, replayed, seconds_each
 from torch import Tensor
 
 from eco_llm.config import RuntimeConfig, SigmaConfig
@@ -73,19 +73,6 @@ def scan_work(shape: SigmaConfig, batch: int, length: int, runtime: Runtime) -> 
     return work
 
 
-def replayed(work: Work, chunk: int) -> Callable[[], object]:
-    """`work` as a CUDA graph, captured where autograd has met its leaves."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work(chunk)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        work(chunk)
-    return graph.replay
-
-
 def main() -> None:
     """Measure, print, write the evidence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,7 +111,8 @@ def main() -> None:
             for chunk in CHUNKS:
                 error = float((work(chunk).float() - expected).norm() / expected.norm())
                 require_close(1.0, 1.0 + error, relative=2e-2 if on_cuda else 1e-4, what=f"chunk {chunk}, T {length}")
-            runs = {c: replayed(work, c) if kernels else functools.partial(work, c) for c in CHUNKS}
+            calls = {c: functools.partial(work, c) for c in CHUNKS}
+            runs = {c: replayed(call) if kernels else call for c, call in calls.items()}
             timers = {c: seconds_each(run, wait, count) for c, run in runs.items()}
             for number in range(-2, arguments.rounds):
                 times = {chunk: timer() for chunk, timer in timers.items()}
@@ -134,7 +122,7 @@ def main() -> None:
                 mine = [s["seconds"] for s in samples if (s["T"], s["chunk"]) == (length, chunk)]
                 summary[f"T{length}_chunk{chunk}_ms"] = 1000 * statistics.median(mine)
                 print(f"T{length}_chunk{chunk}_ms: {summary[f'T{length}_chunk{chunk}_ms']:.3f}", flush=True)
-            del work, runs, timers, expected
+            del work, calls, runs, timers, expected
             clean(runtime.device)
     of = "the SSD of one Mamba mixer" if arguments.path == "scan" else "one Mamba mixer"
     what = {"what": f"{of}, forward + backward", "d_model": shape.d_model, "state": shape.mamba_state_dim}
