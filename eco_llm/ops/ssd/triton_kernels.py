@@ -168,7 +168,7 @@ def _source_gradients(
     P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
     HAS_D: tl.constexpr, PRECISION: tl.constexpr, WANT_X: tl.constexpr,
 ):  # fmt: skip
-    """The tile's tokens as sources s of later outputs t: dx and two sums a token, or dB. Matrices are [s, t].
+    """The tile's tokens as sources s of later outputs t: dx or dB, and a sum a token each. Matrices are [s, t].
 
     Here and below, what is wide (64 bits) is added to the pointer, and what differs by lane is narrow: registers are
     what these kernels lack.
@@ -177,10 +177,9 @@ def _source_gradients(
     start = tile.to(tl.int64) * BLOCK
     inside = (row < (T - start).to(tl.int32))[:, None]
     c_tile = tl.load((C + start * C_st) + (row[:, None] * C_st + n[None, :]), mask=inside, other=0.0)
-    if WANT_X:
-        b_tile = tl.load((B + start * B_st) + (row[:, None] * B_st + n[None, :]), mask=inside, other=0.0)
-        scores = tl.dot(b_tile, tl.trans(c_tile), input_precision=PRECISION)
-    else:
+    b_tile = tl.load((B + start * B_st) + (row[:, None] * B_st + n[None, :]), mask=inside, other=0.0)
+    scores = tl.dot(b_tile, tl.trans(c_tile), input_precision=PRECISION)
+    if not WANT_X:
         d_b = tl.zeros((BLOCK, N), tl.float32)
     causal = row[:, None] <= row[None, :]
     for _ in range(HEADS):
@@ -192,17 +191,14 @@ def _source_gradients(
         dy_tile = tl.load((dy + start * dy_st + head * P) + (row[:, None] * dy_st + p[None, :]), mask=inside, other=0.0)
         at = ((b * tiles + tile) * heads + head) * N * P
         d_leaving = tl.load((d_states + at) + (n[:, None] * P + p[None, :]))
+        vector = (b * heads + head) * Tp + start + row
         decay = tl.where(causal, tl.exp(tl.minimum(cum_s[None, :] - cum_s[:, None], 0.0)), 0.0)
         if WANT_X:
-            # Outputs of the same tile, then those after it, through the state that leaves it. Against x, each gives
-            # what the token's step would change: x_s·Σ_t S_ts M_ts dy_t is Σ_t Q_ts S_ts.
-            d_x = tl.dot((scores * decay).to(x_tile.dtype), dy_tile, input_precision=PRECISION)
+            # Outputs after this tile, through the state that leaves it, then those of the tile.
+            d_x = tl.dot(b_tile, d_leaving, input_precision=PRECISION) * to_end[:, None]
             x_wide = x_tile.to(tl.float32)
-            vector = (b * heads + head) * Tp + start + row
-            tl.store(col_out + vector, tl.sum(x_wide * d_x, 1))
-            to_x = tl.dot(b_tile, d_leaving, input_precision=PRECISION) * to_end[:, None]
-            tl.store(state_out + vector, tl.sum(x_wide * to_x, 1))
-            d_x = (d_x + to_x) * dt_s[:, None]
+            tl.store(state_out + vector, tl.sum(x_wide * d_x, 1))
+            d_x = tl.dot((scores * decay).to(x_tile.dtype), dy_tile, d_x, input_precision=PRECISION) * dt_s[:, None]
             if HAS_D:
                 dy_wide = dy_tile.to(tl.float32)
                 tl.store(d_skip + (b * tiles + tile) * heads + head, tl.sum(x_wide * dy_wide))
@@ -211,6 +207,7 @@ def _source_gradients(
             tl.store(to, d_x.to(dx.dtype.element_ty), mask=inside)
         else:
             products = tl.dot(x_tile, tl.trans(dy_tile), input_precision=PRECISION) * decay  # dy_t · x_s
+            tl.store(col_out + vector, tl.sum(products * scores, 1))
             d_b = tl.dot((products * dt_s[:, None]).to(x_tile.dtype), c_tile, d_b, input_precision=PRECISION)
             x_wide = x_tile.to(tl.float32) * (to_end * dt_s)[:, None]
             d_b = tl.dot(x_wide.to(x_tile.dtype), tl.trans(d_leaving), d_b, input_precision=PRECISION)
@@ -232,9 +229,9 @@ def _output_gradients(
     inside = (row < (T - start).to(tl.int32))[:, None]
     c_tile = tl.load((C + start * C_st) + (row[:, None] * C_st + n[None, :]), mask=inside, other=0.0)
     b_tile = tl.load((B + start * B_st) + (row[:, None] * B_st + n[None, :]), mask=inside, other=0.0)
+    scores = tl.dot(c_tile, tl.trans(b_tile), input_precision=PRECISION)
     causal = row[:, None] >= row[None, :]
     d_c = tl.zeros((BLOCK, N), tl.float32)
-    so_far = tl.zeros((BLOCK,), tl.float32)
     for _ in range(HEADS):
         of_head = (b * (heads // SPLIT) + head // SPLIT) * Tp + start
         cum_t = tl.load((cum + of_head) + row)
@@ -247,13 +244,13 @@ def _output_gradients(
         # Sources of the same tile, then those before it, through the state that enters it.
         decay = tl.where(causal, tl.exp(tl.minimum(cum_t[:, None] - cum_t[None, :], 0.0)) * dt_t[None, :], 0.0)
         products = tl.dot(dy_tile, tl.trans(x_tile), input_precision=PRECISION) * decay
-        dy_wide = dy_tile.to(tl.float32) * tl.exp(cum_t)[:, None]
+        # Of the very numbers whose sums over t are `col`: what both count twice must cancel (`finish_kernel`).
+        row_sum = tl.sum(products * scores, 1)
         d_c = tl.dot(products.to(x_tile.dtype), b_tile, d_c, input_precision=PRECISION)
+        dy_wide = dy_tile.to(tl.float32) * tl.exp(cum_t)[:, None]
+        row_sum += tl.sum(tl.dot(c_tile, entering, input_precision=PRECISION) * dy_wide, 1)
         d_c = tl.dot(dy_wide.to(dy_tile.dtype), tl.trans(entering), d_c, input_precision=PRECISION)
-        # What this head has added, against C_t: its dy_t·y_t without D. A running total leaves room in the registers.
-        total = tl.sum(d_c * c_tile.to(tl.float32), 1)
-        tl.store(row_out + (b * heads + head) * Tp + start + row, total - so_far)
-        so_far = total
+        tl.store(row_out + (b * heads + head) * Tp + start + row, row_sum)
         head += 1
     tl.store((d_c_out + start * width) + (row[:, None] * width + n[None, :]), d_c, mask=inside)
 
