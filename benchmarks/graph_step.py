@@ -143,15 +143,19 @@ def main(argv: list[str]) -> None:
     second = interleave(seconds_of(graph, wait), seconds_of(untimed, wait), rounds, warmup=2)
     again(len(losses["eager"]))
     reference = values("eager")
-    spread = {
-        name: max(abs(a - b) / a for a, b in zip(reference, values(name), strict=False)) for name in ("again", "graph")
+    apart = {
+        name: [abs(a - b) / a for a, b in zip(reference, values(name), strict=False)] for name in ("again", "graph")
     }
+    spread = {name: max(differences) for name, differences in apart.items()}
+    # Where a difference of the last bit first appears is chance; how far it grows from there is the training's.
+    first_apart = {name: next((i for i, d in enumerate(ds) if d), len(ds)) for name, ds in apart.items()}
     for step in range(0, len(reference), 20):
         print(step, *(f"{name} {values(name)[step]:.6f}" for name in ("eager", "again", "graph")))
     print(f"largest relative difference of losses over {len(reference)} steps: two eager copies {spread['again']:.2g},"
-          f" eager and graph {spread['graph']:.2g}")  # fmt: skip
+          f" eager and graph {spread['graph']:.2g}; first apart at step {first_apart}")  # fmt: skip
     extra = {
         "gate_steps": GATE_STEPS, "compared_steps": len(reference),
+        "first_apart_of_two_eager": first_apart["again"], "first_apart_of_eager_and_graph": first_apart["graph"],
         "loss_spread_of_two_eager": spread["again"], "loss_spread_of_eager_and_graph": spread["graph"],
     }  # fmt: skip
     curves = {name: values(name)[: len(reference)] for name in ("eager", "again", "graph")}
