@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=0, help="0: 768 on CUDA, 384 on a CPU")
     parser.add_argument("--vocab", type=int, default=0, help="0: 50304 on CUDA, 1024 on a CPU")
     parser.add_argument("--mamba-expand", type=int, default=2, help="of our model; its MLP takes up the difference")
+    parser.add_argument("--loss-chunk-tokens", type=int, default=4096, help="of our model; the profiles' is 2048")
     parser.add_argument("--mamba-chunk", default="auto", choices=("auto", "64", "128", "256"))
     parser.add_argument("--eager", action="store_true", help="compile neither (a quick try; not evidence)")
     arguments = parser.parse_args()
@@ -117,7 +118,10 @@ def main() -> None:
             mamba_state_dim=32, kv_latent_dim=width // 2, rope_head_dim=16,
         )  # fmt: skip
     chunk = arguments.mamba_chunk
-    ours_only = {"mamba_expand": arguments.mamba_expand, "mamba_chunk": chunk if chunk == "auto" else int(chunk)}
+    ours_only = {
+        "mamba_expand": arguments.mamba_expand, "mamba_chunk": chunk if chunk == "auto" else int(chunk),
+        "loss_chunk_tokens": arguments.loss_chunk_tokens,
+    }  # fmt: skip
     shape = SigmaConfig(**{**vars(shape), **ours_only})
     shape = SigmaConfig(**{**vars(shape), "mlp_hidden_dim": equal_mlp_width(shape, gpt_parameters)})
     started = time.perf_counter()

@@ -92,6 +92,20 @@ def captured(body: Callable[[Tensor, Tensor], Tensor], batches: Batches, prepare
     return step
 
 
+def replayed(work: Callable[[], object]) -> Callable[[], object]:
+    """`work` as a CUDA graph's replay, warmed up where it is captured: autograd keeps to a leaf's first stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        work()
+    return graph.replay
+
+
 class Ours:
     """A SigmaLLM and the step that `eco_train` runs: `TrainStep`, on CUDA as one graph (`GraphedStep`), phases timed.
 

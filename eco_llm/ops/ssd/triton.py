@@ -21,10 +21,10 @@ from eco_llm.ops.ssd.operator import tile_and_chunk
 # Programs that fill a large GPU a few times over; below it, a program takes fewer heads.
 _PROGRAMS = 512
 
-# (warps, stages) of each kernel, and the most heads of a program, which share the scores C·B and a share of dB and dC.
-# Chosen by measurement on an H200: docs/LOG.md.
-WALK, OUTPUT, GRADIENT = (4, 3), (4, 2), (4, 2)
-MOST_HEADS = 8
+# (warps, stages) of each kernel, and the most heads of a program, which share the scores C·B (output) or a share of dB
+# and dC (gradient). Chosen by measurement on an H200: docs/LOG.md.
+WALK, OUTPUT, GRADIENT = (4, 3), (4, 2), (4, 1)
+MOST_HEADS_OUTPUT, MOST_HEADS_GRADIENT = 8, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,10 @@ class Shape:
     def heads_per_group(self) -> int:
         return self.heads // self.groups
 
-    def heads_per_program(self, roles: int) -> int:
-        """The largest divisor of a group's heads, up to the most, that leaves enough programs to fill the GPU."""
+    def heads_per_program(self, roles: int, most: int) -> int:
+        """The largest divisor of a group's heads, up to `most`, that leaves enough programs to fill the GPU."""
         best = 1
-        for count in range(2, min(MOST_HEADS, self.heads_per_group) + 1):
+        for count in range(2, min(most, self.heads_per_group) + 1):
             programs = roles * self.batch * self.tiles * (self.heads // count)
             if self.heads_per_group % count == 0 and programs >= _PROGRAMS:
                 best = count
@@ -141,7 +141,7 @@ def forward(
         last = torch.empty(public, dtype=torch.float32, device=x.device)
     states, _ = _walk(s, x, B, d, initial=initial, final=last)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    per_program = s.heads_per_program(1)
+    per_program = s.heads_per_program(1, MOST_HEADS_OUTPUT)
     kernels.output_kernel[(s.tiles, s.heads // per_program, s.batch)](
         x, B, C, *d.unbind(), states, D, y, s.time, s.padded, s.heads, s.tiles,
         *_rows(x), *_rows(B), *_rows(C), *_rows(y),
@@ -187,7 +187,7 @@ def backward(
     if initial is not None:
         d_initial = torch.empty(initial.shape, dtype=torch.float32, device=x.device)
     states, d_states = _walk(s, x, B, d, initial=initial, dy=dy, C=C, d_final=d_final, d_initial=d_initial)
-    per_program = s.heads_per_program(3)
+    per_program = s.heads_per_program(4, MOST_HEADS_GRADIENT)
     shares = s.heads_per_group // per_program
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -197,7 +197,7 @@ def backward(
     d_bc = empty(shares, s.batch, s.time, 2 * s.groups * s.state)
     vectors = empty(3, s.batch, s.heads, s.padded)
     carry, skip = empty(s.batch, s.tiles, s.heads), empty(s.batch, s.tiles, s.heads)
-    kernels.gradient_kernel[(s.tiles, s.heads // per_program, 3 * s.batch)](
+    kernels.gradient_kernel[(s.tiles, s.heads // per_program, 4 * s.batch)](
         x, B, C, dy, *d.unbind(), states, d_states, D, dx, d_bc, *vectors.unbind(), carry, skip,
         s.time, s.padded, s.heads, s.tiles, s.batch, s.groups,
         *_rows(x), *_rows(B), *_rows(C), *_rows(dy), *_rows(dx),

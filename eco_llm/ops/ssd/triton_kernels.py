@@ -168,56 +168,57 @@ def _source_gradients(
     P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
     HAS_D: tl.constexpr, PRECISION: tl.constexpr, WANT_X: tl.constexpr,
 ):  # fmt: skip
-    """The tile's tokens as sources s of later outputs t: dx and two sums a token, or dB. Matrices are [s, t]."""
+    """The tile's tokens as sources s of later outputs t: dx or dB, and a sum a token each. Matrices are [s, t].
+
+    Here and below, what is wide (64 bits) is added to the pointer, and what differs by lane is narrow: registers are
+    what these kernels lack.
+    """
     row, n, p = tl.arange(0, BLOCK), tl.arange(0, N), tl.arange(0, P)
     start = tile.to(tl.int64) * BLOCK
-    inside = (start + row < T)[:, None]
-    c_tile = tl.load(C + (start + row)[:, None] * C_st + n[None, :], mask=inside, other=0.0)
-    if WANT_X:
-        b_tile = tl.load(B + (start + row)[:, None] * B_st + n[None, :], mask=inside, other=0.0)
-        scores = tl.dot(b_tile, tl.trans(c_tile), input_precision=PRECISION)
+    inside = (row < (T - start).to(tl.int32))[:, None]
+    c_tile = tl.load((C + start * C_st) + (row[:, None] * C_st + n[None, :]), mask=inside, other=0.0)
+    b_tile = tl.load((B + start * B_st) + (row[:, None] * B_st + n[None, :]), mask=inside, other=0.0)
+    scores = tl.dot(b_tile, tl.trans(c_tile), input_precision=PRECISION)
+    if not WANT_X:
+        d_b = tl.zeros((BLOCK, N), tl.float32)
     causal = row[:, None] <= row[None, :]
-    d_b = tl.zeros((BLOCK, N), tl.float32)
     for _ in range(HEADS):
         of_head = (b * (heads // SPLIT) + head // SPLIT) * Tp + start
-        cum_s = tl.load(cum + of_head + row)
-        dt_s = tl.load(dt + of_head + row)
+        cum_s = tl.load((cum + of_head) + row)
+        dt_s = tl.load((dt + of_head) + row)
         to_end = tl.exp(tl.load(cum + of_head + BLOCK - 1) - cum_s)
-        x_tile = tl.load(x + (start + row)[:, None] * x_st + head * P + p[None, :], mask=inside, other=0.0)
-        dy_tile = tl.load(dy + (start + row)[:, None] * dy_st + head * P + p[None, :], mask=inside, other=0.0)
-        decay = tl.where(causal, tl.exp(tl.minimum(cum_s[None, :] - cum_s[:, None], 0.0)), 0.0)
-        products = tl.dot(x_tile, tl.trans(dy_tile), input_precision=PRECISION) * decay  # dy_t · x_s
+        x_tile = tl.load((x + start * x_st + head * P) + (row[:, None] * x_st + p[None, :]), mask=inside, other=0.0)
+        dy_tile = tl.load((dy + start * dy_st + head * P) + (row[:, None] * dy_st + p[None, :]), mask=inside, other=0.0)
         at = ((b * tiles + tile) * heads + head) * N * P
-        d_leaving = tl.load(d_states + at + n[:, None] * P + p[None, :])
-        x_wide = x_tile.to(tl.float32)
+        d_leaving = tl.load((d_states + at) + (n[:, None] * P + p[None, :]))
+        vector = (b * heads + head) * Tp + start + row
+        decay = tl.where(causal, tl.exp(tl.minimum(cum_s[None, :] - cum_s[:, None], 0.0)), 0.0)
         if WANT_X:
-            # Outputs of the same tile, then those after it, through the state that leaves it.
-            d_x = tl.dot((scores * decay).to(x_tile.dtype), dy_tile, input_precision=PRECISION)
-            col = tl.sum(products * scores, 1)
-            to_x = tl.dot(b_tile, d_leaving, input_precision=PRECISION) * to_end[:, None]
-            by_state = tl.sum(x_wide * to_x, 1)
-            d_x = (d_x + to_x) * dt_s[:, None]
+            # Outputs after this tile, through the state that leaves it, then those of the tile.
+            d_x = tl.dot(b_tile, d_leaving, input_precision=PRECISION) * to_end[:, None]
+            x_wide = x_tile.to(tl.float32)
+            tl.store(state_out + vector, tl.sum(x_wide * d_x, 1))
+            d_x = tl.dot((scores * decay).to(x_tile.dtype), dy_tile, d_x, input_precision=PRECISION) * dt_s[:, None]
             if HAS_D:
                 dy_wide = dy_tile.to(tl.float32)
                 tl.store(d_skip + (b * tiles + tile) * heads + head, tl.sum(x_wide * dy_wide))
                 d_x += tl.load(D + head // SPLIT).to(tl.float32) * dy_wide
-            to = dx + (start + row)[:, None] * dx_st + head * P + p[None, :]
+            to = (dx + start * dx_st + head * P) + (row[:, None] * dx_st + p[None, :])
             tl.store(to, d_x.to(dx.dtype.element_ty), mask=inside)
-            vector = (b * heads + head) * Tp + start + row
-            tl.store(col_out + vector, col)
-            tl.store(state_out + vector, by_state)
         else:
+            products = tl.dot(x_tile, tl.trans(dy_tile), input_precision=PRECISION) * decay  # dy_t · x_s
+            tl.store(col_out + vector, tl.sum(products * scores, 1))
             d_b = tl.dot((products * dt_s[:, None]).to(x_tile.dtype), c_tile, d_b, input_precision=PRECISION)
-            x_wide *= (to_end * dt_s)[:, None]
+            x_wide = x_tile.to(tl.float32) * (to_end * dt_s)[:, None]
             d_b = tl.dot(x_wide.to(x_tile.dtype), tl.trans(d_leaving), d_b, input_precision=PRECISION)
         head += 1
     if not WANT_X:
-        tl.store(d_b_out + (start + row)[:, None] * width + n[None, :], d_b, mask=inside)
+        tl.store((d_b_out + start * width) + (row[:, None] * width + n[None, :]), d_b, mask=inside)
 
 
 @triton.jit
 def _output_gradients(
-    x, B, C, dy, dt, cum, states, d_states, d_c_out, row_out, carry_out, tile, b, head,
+    x, B, C, dy, dt, cum, states, d_c_out, row_out, tile, b, head,
     T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, width,
     P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -225,38 +226,50 @@ def _output_gradients(
     """The tile's tokens as outputs t of earlier sources s: dC, and a sum a token. Matrices are [t, s]."""
     row, n, p = tl.arange(0, BLOCK), tl.arange(0, N), tl.arange(0, P)
     start = tile.to(tl.int64) * BLOCK
-    inside = (start + row < T)[:, None]
-    c_tile = tl.load(C + (start + row)[:, None] * C_st + n[None, :], mask=inside, other=0.0)
-    b_tile = tl.load(B + (start + row)[:, None] * B_st + n[None, :], mask=inside, other=0.0)
+    inside = (row < (T - start).to(tl.int32))[:, None]
+    c_tile = tl.load((C + start * C_st) + (row[:, None] * C_st + n[None, :]), mask=inside, other=0.0)
+    b_tile = tl.load((B + start * B_st) + (row[:, None] * B_st + n[None, :]), mask=inside, other=0.0)
     scores = tl.dot(c_tile, tl.trans(b_tile), input_precision=PRECISION)
     causal = row[:, None] >= row[None, :]
     d_c = tl.zeros((BLOCK, N), tl.float32)
     for _ in range(HEADS):
         of_head = (b * (heads // SPLIT) + head // SPLIT) * Tp + start
-        cum_t = tl.load(cum + of_head + row)
-        dt_t = tl.load(dt + of_head + row)
-        x_tile = tl.load(x + (start + row)[:, None] * x_st + head * P + p[None, :], mask=inside, other=0.0)
-        dy_tile = tl.load(dy + (start + row)[:, None] * dy_st + head * P + p[None, :], mask=inside, other=0.0)
+        cum_t = tl.load((cum + of_head) + row)
+        dt_t = tl.load((dt + of_head) + row)
+        x_tile = tl.load((x + start * x_st + head * P) + (row[:, None] * x_st + p[None, :]), mask=inside, other=0.0)
+        dy_tile = tl.load((dy + start * dy_st + head * P) + (row[:, None] * dy_st + p[None, :]), mask=inside, other=0.0)
+        chunk_head = (b * tiles + tile) * heads + head
+        entering = tl.load((states + chunk_head * N * P) + (n[:, None] * P + p[None, :]))
 
-        # Sources of the same tile.
+        # Sources of the same tile, then those before it, through the state that enters it.
         decay = tl.where(causal, tl.exp(tl.minimum(cum_t[:, None] - cum_t[None, :], 0.0)) * dt_t[None, :], 0.0)
         products = tl.dot(dy_tile, tl.trans(x_tile), input_precision=PRECISION) * decay
+        # Of the very numbers whose sums over t are `col`: what both count twice must cancel (`finish_kernel`).
         row_sum = tl.sum(products * scores, 1)
         d_c = tl.dot(products.to(x_tile.dtype), b_tile, d_c, input_precision=PRECISION)
-
-        # Sources before it, through the state that enters it.
-        chunk_head = (b * tiles + tile) * heads + head
-        at = chunk_head * N * P + n[:, None] * P + p[None, :]
-        entering = tl.load(states + at)
-        d_leaving = tl.load(d_states + at)
-        carry = tl.sum(entering.to(tl.float32) * d_leaving.to(tl.float32))
-        tl.store(carry_out + chunk_head, carry * tl.exp(tl.load(cum + of_head + BLOCK - 1)))
         dy_wide = dy_tile.to(tl.float32) * tl.exp(cum_t)[:, None]
         row_sum += tl.sum(tl.dot(c_tile, entering, input_precision=PRECISION) * dy_wide, 1)
         d_c = tl.dot(dy_wide.to(dy_tile.dtype), tl.trans(entering), d_c, input_precision=PRECISION)
         tl.store(row_out + (b * heads + head) * Tp + start + row, row_sum)
         head += 1
-    tl.store(d_c_out + (start + row)[:, None] * width + n[None, :], d_c, mask=inside)
+    tl.store((d_c_out + start * width) + (row[:, None] * width + n[None, :]), d_c, mask=inside)
+
+
+@triton.jit
+def _state_products(
+    cum, states, d_states, carry_out, tile, b, head, Tp, heads, tiles,
+    P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """exp(c_end) ⟨H, G⟩ of the tile."""
+    inside_state = tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
+    for _ in range(HEADS):
+        chunk_head = (b * tiles + tile) * heads + head
+        at = chunk_head * N * P
+        entering = tl.load((states + at) + inside_state).to(tl.float32)
+        d_leaving = tl.load((d_states + at) + inside_state).to(tl.float32)
+        end = tl.load(cum + (b * (heads // SPLIT) + head // SPLIT) * Tp + tile.to(tl.int64) * BLOCK + BLOCK - 1)
+        tl.store(carry_out + chunk_head, tl.sum(entering * d_leaving) * tl.exp(end))
+        head += 1
 
 
 @triton.jit
@@ -266,14 +279,14 @@ def gradient_kernel(
     P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile, which is a chunk, for HEADS heads. dx, dB and dC are for three programs: the registers of
-    one hold no more. Grid: tile, heads / HEADS, 3 · batch.
+    """Gradients of one tile, which is a chunk, for HEADS heads. dx, dB, dC and ⟨H, G⟩ are for four programs: the
+    registers of one hold no more. Grid: tile, heads / HEADS, 4 · batch.
 
     Writes dx; this program's share of dB or dC into d_bc [shares, batch, T, 2·groups·N]; and what the gradient of the
     log-decays is made of (see `finish_kernel`): row_out, col_out, state_out [B, heads, Tp], carry_out and d_skip
     [B, tiles, heads].
     """
-    tile, b, role = tl.program_id(0), (tl.program_id(2) // 3).to(tl.int64), tl.program_id(2) % 3
+    tile, b, role = tl.program_id(0), (tl.program_id(2) // 4).to(tl.int64), tl.program_id(2) % 4
     head = tl.program_id(1) * HEADS
     group = head // HEADS_PER_GROUP
     share = (head % HEADS_PER_GROUP) // HEADS
@@ -296,10 +309,14 @@ def gradient_kernel(
             T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, dx_st, width,
             P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, False,
         )  # fmt: skip
-    else:
+    elif role == 2:
         _output_gradients(
-            x, B, C, dy, dt, cum, states, d_states, d_bc + groups * N, row_out, carry_out, tile, b, head,
+            x, B, C, dy, dt, cum, states, d_bc + groups * N, row_out, tile, b, head,
             T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, width, P, N, BLOCK, SPLIT, HEADS, PRECISION,
+        )  # fmt: skip
+    else:
+        _state_products(
+            cum, states, d_states, carry_out, tile, b, head, Tp, heads, tiles, P, N, BLOCK, SPLIT, HEADS
         )  # fmt: skip
 
 
