@@ -60,13 +60,19 @@ class _Coupled(torch.autograd.Function):
                 sums.append(seen)
         del sums[-2:]  # of the states that are kept
         ctx.blocks, ctx.gate, ctx.setting, ctx.type = blocks, gate, setting, x.dtype
-        ctx.save_for_backward(a, b, *sums)
+        ctx.save_for_backward(*sums)
+        # Not among them: autograd would hold the last states until backward returns. Detached: an output that its own
+        # node holds would never die.
+        ctx.last = a.detach(), b.detach()
         return a, b
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        a, b, *sums = ctx.saved_tensors
+        sums = list(ctx.saved_tensors)
+        if ctx.last is None:
+            raise RuntimeError("coupled: backward ran before, and the states it started from are gone")
+        (a, b), ctx.last = ctx.last, None
         da, db = gradients
         for index in reversed(range(len(ctx.blocks))):
             mix, feed = ctx.blocks[index].sub_layers

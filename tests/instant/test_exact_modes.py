@@ -180,6 +180,13 @@ def test_kept_memory_does_not_grow_with_depth(build: Build, batch: tuple[Tensor,
     assert kept("none", 12) - kept("none", 3) > 9 * 10 * one
 
 
+def test_a_second_backward_says_that_it_cannot(build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    loss = build("coupled").loss(*batch)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward ran before"):
+        loss.backward()
+
+
 def test_modes_of_blocks_are_read_and_refused() -> None:
     from eco_llm.errors import UserError
 
