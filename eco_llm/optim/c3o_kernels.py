@@ -99,20 +99,24 @@ def _write_weight(
 
 @triton.jit
 def _decoded(codes, scale, SIGNED: tl.constexpr, MANTISSA: tl.constexpr, LEVELS: tl.constexpr):
-    """`storage.decode`: codes int32 [rows, 64], scale float32 [rows]."""
-    pattern = ((codes & (LEVELS - 1)) + (127 << MANTISSA)) << (23 - MANTISSA)
-    z = pattern.to(tl.float32, bitcast=True)
+    """`storage.decode`: codes int32 [rows, 64], scale float32 [rows, 1]. Exact: few bits times few bits."""
     if SIGNED:
-        x = (z - 1.0) * scale[:, None]
-        # The sign of the code is that of the number.
-        return (x.to(tl.int32, bitcast=True) ^ ((codes & LEVELS) * (-2147483648 // LEVELS))).to(tl.float32, bitcast=True)
-    return z * scale[:, None]
+        z = _pattern(codes & (LEVELS - 1), MANTISSA)
+        sign = (codes * (2147483648 // LEVELS)) & -2147483648
+        return (tl.fma(z, scale, -scale).to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return _pattern(codes, MANTISSA) * scale
+
+
+@triton.jit
+def _pattern(magnitude, MANTISSA: tl.constexpr):
+    """z of a code, 1 for 0: one multiply-add of integers."""
+    return (magnitude * (1 << (23 - MANTISSA)) + 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _scale_of(x, SPAN: tl.constexpr):
-    """The scales of groups x [rows, 64], float32 values that bfloat16 holds; see `storage.encode`."""
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # integers: a maximum of floats drops NaN
+    """The scales [rows, 1] of groups x [rows, 64], float32 that bfloat16 holds; see `storage.encode`."""
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)  # a maximum of floats drops NaN
     top = bits.to(tl.float32, bitcast=True) * (1.0 / SPAN)
     bits = tl.minimum(top.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7FC00000)
     bits = (bits + 0xFFFF) & -65536
@@ -122,21 +126,36 @@ def _scale_of(x, SPAN: tl.constexpr):
 @triton.jit
 def _encoded(x, scale, threshold, SIGNED: tl.constexpr, MANTISSA: tl.constexpr, LEVELS: tl.constexpr):
     """`storage.encode` with scales known: codes int32."""
-    inverse = tl.where(scale > 0, 1.0 / scale, 0.0)[:, None]
+    inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
     if SIGNED:
         z = tl.fma(tl.abs(x), inverse, 1.0)
     else:
         z = tl.maximum(x * inverse, 1.0)
     raised = z.to(tl.int32, bitcast=True) + (threshold << (7 - MANTISSA))
-    codes = tl.minimum(tl.maximum((raised >> (23 - MANTISSA)) - (127 << MANTISSA), 0), LEVELS - 1)
+    # Without a sign, so that NaN ends at the last code; its scale is NaN.
+    codes = (raised.to(tl.uint32, bitcast=True) >> (23 - MANTISSA)) - (127 << MANTISSA)
+    codes = tl.minimum(codes, LEVELS - 1).to(tl.int32, bitcast=True)
     if SIGNED:
-        codes += tl.where(x.to(tl.int32, bitcast=True) < 0, LEVELS, 0)
+        codes += (x.to(tl.int32, bitcast=True) >> 31) & LEVELS
     return codes
 
 
 @triton.jit
+def _root(v):
+    """sqrt(v) within 2 units in the last place; 0 of what is subnormal."""
+    return v * tl.rsqrt(tl.maximum(v, 1.1754944e-38))
+
+
+@triton.jit
+def _direction_fast(p, m, v, gain, shift, decay):
+    """`_direction` within a few units in the last place: beside codes of 8 bits arithmetic, not memory, is the cost."""
+    inverse = tl.rsqrt(tl.fma(_root(v), gain, shift))
+    return tl.fma(decay, p, m * inverse * inverse)
+
+
+@triton.jit
 def _read_rows(base, rows, there, MASKED: tl.constexpr):
-    """float32 scales of rows (vector of indices); 0 where there is no such group."""
+    """float32 scales of rows [rows, 1]; 0 where there is no such group."""
     if MASKED:
         return tl.load(base + rows, mask=there, other=0.0).to(tl.float32)
     return tl.load(base + rows).to(tl.float32)
@@ -163,7 +182,15 @@ def _coded_moments(
 ):  # fmt: skip
     """`storage.coded_moments`: (m, v)."""
     v = _decoded(v_code, v_scale, False, V, V_LEVELS)
-    return _decoded(r_code, r_scale, True, R, R_LEVELS) * tl.sqrt(v), v
+    return _decoded(r_code, r_scale, True, R, R_LEVELS) * _root(v), v
+
+
+@triton.jit
+def _part(bytes, half: tl.constexpr, BITS: tl.constexpr):
+    """The codes of group `half` of a row of bytes."""
+    if BITS == 8:
+        return bytes
+    return (bytes >> (half * BITS)) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -175,8 +202,8 @@ def _nearest(x):
 
 
 @triton.jit
-def _phase(step):
-    return ((step.to(tl.int64) * 37345) & 0xFFFF).to(tl.int32)
+def _phase(step, STRIDE: tl.constexpr):
+    return ((step.to(tl.int64) * STRIDE) & 0xFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -194,10 +221,7 @@ def _advance(g, m, v, w1, b2, w2):
 
 
 @triton.jit
-def _direction(p, m, v, gain, shift, decay, FAST: tl.constexpr):
-    """d. FAST: roots and quotients within 2 units in the last place; beside codes of 8 bits the arithmetic is the cost."""
-    if FAST:
-        return tl.fma(decay, p, m / tl.fma(tl.sqrt(v), gain, shift))
+def _direction(p, m, v, gain, shift, decay):
     return tl.fma(decay, p, tl.div_rn(m, tl.fma(tl.sqrt_rn(v), gain, shift)))
 
 
@@ -355,7 +379,7 @@ def _measure_tile(
     if ADVANCE:
         _write(m_base, at, left, m, MASKED)
         _write(v_base, at, left, v, MASKED)
-    return p, _direction(p, m, v, gain, shift, decay, False)
+    return p, _direction(p, m, v, gain, shift, decay)
 
 
 @triton.jit
@@ -373,18 +397,17 @@ def _measure_coded(
     r_bytes = _read_bytes(m_base, bytes_at, there, MASKED)
     v_bytes = _read_bytes(v_base, bytes_at, there, MASKED)
     for half in tl.static_range(PACK):
-        group = byte_rows * PACK + half
-        at = group[:, None] * 64 + lane
+        group = (byte_rows * PACK + half)[:, None]
+        at = group * 64 + lane
         r_scale = _read_rows(r_scales, group, group * 64 < left, MASKED)
         v_scale = _read_rows(v_scales, group, group * 64 < left, MASKED)
         m, v = _coded_moments(
-            (r_bytes >> (half * BITS)) & ((1 << BITS) - 1), (v_bytes >> (half * BITS)) & ((1 << BITS) - 1), r_scale, v_scale,
-            R, V, 1 << (BITS - 1), 1 << BITS,
+            _part(r_bytes, half, BITS), _part(v_bytes, half, BITS), r_scale, v_scale, R, V, 1 << (BITS - 1), 1 << BITS
         )  # fmt: skip
         g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
         p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
         m, v = _advance(g, m, v, w1, b2, w2)
-        d = _direction(p, m, v, gain, shift, decay, True)
+        d = _direction_fast(p, m, v, gain, shift, decay)
         if MASKED:
             d = tl.where(at < left, d, 0.0)
         d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
@@ -509,14 +532,14 @@ def _update_tile(
         else:
             _write(m_base, at, left, m, MASKED)
             _write(v_base, at, left, v, MASKED)
-    p = tl.fma(-size, _direction(p, m, v, gain, shift, decay, False), p)
+    p = tl.fma(-size, _direction(p, m, v, gain, shift, decay), p)
     _write_weight(p_base, e_base, at, left, p, threshold, P, ERROR, DITHER, MASKED)
 
 
 @triton.jit
 def _update_coded(
     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2, gain, shift,
-    decay, size, phase, r_sum, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, R_SPAN: tl.constexpr,
+    decay, size, phase, ratio_phase, r_sum, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, R_SPAN: tl.constexpr,
     V_SPAN: tl.constexpr, CLAMP: tl.constexpr, P: tl.constexpr, ERROR: tl.constexpr, DITHER: tl.constexpr,
     WATCH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -532,14 +555,13 @@ def _update_coded(
     v_bytes = _read_bytes(v_base, bytes_at, there, MASKED)
     new_r, new_v = tl.zeros_like(r_bytes), tl.zeros_like(v_bytes)
     for half in tl.static_range(PACK):
-        group = byte_rows * PACK + half
+        group = (byte_rows * PACK + half)[:, None]
         has_group = group * 64 < left
-        at = group[:, None] * 64 + lane
+        at = group * 64 + lane
         r_scale = _read_rows(r_scales, group, has_group, MASKED)
         v_scale = _read_rows(v_scales, group, has_group, MASKED)
         m, v = _coded_moments(
-            (r_bytes >> (half * BITS)) & ((1 << BITS) - 1), (v_bytes >> (half * BITS)) & ((1 << BITS) - 1), r_scale, v_scale,
-            R, V, R_LEVELS, V_LEVELS,
+            _part(r_bytes, half, BITS), _part(v_bytes, half, BITS), r_scale, v_scale, R, V, R_LEVELS, V_LEVELS
         )  # fmt: skip
         g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
         p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
@@ -547,14 +569,16 @@ def _update_coded(
         if MASKED:  # a group's scale must not see what is past the end
             m, v = tl.where(at < left, m, 0.0), tl.where(at < left, v, 0.0)
         threshold = ((at & (BLOCK - 1)) * 49471 + phase) & 0xFFFF
-        p = tl.fma(-size, _direction(p, m, v, gain, shift, decay, True), p)
+        p = tl.fma(-size, _direction_fast(p, m, v, gain, shift, decay), p)
         _write_weight(p_base, e_base, at, left, p, threshold, P, ERROR, DITHER, MASKED)
 
         v_scale = _scale_of(v, V_SPAN)
         v_code = _encoded(v, v_scale, threshold ^ 0x8000, False, V, V_LEVELS)
         kept = _decoded(v_code, v_scale, False, V, V_LEVELS)
-        r = tl.where(kept == 0, 0.0, m / tl.sqrt(kept))
+        # v reads back as 0 only where its whole group does; m then too: 1 / sqrt(inf) is 0.
+        r = m * tl.rsqrt(tl.maximum(kept, tl.where(v_scale > 0, 1.1754944e-38, float("inf"))))
         r_scale = _scale_of(r, R_SPAN)
+        threshold = ((at & (BLOCK - 1)) * 37345 + ratio_phase) & 0xFFFF
         r_code = _encoded(r, r_scale, threshold, True, R, R_LEVELS)
         if WATCH:
             r = _decoded(r_code, r_scale, True, R, R_LEVELS)
@@ -602,7 +626,7 @@ def _update_kernel(
         factor, limit, w1, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
         w2, gain, shift, decay = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
         size, step = tl.load(row + 8), tl.load(row + 9)
-        phase = _phase(step)
+        phase, ratio_phase = _phase(step, 37345), _phase(step, 49471)  # `rounding`'s streams
         full = left // TILE * TILE
         if BITS == 0:
             m_base = _base(tensors, line + 1, S, 16) + start
@@ -643,13 +667,13 @@ def _update_kernel(
             for begin in range(0, full, TILE):
                 r_sum = _update_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2,
-                    gain, shift, decay, size, phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR, DITHER, WATCH,
+                    gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR, DITHER, WATCH,
                     BLOCK, TILE, False,
                 )  # fmt: skip
             if full < left:
                 r_sum = _update_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, full, left, factor, limit, w1, b2, w2,
-                    gain, shift, decay, size, phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR, DITHER, WATCH,
+                    gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR, DITHER, WATCH,
                     BLOCK, TILE, True,
                 )  # fmt: skip
             if WATCH:

@@ -13,29 +13,44 @@ A bfloat16 weight may have 8 more bits in a companion (`split_weight`): 16 signi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-_POSITION_STRIDE = 49471  # round(2^16 / p), p = 1.3247… (the plastic number)
-_STEP_STRIDE = 37345  # round(2^16 / p²)
-FIRST_MOMENT, SECOND_MOMENT, WEIGHT = 0, 0x8000, 0x4000
-"""Streams: what is stored of one element uses thresholds half or a quarter of a period apart."""
 
 
-def thresholds(position: Tensor, step: Tensor, stream: int) -> Tensor:
+class Stream(NamedTuple):
+    """Strides and start of one sequence of thresholds, in units of 2^-16."""
+
+    position: int
+    step: int
+    start: int
+
+
+_P1 = 49471  # round(2^16 / p), p = 1.3247… (the plastic number)
+_P2 = 37345  # round(2^16 / p²)
+FIRST_MOMENT, SECOND_MOMENT, WEIGHT = Stream(_P1, _P2, 0), Stream(_P1, _P2, 0x8000), Stream(_P1, _P2, 0x4000)
+"""What is stored of one element uses thresholds half or a quarter of a period apart."""
+RATIO = Stream(_P2, _P1, 0)
+"""For what is rounded relative to a rounded second moment: with SECOND_MOMENT's it runs through the unit square evenly
+(R2 in two dimensions), so that it is unbiased whichever way the other went."""
+
+
+def thresholds(position: Tensor, step: Tensor, stream: Stream) -> Tensor:
     """int32 in [0, 2^16): what a discarded 16-bit fraction is compared with.
 
     Args:
         position: integer index of each element within its credit block.
         step: step count, an exact integer of any dtype; broadcasts with `position`.
-        stream: FIRST_MOMENT, SECOND_MOMENT or WEIGHT.
+        stream: one of the above.
     """
     # int32 products may wrap; only their low 16 bits are used, and wrapping keeps those.
-    phase = step.to(torch.int32) * _STEP_STRIDE + stream
-    return (position.to(torch.int32) * _POSITION_STRIDE + phase).bitwise_and_(0xFFFF)
+    phase = step.to(torch.int32) * stream.step + stream.start
+    return (position.to(torch.int32) * stream.position + phase).bitwise_and_(0xFFFF)
 
 
-def dithered_bfloat16(x: Tensor, position: Tensor, step: Tensor, stream: int) -> Tensor:
+def dithered_bfloat16(x: Tensor, position: Tensor, step: Tensor, stream: Stream) -> Tensor:
     """Round `x` to bfloat16, up or down in magnitude, by less than one unit in the last place.
 
     Args:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from eco_llm.optim.rounding import FIRST_MOMENT, SECOND_MOMENT, dithered_bfloat16, thresholds
+from eco_llm.optim.rounding import FIRST_MOMENT, RATIO, SECOND_MOMENT, dithered_bfloat16, thresholds
 
 GROUP = 64
 """Elements that share a scale."""
@@ -166,7 +166,7 @@ def code_moments(m: Tensor, v: Tensor, position: Tensor, step: Tensor, storage: 
     v_codes, v_scale = encode(v, thresholds(position, step, SECOND_MOMENT), storage.second)
     root = decode(v_codes, v_scale, storage.second).sqrt_()
     r = torch.where(root == 0, torch.zeros_like(m), m / root)
-    r_codes, r_scale = encode(r, thresholds(position, step, FIRST_MOMENT), storage.ratio)
+    r_codes, r_scale = encode(r, thresholds(position, step, RATIO), storage.ratio)
     kept = decode(r_codes, r_scale, storage.ratio)
     if storage.bits == 4:
         r_codes, v_codes = (c[0::2] | c[1::2] << 4 for c in (r_codes, v_codes))
