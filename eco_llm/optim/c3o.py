@@ -173,8 +173,26 @@ class C3O(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load `state_dict()`'s result: moments keep the type they were saved in, values are copied."""
-        super().load_state_dict(state_dict)
-        # The base class casts state to the parameter's type, which would round float32 moments of bfloat16 weights.
+        seen: list[dict[str, Any]] = []
+
+        def see(_: Optimizer, final: dict[str, Any]) -> None:
+            seen.append(final)  # last of the hooks, which may have replaced it
+
+        def keep_types(_: Optimizer) -> None:
+            self._adopt_state(seen[0])
+
+        handles = (
+            self.register_load_state_dict_pre_hook(see),
+            self.register_load_state_dict_post_hook(keep_types, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _adopt_state(self, state_dict: dict[str, Any]) -> None:
+        """Copy the state as it was saved: the base class casts it to the parameter's type, which would round moments."""
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         here = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, here, strict=True):
@@ -183,6 +201,9 @@ class C3O(Optimizer):
                     name: value.detach().clone().to(param.device) if isinstance(value, Tensor) else value
                     for name, value in state_dict["state"][index].items()
                 }
+                step = self.state[param].get("step")
+                if isinstance(step, int | float):
+                    self.state[param]["step"] = torch.tensor(float(step), dtype=torch.float32, device=param.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by copying, unpickling and loading."""
@@ -190,6 +211,7 @@ class C3O(Optimizer):
         for group in self.param_groups:  # states saved before these settings were: as it was then
             group.setdefault("weight_rounding", "nearest")
             group.setdefault("error_bits", 0)
+            group.setdefault("foreach", None)
         self._forget_layout()
 
     # ---- the step ---------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"C3O: a tensor lr must have one element, got shape {tuple(lr.shape)}")
+            raise ValueError(f"C3O: Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     elif not 0.0 <= lr < float("inf"):
         raise ValueError(f"C3O: lr must be finite and >= 0, got {lr}")
     if len(group["betas"]) != 2 or not all(0.0 <= b < 1.0 for b in group["betas"]):
