@@ -62,8 +62,8 @@ class C3O(Optimizer):
         grad_clip: threshold; 0 is off. What `.grad` holds after a step that clips is unspecified: the kernels leave it
             alone, the other paths clip in place.
         grad_clip_mode: "norm" clips by the norm of all gradients of this optimizer; "value" clamps each element.
-        state_dtype: storage of both moments: torch.float32, bfloat16 or float64, or "int8" or "int4": codes with a scale
-            per 64 elements, 2.0625 or 1.0625 bytes per parameter for both.
+        state_dtype: storage of both moments: torch.float32, bfloat16 or float64, or "int8" or "int4": codes with a
+            scale per 64 elements, 2.0625 or 1.0625 bytes per parameter for both.
         weight_rounding: of bfloat16 parameters: "dithered" (up or down so that the average over steps is right) or
             "nearest", under which updates smaller than 2^-9 of a weight are lost.
         error_bits: 8 keeps, in the state, the next 8 bits of bfloat16 parameters; 0 is off.
@@ -192,7 +192,7 @@ class C3O(Optimizer):
                 handle.remove()
 
     def _adopt_state(self, state_dict: dict[str, Any]) -> None:
-        """Copy the state as it was saved: the base class casts it to the parameter's type, which would round moments."""
+        """Copy the state as saved: the base class casts it to the parameter's type, which would round moments."""
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         here = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, here, strict=True):

@@ -10,8 +10,8 @@ Accesses to memory, per element and step (16-bit or 32-bit words; fp32 moments, 
     · scale 2;  θ - · 3;  together 25, of which the trust region is 2 and weight decay 3. A step that may be
     skipped (`skip_step`) adds 8: candidates for m and v are built in the work buffer and committed by `where`.
 
-Coded moments (int8, int4) are decoded into a work buffer, advanced and coded anew, with some temporaries of the bucket's
-size in float32 and int32: no copy in float32 outlives the bucket's step.
+Coded moments (int8, int4) are decoded into a work buffer, advanced and coded anew, with some temporaries of the
+bucket's size in float32 and int32: no copy in float32 outlives the bucket's step.
 
 A device flag cannot save these norms their two accesses: without a kernel of our own a launch is issued or not by
 Python, before the flag is known. Here `may_skip` decides, counts and keeps its bounds exactly as a kernel must, and
@@ -30,12 +30,31 @@ from torch import Tensor
 from eco_llm.optim.c3o_reference import drop_norm_cache, unknown_update_norm
 from eco_llm.optim.grads import tensor_norms
 from eco_llm.optim.norm_skip import (
-    NormCache, Slack, may_skip, next_cache, stored_direction_bound, update_norm_bound,
+    NormCache,
+    Slack,
+    may_skip,
+    next_cache,
+    stored_direction_bound,
+    update_norm_bound,
 )  # fmt: skip
-from eco_llm.optim.rounding import FIRST_MOMENT, SECOND_MOMENT, WEIGHT, dithered_bfloat16, joined_weight, split_weight
+from eco_llm.optim.rounding import (
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    WEIGHT,
+    Stream,
+    dithered_bfloat16,
+    joined_weight,
+    split_weight,
+)
 from eco_llm.optim.rule import BLOCK, Rule, block_count, compute_dtype
 from eco_llm.optim.storage import (
-    GROUP, MOMENTS, SCALES, Stored, check_moments, code_moments, coded_moments,
+    GROUP,
+    MOMENTS,
+    SCALES,
+    Stored,
+    check_moments,
+    code_moments,
+    coded_moments,
 )  # fmt: skip
 
 StateMap = dict[Tensor, dict[str, Any]]
@@ -340,7 +359,7 @@ def _read_moments(bucket: Bucket, m: Tensor, v: Tensor) -> None:
         rows.copy_(values.view(rows.shape))
 
 
-def _stored(x: Tensor, bucket: Bucket, t: Tensor, stream: int) -> Tensor:
+def _stored(x: Tensor, bucket: Bucket, t: Tensor, stream: Stream) -> Tensor:
     if bucket.arena.storage.dtype != torch.bfloat16:
         return x
     return dithered_bfloat16(x, bucket.position, t[bucket.owner][:, None], stream)

@@ -2,8 +2,8 @@
 """C3O's Triton kernels: squares, plan, measure, trust, update, summary; launched by `c3o_triton`, where the tables are.
 
 A program walks one chunk of one tensor in tiles. Moments come in two forms. Numbers (float32, bfloat16) are read and
-written element by element. Codes (`storage`, 8 or 4 bits) are tiles [rows, 64], a group a row, so that a group's scale is
-a maximum along a row in registers; with 4 bits a row of bytes holds two groups, handled one after the other, and no
+written element by element. Codes (`storage`, 8 or 4 bits) are tiles [rows, 64], a group a row, so that a group's scale
+is a maximum along a row in registers; with 4 bits a row of bytes holds two groups, handled one after the other, and no
 tile is laid out anew. Nothing of a tensor's size is ever written but the state itself.
 
 Every multiply-add is written as one and both passes over the moments use the same functions, so that all forms of the
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 
 @triton.jit
 def _base(table, index, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
@@ -667,14 +668,14 @@ def _update_kernel(
             for begin in range(0, full, TILE):
                 r_sum = _update_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2,
-                    gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR, DITHER, WATCH,
-                    BLOCK, TILE, False,
+                    gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR,
+                    DITHER, WATCH, BLOCK, TILE, False,
                 )  # fmt: skip
             if full < left:
                 r_sum = _update_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, full, left, factor, limit, w1, b2, w2,
-                    gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR, DITHER, WATCH,
-                    BLOCK, TILE, True,
+                    gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR,
+                    DITHER, WATCH, BLOCK, TILE, True,
                 )  # fmt: skip
             if WATCH:
                 tl.store(partials + first + chunk, tl.sum(tl.sum(r_sum, axis=1)))

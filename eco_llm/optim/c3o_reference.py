@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from eco_llm.optim.norm_skip import (
-    NormCache, Slack, may_skip, next_cache, stored_direction_bound, update_norm_bound,
+    NormCache,
+    Slack,
+    may_skip,
+    next_cache,
+    stored_direction_bound,
+    update_norm_bound,
 )  # fmt: skip
 from eco_llm.optim.rounding import WEIGHT, dithered_bfloat16, joined_weight, split_weight
 from eco_llm.optim.rule import BLOCK, Rule, block_count, compute_dtype

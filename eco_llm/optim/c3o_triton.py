@@ -10,6 +10,7 @@ Tensors of one optimizer form a table on the device: addresses of parameter, mom
     3  |d|², |θ|² of every chunk of the tensors that must be measured       reads p g m v (writes m v)
     4  trust, one program a tensor: the cap's scale and new bounds         scalars
     5  update                                                              reads p g m v, writes p m v
+    6  with the norm skip and coded moments: bounds of what 5 stored           scalars
 
 Bytes decide between two forms of 3 and 5. With moments stored as they are computed (float32), 3 writes the advanced
 moments, and 5 reads them back in place of advancing them again: g is not read a third time. With bfloat16 moments the
@@ -19,6 +20,8 @@ direction uses the unrounded ones (the rule), so 3 writes nothing and 5 repeats 
     fp32 / fp32                       4 + 24 + 16 = 44       4 + 28 = 32                100 + 12
     fp32 / bf16                       4 + 12 + 20 = 36       4 + 20 = 24
     bf16 / bf16                       2 +  8 + 14 = 24       2 + 14 = 16
+    bf16 / int8                       2 + 6.06 + 10.1 = 18.2   2 + 10.1 = 12.1
+    bf16 / int4                       2 + 5.06 + 8.1  = 15.2   2 + 8.1  = 10.1
 
 (fp32 without "advance" would be 48.) Gradients are never written: the clip factor is applied as they are read. Passes
 walk the chunks in alternating directions, so that each starts on what the last one left in the L2 cache.
@@ -42,7 +45,13 @@ from torch import Tensor
 
 from eco_llm.optim.c3o_foreach import Arena
 from eco_llm.optim.c3o_kernels import (
-    _measure_kernel, _plan_kernel, _squares_kernel, _stored_norm_kernel, _summary_kernel, _trust_kernel, _update_kernel,
+    _measure_kernel,
+    _plan_kernel,
+    _squares_kernel,
+    _stored_norm_kernel,
+    _summary_kernel,
+    _trust_kernel,
+    _update_kernel,
 )  # fmt: skip
 from eco_llm.optim.norm_skip import Slack
 from eco_llm.optim.rule import BLOCK, Rule
@@ -297,7 +306,9 @@ class KernelPlan:
         self._clamps = any(rule.clips_value for rule in rules)
         self._trusts = any(rule.has_trust for rule in rules)
         self._skips = any(rule.may_skip_norms for rule in rules)
-        self._watches = any(rule.may_skip_norms and a.storage.bits for rule, (a, _) in zip(rules, self._arenas, strict=True))
+        self._watches = any(
+            rule.may_skip_norms and a.storage.bits for rule, (a, _) in zip(rules, self._arenas, strict=True)
+        )
         clipping = [k for k, rule in enumerate(rules) if rule.clips_norm]
         self._clip_arena = clipping[-1] if clipping else 0
         self.clips_norm = bool(clipping)
@@ -368,7 +379,8 @@ class KernelPlan:
                 )  # fmt: skip
             if self._watches:
                 _stored_norm_kernel[(len(self.params),)](
-                    self._partials, self._settings, table, self._arena_of, self._span, self._plan, LANES=_LANES, **scalars,
+                    self._partials, self._settings, table, self._arena_of, self._span, self._plan,
+                    LANES=_LANES, **scalars,
                 )  # fmt: skip
         return norm_out, applied
 

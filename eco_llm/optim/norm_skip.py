@@ -62,7 +62,7 @@ def update_norm_bound(
 
 
 def stored_direction_bound(ratio_norm: Tensor, bias1: Tensor, bias2: Tensor, slack: Slack) -> Tensor:
-    """>= |u| of coded moments as they are read back: |m| / bias1 / (sqrt(v / bias2) + eps) <= sqrt(bias2) / bias1 |r|."""
+    """At least |u| of coded moments as read back: m / bias1 / (sqrt(v / bias2) + eps) <= sqrt(bias2) / bias1 |r|."""
     return bias2.sqrt() / bias1 * ratio_norm * (1 + slack.compute)
 
 

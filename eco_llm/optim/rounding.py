@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 
-
 class Stream(NamedTuple):
     """Strides and start of one sequence of thresholds, in units of 2^-16."""
 

@@ -164,7 +164,9 @@ def test_direction_bound_survives_moments_rounded_the_worst_way(stored: str) -> 
     m, v = 0.3, 0.2
     previous = m / before[0] / (v / before[1]).sqrt()
     moved = rule.beta1 * m * (1 + unit) / after[0] / (rule.beta2 * v * (1 - unit) / after[1]).sqrt()
-    bound = update_norm_bound(previous, t, *after, sqrt_n, rule, Slack.of(STORAGES[stored], torch.float64, torch.float64))
+    bound = update_norm_bound(
+        previous, t, *after, sqrt_n, rule, Slack.of(STORAGES[stored], torch.float64, torch.float64)
+    )
     assert float(moved) <= float(bound) <= float(moved) * (1 + 1e-12)
 
 

@@ -16,7 +16,7 @@ from eco_llm.optim.c3o import C3O
 from eco_llm.optim.factory import build_optimizer
 from eco_llm.optim.rounding import RATIO, SECOND_MOMENT, joined_weight, split_weight, thresholds
 from eco_llm.optim.rule import BLOCK
-from eco_llm.optim.storage import GROUP, STORAGES, Stored, code_moments, coded_moments, decode, encode
+from eco_llm.optim.storage import GROUP, STORAGES, code_moments, coded_moments, decode, encode
 
 CODED = ("int8", "int4")
 CODES = [(name, kind) for name in CODED for kind in ("ratio", "second")]
@@ -70,7 +70,7 @@ def test_m_is_unbiased_though_it_is_coded_relative_to_a_rounded_v(name: str) -> 
         back_m, back_v = coded_moments(stored, storage)
         mean_m += back_m.double() / steps
         mean_v += back_v.double() / steps
-    one_code = 2.0 ** -storage.ratio.mantissa * (m.abs() + float(m.abs().max()) / storage.ratio.span)  # type: ignore[union-attr]
+    one_code = 2.0**-storage.ratio.mantissa * (m.abs() + float(m.abs().max()) / storage.ratio.span)  # type: ignore[union-attr]
     assert ((mean_m - m).abs() / one_code).max() < 0.02
     assert ((mean_v - v).abs() / v).max() < 0.01
 
