@@ -244,8 +244,10 @@ class C3OConfig:
     """Most steps a cached parameter norm may be used for."""
     c3o_credit_gain: float = 0.0
     """Strength of the block credit that scales updates; 0 is off."""
-    c3o_state_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Storage of the two moments."""
+    c3o_state_dtype: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """Storage of the two moments: 8, 4, 2.06 or 1.06 bytes per parameter together."""
+    c3o_error_bits: Literal[0, 8] = 0
+    """8: one more byte per bf16 weight, so that it holds 16 significant bits; 0 is off."""
 
     def validate(self) -> None:
         """Raise UserError for values outside the rule's definition."""

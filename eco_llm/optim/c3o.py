@@ -29,6 +29,7 @@ Groups = list[tuple[dict[str, Any], Rule, list[Tensor]]]
 _STATS = ("c3o_trust_norm_skipped", "c3o_trust_norm_exact", "c3o_trust_capped", "c3o_update_to_weight")
 _MAX_PLANS = 4  # tables that are kept, for optimizers whose set of gradients alternates
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
+_KERNEL_STORAGES = ("float32", "bfloat16", "int8", "int4")
 _COUNTS = ("c3o_foreach_groups", "c3o_grad_clip_foreach_groups", "c3o_grad_clip_scale")
 
 
@@ -61,7 +62,11 @@ class C3O(Optimizer):
         grad_clip: threshold; 0 is off. What `.grad` holds after a step that clips is unspecified: the kernels leave it
             alone, the other paths clip in place.
         grad_clip_mode: "norm" clips by the norm of all gradients of this optimizer; "value" clamps each element.
-        state_dtype: storage of both moments: torch.float32, bfloat16 or float64.
+        state_dtype: storage of both moments: torch.float32, bfloat16 or float64, or "int8" or "int4": codes with a
+            scale per 64 elements, 2.0625 or 1.0625 bytes per parameter for both.
+        weight_rounding: of bfloat16 parameters: "dithered" (up or down so that the average over steps is right) or
+            "nearest", under which updates smaller than 2^-9 of a weight are lost.
+        error_bits: 8 keeps, in the state, the next 8 bits of bfloat16 parameters; 0 is off.
         foreach: True or False forces PyTorch's multi-tensor calls or the for-loop; None takes the Triton kernels where
             they serve (a GPU, float32 or bfloat16, contiguous, no credit), else multi-tensor calls.
 
@@ -72,12 +77,11 @@ class C3O(Optimizer):
         grad_norm: 0-dim tensor, the norm of all gradients (after `grad_scale`) if it is already known, for "norm"
             clipping; used by one step and then forgotten.
 
-    Parameters whose `.grad` is None, and empty ones, are left alone. bfloat16 parameters are rounded to nearest: keep
-    float32 parameters where updates may be under 2^-9 of a weight.
+    Parameters whose `.grad` is None, and empty ones, are left alone.
 
     Raises:
         ValueError: a setting outside its range, or a parameter that is not floating point.
-        RuntimeError: from `step`, a sparse gradient.
+        RuntimeError: from `step`, a sparse gradient, or a loaded state whose moments are stored in another way.
     """
 
     _step_supports_amp_scaling = True
@@ -100,7 +104,9 @@ class C3O(Optimizer):
         credit_beta: float = 0.9,
         grad_clip: float = 0.0,
         grad_clip_mode: str = "norm",
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | str = torch.float32,
+        weight_rounding: str = "dithered",
+        error_bits: int = 0,
         foreach: bool | None = None,
     ) -> None:
         defaults = {
@@ -119,6 +125,8 @@ class C3O(Optimizer):
             "grad_clip": grad_clip,
             "grad_clip_mode": grad_clip_mode,
             "state_dtype": _dtype_name(state_dtype),
+            "weight_rounding": weight_rounding,
+            "error_bits": error_bits,
             "foreach": foreach,
         }
         check_group(defaults)
@@ -165,8 +173,26 @@ class C3O(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load `state_dict()`'s result: moments keep the type they were saved in, values are copied."""
-        super().load_state_dict(state_dict)
-        # The base class casts state to the parameter's type, which would round float32 moments of bfloat16 weights.
+        seen: list[dict[str, Any]] = []
+
+        def see(_: Optimizer, final: dict[str, Any]) -> None:
+            seen.append(final)  # last of the hooks, which may have replaced it
+
+        def keep_types(_: Optimizer) -> None:
+            self._adopt_state(seen[0])
+
+        handles = (
+            self.register_load_state_dict_pre_hook(see),
+            self.register_load_state_dict_post_hook(keep_types, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _adopt_state(self, state_dict: dict[str, Any]) -> None:
+        """Copy the state as saved: the base class casts it to the parameter's type, which would round moments."""
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         here = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, here, strict=True):
@@ -175,10 +201,17 @@ class C3O(Optimizer):
                     name: value.detach().clone().to(param.device) if isinstance(value, Tensor) else value
                     for name, value in state_dict["state"][index].items()
                 }
+                step = self.state[param].get("step")
+                if isinstance(step, int | float):
+                    self.state[param]["step"] = torch.tensor(float(step), dtype=torch.float32, device=param.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by copying, unpickling and loading."""
         super().__setstate__(state)
+        for group in self.param_groups:  # states saved before these settings were: as it was then
+            group.setdefault("weight_rounding", "nearest")
+            group.setdefault("error_bits", 0)
+            group.setdefault("foreach", None)
         self._forget_layout()
 
     # ---- the step ---------------------------------------------------------------------------------------------
@@ -327,7 +360,7 @@ class C3O(Optimizer):
     def _bucketed(self, groups: list[tuple[dict[str, Any], Rule, list[Tensor]]]) -> list[Bucket]:
         key = (
             len(self.state),
-            *((rule.has_credit, rule.may_skip_norms, tuple(map(id, params))) for _, rule, params in groups),
+            *((*_features(rule), tuple(map(id, params))) for _, rule, params in groups),
         )
         if key != self._buckets_key:
             if len(self.state) < len(self._plan):  # someone cleared the state
@@ -348,7 +381,7 @@ class C3O(Optimizer):
         key = (
             len(self.state),
             self._force_kernels or uses_triton(first),
-            *((id(g), g["foreach"], r.has_credit, r.may_skip_norms, tuple(map(id, ps))) for g, r, ps in groups),
+            *((id(g), g["foreach"], *_features(r), tuple(map(id, ps))) for g, r, ps in groups),
         )
         if key != self._split_key:
             if len(self.state) < len(self._plan):  # someone cleared the state
@@ -357,7 +390,7 @@ class C3O(Optimizer):
             self._split_key = (len(self.state), *key[1:])
         arenas, rest = self._kernel_arenas, self._others
         while arenas:
-            plan_key = tuple((id(group), *_addresses(arena)) for arena, group in arenas)
+            plan_key = tuple((id(group), group["weight_rounding"], *_addresses(arena)) for arena, group in arenas)
             if plan_key not in self._kernel_plans:
                 if len(self._kernel_plans) >= _MAX_PLANS:
                     self._kernel_plans.clear()
@@ -387,7 +420,7 @@ class C3O(Optimizer):
 
     @staticmethod
     def _settings_of(groups: Groups) -> tuple[Any, ...]:
-        return tuple((id(g), g["foreach"], r.has_credit, r.may_skip_norms, len(g["params"])) for g, r, _ in groups)
+        return tuple((id(g), g["foreach"], *_features(r), len(g["params"])) for g, r, _ in groups)
 
     _force_kernels = False  # tests set it, to run the kernels in Triton's interpreter without a GPU
 
@@ -397,7 +430,7 @@ class C3O(Optimizer):
             and not rule.has_credit
             and (self._force_kernels or uses_triton(p))
             and p.dtype in _KERNEL_TYPES
-            and rule.state_dtype in _KERNEL_TYPES
+            and rule.storage.name in _KERNEL_STORAGES
             and p.is_contiguous()
         )
 
@@ -410,7 +443,7 @@ class C3O(Optimizer):
             fit = [p for p in fit if p.device == (arenas[0][0].device if arenas else fit[0].device)]
             taken: set[int] = set()
             for arena, _ in self._plan.place(fit, rule, self.state) if fit else ():
-                if arena.state_dtype in _KERNEL_TYPES and all(p.is_contiguous() for p in arena.params):
+                if arena.storage.name in _KERNEL_STORAGES and all(p.is_contiguous() for p in arena.params):
                     arenas.append((arena, group))
                     taken |= set(map(id, arena.params))
             rest.append((group, rule, [p for p in params if id(p) not in taken]))
@@ -457,7 +490,7 @@ class C3O(Optimizer):
         arenas, rest = self._served(groups)
         if any(params for _, _, params in rest):  # a state of another type was loaded
             raise RuntimeError("C3O: the loaded state cannot be stepped by the Triton kernels")
-        key = tuple((id(group), *_addresses(arena)) for arena, group in arenas)
+        key = tuple((id(group), group["weight_rounding"], *_addresses(arena)) for arena, group in arenas)
         if self._whole is None or key != self._whole_arenas:
             self._whole, self._whole_arenas = self._new_kernel_plan(arenas), key
             self._warm()
@@ -566,7 +599,12 @@ def _gradients(params: list[Tensor]) -> list[Tensor]:
 
 def _addresses(arena: Arena) -> tuple[int, ...]:
     """What a table of addresses depends on, but for parameters and gradients."""
-    return (id(arena), *(x.data_ptr() for x in arena.cache or ()))
+    return (id(arena), 0 if arena.error is None else arena.error.data_ptr(), *(x.data_ptr() for x in arena.cache or ()))
+
+
+def _features(rule: Rule) -> tuple[Any, ...]:
+    """Settings that decide which state and which launches there are."""
+    return rule.has_credit, rule.may_skip_norms, rule.weight_rounding, rule.error_bits
 
 
 def _alike(grads: list[Tensor]) -> list[tuple[Any, list[Tensor]]]:

@@ -10,6 +10,9 @@ Accesses to memory, per element and step (16-bit or 32-bit words; fp32 moments, 
     · scale 2;  θ - · 3;  together 25, of which the trust region is 2 and weight decay 3. A step that may be
     skipped (`skip_step`) adds 8: candidates for m and v are built in the work buffer and committed by `where`.
 
+Coded moments (int8, int4) are decoded into a work buffer, advanced and coded anew, with some temporaries of the
+bucket's size in float32 and int32: no copy in float32 outlives the bucket's step.
+
 A device flag cannot save these norms their two accesses: without a kernel of our own a launch is issued or not by
 Python, before the flag is known. Here `may_skip` decides, counts and keeps its bounds exactly as a kernel must, and
 the scale it implies is the one applied; the time is saved only by the kernel that reads the flag.
@@ -26,9 +29,33 @@ from torch import Tensor
 
 from eco_llm.optim.c3o_reference import drop_norm_cache, unknown_update_norm
 from eco_llm.optim.grads import tensor_norms
-from eco_llm.optim.norm_skip import NormCache, Slack, may_skip, next_cache, update_norm_bound
-from eco_llm.optim.rounding import FIRST_MOMENT, SECOND_MOMENT, dithered_bfloat16
+from eco_llm.optim.norm_skip import (
+    NormCache,
+    Slack,
+    may_skip,
+    next_cache,
+    stored_direction_bound,
+    update_norm_bound,
+)  # fmt: skip
+from eco_llm.optim.rounding import (
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    WEIGHT,
+    Stream,
+    dithered_bfloat16,
+    joined_weight,
+    split_weight,
+)
 from eco_llm.optim.rule import BLOCK, Rule, block_count, compute_dtype
+from eco_llm.optim.storage import (
+    GROUP,
+    MOMENTS,
+    SCALES,
+    Stored,
+    check_moments,
+    code_moments,
+    coded_moments,
+)  # fmt: skip
 
 StateMap = dict[Tensor, dict[str, Any]]
 
@@ -46,21 +73,32 @@ class Arena:
 
     def __init__(self, params: Sequence[Tensor], rule: Rule, state: StateMap) -> None:
         self.params = list(params)
-        self.device, self.param_dtype, self.state_dtype = params[0].device, params[0].dtype, rule.state_dtype
-        self.dtype = compute_dtype(params[0], rule.state_dtype)
+        self.device, self.param_dtype, self.storage = params[0].device, params[0].dtype, rule.storage
+        self.dtype = compute_dtype(params[0], rule.storage)
         self.blocks = [block_count(p.numel()) for p in params]
         self.first = [0]
         for b in self.blocks:
             self.first.append(self.first[-1] + b)
         rows = self.first[-1]
-        self.exp_avg = torch.zeros(rows, BLOCK, dtype=self.state_dtype, device=self.device)
+        self._width = BLOCK // 2 if self.storage.bits == 4 else BLOCK  # of a row in memory
+        self.exp_avg = torch.zeros(rows, self._width, dtype=self.storage.dtype, device=self.device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        self.scales: tuple[Tensor, Tensor] | None = None
+        if self.storage.bits:
+            scales = torch.zeros(2, rows, BLOCK // GROUP, dtype=torch.bfloat16, device=self.device)
+            self.scales = scales[0], scales[1]
         self.step = torch.zeros(len(params), dtype=torch.float32, device=self.device)
+        self.error: Tensor | None = None
         self.credit: Tensor | None = None
         self.cache: NormCache | None = None
         for i, p in enumerate(params):
-            self._adopt(state[p], "exp_avg", self.view(self.exp_avg, i))
-            self._adopt(state[p], "exp_avg_sq", self.view(self.exp_avg_sq, i))
+            if "exp_avg" in state[p]:
+                check_moments(state[p], p, self.storage)
+            for name, codes in zip(MOMENTS, (self.exp_avg, self.exp_avg_sq), strict=True):
+                self._adopt(state[p], name, self.moment_view(codes, i))
+            for name, scales in zip(SCALES, self.scales or (), strict=bool(self.scales)):
+                first = self.first[i] * (BLOCK // GROUP)
+                self._adopt(state[p], name, scales.view(-1)[first : first - (-p.numel() // GROUP)])
             self._adopt(state[p], "step", self.step[i])
 
     @staticmethod
@@ -74,8 +112,22 @@ class Arena:
         p, first = self.params[i], self.first[i] - start
         return rows.view(-1)[first * BLOCK : first * BLOCK + p.numel()].view(p.shape)
 
+    def moment_view(self, rows: Tensor, i: int) -> Tensor:
+        """Tensor i's part of a moment of the whole arena, in the shape of its state."""
+        shape = self.storage.code_shape(self.params[i].shape)
+        start = self.first[i] * self._width
+        return rows.view(-1)[start : start + math.prod(shape)].view(shape)
+
     def require(self, rule: Rule, state: StateMap) -> None:
-        """Create the caches of features that are on, and drop norm bounds that would age while theirs is off."""
+        """Create what features that are on need, and drop what would age while theirs is off."""
+        if not rule.keeps_error(self.param_dtype):
+            self.error = None
+            for p in self.params:
+                state[p].pop("error", None)
+        elif self.error is None:
+            self.error = torch.zeros(self.first[-1], BLOCK, dtype=torch.int8, device=self.device)
+            for i, p in enumerate(self.params):
+                self._adopt(state[p], "error", self.view(self.error, i))
         if rule.has_credit and self.credit is None:
             self.credit = torch.zeros(self.first[-1], dtype=self.dtype, device=self.device)
             for i, p in enumerate(self.params):
@@ -117,14 +169,18 @@ class Bucket:
     def __init__(self, arena: Arena, first: int, last: int, group: dict[str, Any], workspace: Workspace) -> None:
         self.group, self.arena, self.workspace = group, arena, workspace
         self.params = arena.params[first:last]
-        self._span = (first, last)
+        self.span = (first, last)
         start, stop = arena.first[first], arena.first[last]
         self.rows = stop - start
         workspace.reserve(self.rows)
         self.exp_avg, self.exp_avg_sq = arena.exp_avg[start:stop], arena.exp_avg_sq[start:stop]
         self.step = arena.step[first:last]
-        self.exp_avg_views = [arena.view(arena.exp_avg, i) for i in range(first, last)]
-        self.exp_avg_sq_views = [arena.view(arena.exp_avg_sq, i) for i in range(first, last)]
+        self.exp_avg_views = [arena.moment_view(arena.exp_avg, i) for i in range(first, last)]
+        self.exp_avg_sq_views = [arena.moment_view(arena.exp_avg_sq, i) for i in range(first, last)]
+        self.stored: Stored | None = None
+        if arena.scales is not None:
+            self.stored = Stored(self.exp_avg, self.exp_avg_sq, *(x[start:stop].view(-1) for x in arena.scales))
+        self.error = None if arena.error is None else arena.error[start:stop]
         self.credit = None if arena.credit is None else arena.credit[start:stop]
         self.cache = None if arena.cache is None else NormCache(*(x[first:last] for x in arena.cache))
 
@@ -135,8 +191,12 @@ class Bucket:
         self.block_counts = torch.tensor(counts, dtype=dtype, device=device)
         self.sqrt_n = torch.tensor([p.numel() ** 0.5 for p in self.params], dtype=dtype, device=device)
         self.position = torch.arange(BLOCK, device=device)
+        # The last row of each tensor, and which of its elements there are: codes must not see the others.
+        self.last_rows = torch.tensor([arena.first[i + 1] - 1 - start for i in range(first, last)], device=device)
+        counts_there = [p.numel() - BLOCK * (n - 1) for p, n in zip(self.params, counts, strict=True)]
+        self.present = self.position < torch.tensor(counts_there, device=device)[:, None]
         self.zero = torch.zeros((), dtype=dtype, device=device)
-        self.slack = Slack.of(arena.state_dtype, arena.param_dtype, dtype)
+        self.slack = Slack.of(arena.storage, arena.param_dtype, dtype)
         self.cosines = torch.empty(self.rows, dtype=dtype, device=device)
         self.cosine_views = list(self.cosines.split(counts))
         self._work: dict[str, tuple[Tensor, list[Tensor]]] = {}
@@ -145,7 +205,7 @@ class Bucket:
         """Scratch `name`: [rows, BLOCK], and one view of it a tensor. Padding holds leftovers."""
         if name not in self._work:
             rows = self.workspace.rows(name, self.rows)
-            first, last = self._span
+            first, last = self.span
             start = self.arena.first[first]
             self._work[name] = (rows, [self.arena.view(rows, i, start) for i in range(first, last)])
         return self._work[name]
@@ -170,12 +230,15 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     params = bucket.params
     if bucket.arena.param_dtype != dtype:
         params = _cast(bucket, "param", params)
+    if bucket.error is not None:
+        rows, _ = bucket.work("param")
+        rows.copy_(joined_weight(rows, bucket.error))
 
     t = bucket.step + 1
     bias1, bias2 = bias_correction(rule.beta1, t.to(dtype)), bias_correction(rule.beta2, t.to(dtype))
     factor = _credit_factors(bucket, grads, rule, skip_step) if rule.has_credit else None
 
-    m, root, root_views = _update_moments(bucket, grads, rule, t, skip_step)
+    m, root, root_views, ratio = _update_moments(bucket, grads, rule, t, skip_step)
     # s (m/bias1) / (sqrt(v/bias2) + eps) = m / (sqrt(v) · gain + shift): one broadcast for correction and credit.
     gain, shift = (bias1 / bias2.sqrt())[bucket.owner], (rule.eps * bias1)[bucket.owner]
     if factor is not None:
@@ -185,7 +248,7 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     if rule.weight_decay:
         torch._foreach_add_(d_views, params, alpha=rule.weight_decay)
 
-    scale, stats = _trust(bucket, params, d_views, t, bias1, bias2, rule, skip_step)
+    scale, stats = _trust(bucket, params, d_views, t, bias1, bias2, ratio, rule, skip_step)
     if skip_step is not None:
         scale = torch.where(skip_step, 0.0, scale)
         if m is not bucket.exp_avg or factor is not None:  # made with the bad gradient, and 0 times inf is NaN
@@ -194,7 +257,7 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     torch.addcmul(bucket.zero, d, scale[bucket.owner][:, None], out=d)
     torch._foreach_sub_(params, d_views)
     if params is not bucket.params:
-        torch._foreach_copy_(bucket.params, params)
+        torch._foreach_copy_(bucket.params, _stored_weights(bucket, params, rule, t))
     _commit(bucket.step, t, skip_step)
     return stats
 
@@ -210,6 +273,22 @@ def _cast(bucket: Bucket, name: str, tensors: list[Tensor]) -> list[Tensor]:
     return views
 
 
+def _stored_weights(bucket: Bucket, params: list[Tensor], rule: Rule, t: Tensor) -> list[Tensor]:
+    """What the parameters become, from their new values in the work buffer "param". Refused steps change no bit."""
+    arena = bucket.arena
+    if arena.param_dtype != torch.bfloat16 or not rule.dithers_weights:
+        return params
+    rows, _ = bucket.work("param")
+    step = t[bucket.owner][:, None]
+    if bucket.error is None:
+        rounded = dithered_bfloat16(rows, bucket.position, step, WEIGHT)
+    else:
+        rounded, error = split_weight(rows, bucket.position, step)
+        bucket.error.copy_(error)
+    first, last = bucket.span
+    return [arena.view(rounded, i, arena.first[first]) for i in range(first, last)]
+
+
 def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:
     # where, not arithmetic: NaN * 0 is NaN.
     if skip_step is None:
@@ -220,11 +299,16 @@ def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:
 
 def _update_moments(
     bucket: Bucket, grads: list[Tensor], rule: Rule, t: Tensor, skip_step: Tensor | None
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Advance both moments; return m, and sqrt(v) as scratch with its views; [rows, BLOCK], compute type."""
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+    """Advance both moments.
+
+    Returns:
+        m, and sqrt(v) as scratch with its views, [rows, BLOCK], compute type; and the norms of r as stored [tensors],
+        None where moments are not coded (`storage`).
+    """
     m, v = bucket.exp_avg, bucket.exp_avg_sq
     root, root_views = bucket.work("update")
-    if bucket.arena.state_dtype == bucket.arena.dtype:
+    if bucket.stored is None and bucket.arena.storage.dtype == bucket.arena.dtype:
         if skip_step is None:
             torch._foreach_lerp_(bucket.exp_avg_views, grads, 1 - rule.beta1)
             v.mul_(rule.beta2)
@@ -236,22 +320,47 @@ def _update_moments(
             torch.mul(v, rule.beta2, out=root)
             torch._foreach_addcmul_(root_views, grads, grads, value=1 - rule.beta2)
             torch.where(skip_step, v, root, out=v)
-        return m, torch.sqrt(v, out=root), root_views
+        return m, torch.sqrt(v, out=root), root_views, None
 
-    # Moments stored in a narrower type: the update and this step's direction use the unrounded values.
+    # Moments stored in fewer bits: the update and this step's direction use the unrounded values.
     wide, wide_views = bucket.work("moment")
-    wide.copy_(m)
+    _read_moments(bucket, wide, root)
     torch._foreach_lerp_(wide_views, grads, 1 - rule.beta1)
-    _commit(m, _stored(wide, bucket, t, FIRST_MOMENT), skip_step)
-    root.copy_(v)
     root.mul_(rule.beta2)
     torch._foreach_addcmul_(root_views, grads, grads, value=1 - rule.beta2)
-    _commit(v, _stored(root, bucket, t, SECOND_MOMENT), skip_step)
-    return wide, root.sqrt_(), root_views
+    ratio = None
+    if bucket.stored is None:
+        _commit(m, _stored(wide, bucket, t, FIRST_MOMENT), skip_step)
+        _commit(v, _stored(root, bucket, t, SECOND_MOMENT), skip_step)
+    else:
+        for x in (wide, root):
+            x[bucket.last_rows] = torch.where(bucket.present, x[bucket.last_rows], 0.0)
+        per_group = (-1, GROUP)
+        step = t[bucket.owner].repeat_interleave(BLOCK // GROUP)[:, None]
+        position = bucket.position.view(per_group).repeat(bucket.rows, 1)
+        new, r = code_moments(wide.view(per_group), root.view(per_group), position, step, bucket.arena.storage)
+        for old, value in zip(bucket.stored, new, strict=True):
+            assert old is not None
+            assert value is not None
+            _commit(old, value.view(old.shape), skip_step)
+        first, last = bucket.span
+        start = bucket.arena.first[first]
+        ratio = tensor_norms([bucket.arena.view(r, i, start) for i in range(first, last)], bucket.arena.dtype)
+    return wide, root.sqrt_(), root_views, ratio
 
 
-def _stored(x: Tensor, bucket: Bucket, t: Tensor, stream: int) -> Tensor:
-    if bucket.arena.state_dtype != torch.bfloat16:
+def _read_moments(bucket: Bucket, m: Tensor, v: Tensor) -> None:
+    """Write the stored moments, unrounded, into two work buffers [rows, BLOCK]."""
+    if bucket.stored is None:
+        m.copy_(bucket.exp_avg)
+        v.copy_(bucket.exp_avg_sq)
+        return
+    for rows, values in zip((m, v), coded_moments(bucket.stored, bucket.arena.storage), strict=True):
+        rows.copy_(values.view(rows.shape))
+
+
+def _stored(x: Tensor, bucket: Bucket, t: Tensor, stream: Stream) -> Tensor:
+    if bucket.arena.storage.dtype != torch.bfloat16:
         return x
     return dithered_bfloat16(x, bucket.position, t[bucket.owner][:, None], stream)
 
@@ -264,11 +373,12 @@ def _credit_factors(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: 
     g.zero_()  # padding would otherwise hold another bucket's elements
     torch._foreach_copy_(g_views, grads)
     u, _ = bucket.work("update")
+    m, _ = bucket.work("moment")
     bias2 = bias_correction(rule.beta2, bucket.step.to(dtype).clamp(min=1))
-    u.copy_(bucket.exp_avg_sq)
+    _read_moments(bucket, m, u)
     # A positive factor common to a tensor leaves cosines alone, so the first moment needs no correction.
     u.sqrt_().add_((rule.eps * bias2.sqrt())[bucket.owner][:, None])
-    torch.div(bucket.exp_avg.to(dtype), u, out=u)
+    torch.div(m, u, out=u)
     g_sq, u_sq = torch.linalg.vector_norm(g, dim=1).square_(), torch.linalg.vector_norm(u, dim=1).square_()
     norms = (g_sq * u_sq).sqrt_()
     dots = g.mul_(u).sum(1)
@@ -288,6 +398,7 @@ def _trust(
     t: Tensor,
     bias1: Tensor,
     bias2: Tensor,
+    ratio: Tensor | None,
     rule: Rule,
     skip_step: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -305,7 +416,8 @@ def _trust(
         bound = update_norm_bound(bucket.cache.update_norm, t, bias1, bias2, bucket.sqrt_n, rule, bucket.slack)
         skip = may_skip(bound, bucket.cache, bucket.sqrt_n, rule)
         scale = torch.where(skip, 1.0, scale)
-        new = next_cache(skip, bound, bucket.cache, d_norm, theta_norm, scale, rule, bucket.slack)
+        stored = None if ratio is None else stored_direction_bound(ratio, bias1, bias2, bucket.slack)
+        new = next_cache(skip, bound, bucket.cache, d_norm, theta_norm, scale, rule, bucket.slack, stored)
         for old, value in zip(bucket.cache, new, strict=True):
             _commit(old, value, skip_step)
     ratio = torch.where(weight > 0, delta_norm * scale / weight, 0.0)

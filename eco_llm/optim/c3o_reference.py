@@ -12,20 +12,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from eco_llm.optim.norm_skip import NormCache, Slack, may_skip, next_cache, update_norm_bound
-from eco_llm.optim.rounding import FIRST_MOMENT, SECOND_MOMENT, dithered_bfloat16
+from eco_llm.optim.norm_skip import (
+    NormCache,
+    Slack,
+    may_skip,
+    next_cache,
+    stored_direction_bound,
+    update_norm_bound,
+)  # fmt: skip
+from eco_llm.optim.rounding import WEIGHT, dithered_bfloat16, joined_weight, split_weight
 from eco_llm.optim.rule import BLOCK, Rule, block_count, compute_dtype
+from eco_llm.optim.storage import check_moments, new_moments, read_moments, storage_of, stored_moments
 
 State = dict[str, Any]
 
 
 def init_state(param: Tensor, rule: Rule, state: State) -> None:
     """Create what the rule needs and `state` lacks: zero moments, and caches only where their feature is on."""
-    dtype = compute_dtype(param, rule.state_dtype)
+    dtype = compute_dtype(param, rule.storage)
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros(param.shape, dtype=rule.state_dtype, device=param.device)
+        state |= new_moments(param, rule.storage)
+    check_moments(state, param, rule.storage)
+    if not rule.keeps_error(param.dtype):
+        state.pop("error", None)
+    elif "error" not in state:
+        state["error"] = torch.zeros(param.shape, dtype=torch.int8, device=param.device)
     if rule.has_credit and "credit" not in state:
         state["credit"] = torch.zeros(block_count(param.numel()), dtype=dtype, device=param.device)
     if not rule.may_skip_norms:
@@ -74,9 +86,10 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
     Returns:
         float32 [4]: norm skipped, norm exact, cap bound (each 0 or 1), |Δ| / max(|θ|, floor); zeros with no cap.
     """
-    dtype = compute_dtype(param, rule.state_dtype)
-    theta, g = param.to(dtype), grad.to(dtype)
-    m, v = state["exp_avg"].to(dtype), state["exp_avg_sq"].to(dtype)
+    dtype = compute_dtype(param, rule.storage)
+    theta, g = _weight(param, state).to(dtype), grad.to(dtype)
+    storage = storage_of(state, rule.storage)
+    m, v = read_moments(state, param, storage, dtype)
     new: State = {}
 
     # Credit of the direction that the OLD moments point in. Before the first step it is 0 whatever the correction.
@@ -93,8 +106,8 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
     new["step"] = t
     m = rule.beta1 * m + (1 - rule.beta1) * g
     v = rule.beta2 * v + (1 - rule.beta2) * g * g
-    new["exp_avg"] = _stored(m, state["exp_avg"].dtype, t, FIRST_MOMENT)
-    new["exp_avg_sq"] = _stored(v, state["exp_avg_sq"].dtype, t, SECOND_MOMENT)
+    kept, ratio_norm = stored_moments(m, v, t, storage, BLOCK)
+    new |= kept
 
     bias1, bias2 = 1 - rule.beta1 ** t.to(dtype), 1 - rule.beta2 ** t.to(dtype)
     u = (m / bias1) / ((v / bias2).sqrt() + rule.eps)
@@ -110,27 +123,41 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
         scale = torch.where(delta_norm > limit, limit / delta_norm, 1.0)
         skip = torch.zeros((), dtype=torch.bool, device=param.device)
         if rule.may_skip_norms:
-            slack = Slack.of(rule.state_dtype, param.dtype, dtype)
+            slack = Slack.of(storage, param.dtype, dtype)
             cache = NormCache(state["update_norm"], state["param_norm"], state["norm_age"])
             bound = update_norm_bound(cache.update_norm, t, bias1, bias2, sqrt_n, rule, slack)
             skip = may_skip(bound, cache, sqrt_n, rule)
             scale = torch.where(skip, 1.0, scale)
-            new |= next_cache(skip, bound, cache, d_norm, theta_norm, scale, rule, slack)._asdict()
+            if ratio_norm is not None:
+                ratio_norm = stored_direction_bound(ratio_norm.to(dtype), bias1, bias2, slack)
+            new |= next_cache(skip, bound, cache, d_norm, theta_norm, scale, rule, slack, ratio_norm)._asdict()
         ratio = torch.where(weight > 0, delta_norm * scale / weight, 0.0)
         stats = torch.stack([skip, ~skip, scale < 1, ratio]).to(torch.float32)
 
     theta = theta - rule.lr * scale * d
-    _commit(param, theta.to(param.dtype), skip_step)
+    new_param, error = _stored_weight(theta, param, state, rule, t)
+    if error is not None:
+        new["error"] = error
+    _commit(param, new_param, skip_step)
     for name, value in new.items():
         _commit(state[name], value.to(state[name].dtype), skip_step)
     return stats
 
 
-def _stored(x: Tensor, dtype: torch.dtype, step: Tensor, stream: int) -> Tensor:
-    if dtype != torch.bfloat16:
-        return x.to(dtype)
-    position = torch.arange(x.numel(), device=x.device) % BLOCK
-    return dithered_bfloat16(x, position.view(x.shape), step, stream)
+def _weight(param: Tensor, state: State) -> Tensor:
+    return joined_weight(param, state["error"]) if "error" in state else param
+
+
+def _stored_weight(
+    theta: Tensor, param: Tensor, state: State, rule: Rule, step: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The new parameter in its type, and its error bits if it has any."""
+    if param.dtype != torch.bfloat16 or not rule.dithers_weights:
+        return theta.to(param.dtype), None
+    position = torch.arange(theta.numel(), device=theta.device).view(theta.shape) % BLOCK
+    if "error" in state:
+        return split_weight(theta, position, step)
+    return dithered_bfloat16(theta, position, step, WEIGHT), None
 
 
 def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:

@@ -10,6 +10,7 @@ Tensors of one optimizer form a table on the device: addresses of parameter, mom
     3  |d|², |θ|² of every chunk of the tensors that must be measured       reads p g m v (writes m v)
     4  trust, one program a tensor: the cap's scale and new bounds         scalars
     5  update                                                              reads p g m v, writes p m v
+    6  with the norm skip and coded moments: bounds of what 5 stored           scalars
 
 Bytes decide between two forms of 3 and 5. With moments stored as they are computed (float32), 3 writes the advanced
 moments, and 5 reads them back in place of advancing them again: g is not read a third time. With bfloat16 moments the
@@ -19,6 +20,8 @@ direction uses the unrounded ones (the rule), so 3 writes nothing and 5 repeats 
     fp32 / fp32                       4 + 24 + 16 = 44       4 + 28 = 32                100 + 12
     fp32 / bf16                       4 + 12 + 20 = 36       4 + 20 = 24
     bf16 / bf16                       2 +  8 + 14 = 24       2 + 14 = 16
+    bf16 / int8                       2 + 6.06 + 10.1 = 18.2   2 + 10.1 = 12.1
+    bf16 / int4                       2 + 5.06 + 8.1  = 15.2   2 + 8.1  = 10.1
 
 (fp32 without "advance" would be 48.) Gradients are never written: the clip factor is applied as they are read. Passes
 walk the chunks in alternating directions, so that each starts on what the last one left in the L2 cache.
@@ -37,13 +40,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from eco_llm.optim.c3o_foreach import Arena
+from eco_llm.optim.c3o_kernels import (
+    _measure_kernel,
+    _plan_kernel,
+    _squares_kernel,
+    _stored_norm_kernel,
+    _summary_kernel,
+    _trust_kernel,
+    _update_kernel,
+)  # fmt: skip
 from eco_llm.optim.norm_skip import Slack
 from eco_llm.optim.rule import BLOCK, Rule
+from eco_llm.optim.storage import GROUP
 
 CHUNK = 16384
 """Elements that one program walks; a multiple of BLOCK, so that positions in a credit block are known."""
@@ -57,437 +69,40 @@ _SPARE_TABLES = 8
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 # Columns of the tables. Tensors, int64:
-_T = ("param", "exp_avg", "exp_avg_sq", "step", "update_norm", "param_norm", "norm_age", "numel")
+_T = (
+    "param", "exp_avg", "exp_avg_sq", "step", "update_norm", "param_norm", "norm_age", "numel", "exp_avg_scale",
+    "exp_avg_sq_scale", "error",
+)  # fmt: skip
 # Arenas, float64:
 _A = (
     "lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "radius", "floor", "drift", "refresh",
-    "clip_norm", "clip_value", "slack_state", "slack_param", "may_skip",
+    "clip_norm", "clip_value", "slack_state", "slack_param", "may_skip", "coded",
 )  # fmt: skip
 # Plan, float32, made by the device in every step: 0 clip factor, 1 clip value, 2 1-b1, 3 b2, 4 1-b2, 5 gain, 6 shift,
 # 7 weight decay, 8 lr · scale, 9 step, 10 bound, 11 mode (0 leave alone, 1 update, 2 measure and update).
 _PLAN = 16
 
 
-# ---- kernels ------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _base(table, index, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """The address in `table[index]` as a pointer."""
-    return tl.multiple_of(tl.multiple_of(tl.load(table + index), ALIGN).to(tl.pointer_type(DTYPE)), ALIGN)
-
-
-@triton.jit
-def _floats(addresses, mask):
-    """float32 values at a vector of addresses; 0 where masked."""
-    return tl.load(addresses.to(tl.pointer_type(tl.float32)), mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_floats(addresses, values, mask):
-    tl.store(addresses.to(tl.pointer_type(tl.float32)), values.to(tl.float32), mask=mask)
-
-
-@triton.jit
-def _read(base, at, left, MASKED: tl.constexpr):
-    """float32 values of one tile; 0 past the tensor's end."""
-    if MASKED:
-        x = tl.load(base + at, mask=at < left, other=0.0)
-    else:
-        x = tl.load(base + at)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _write(base, at, left, x, MASKED: tl.constexpr):
-    if MASKED:
-        tl.store(base + at, x, mask=at < left)
-    else:
-        tl.store(base + at, x)
-
-
-@triton.jit
-def _dithered(x, threshold):
-    """`rounding.dithered_bfloat16`: the same bits for the same x."""
-    up = ((x.to(tl.int32, bitcast=True) + threshold) & -65536).to(tl.float32, bitcast=True)
-    return tl.where(x != x, x, up).to(tl.bfloat16)
-
-
-@triton.jit
-def _nearest(x):
-    """bfloat16 by rounding to nearest, ties to even. Triton's interpreter truncates, so it is spelled out here."""
-    b = x.to(tl.int32, bitcast=True)
-    up = ((b + (0x7FFF + ((b >> 16) & 1))) & -65536).to(tl.float32, bitcast=True)
-    return tl.where(x != x, x, up).to(tl.bfloat16)
-
-
-@triton.jit
-def _phase(step):
-    return ((step.to(tl.int64) * 37345) & 0xFFFF).to(tl.int32)
-
-
-@triton.jit
-def _clipped(g, factor, limit, CLAMP: tl.constexpr):
-    g = g * factor
-    if CLAMP:  # comparisons with NaN are false: it stays
-        g = tl.where(g > limit, limit, g)
-        g = tl.where(g < -limit, -limit, g)
-    return g
-
-
-@triton.jit
-def _advance(g, m, v, w1, b2, w2):
-    return tl.fma(w1, g - m, m), tl.fma(w2 * g, g, b2 * v)
-
-
-@triton.jit
-def _direction(p, m, v, gain, shift, decay):
-    return tl.fma(decay, p, tl.div_rn(m, tl.fma(tl.sqrt_rn(v), gain, shift)))
-
-
-@triton.jit
-def _where(chunks, program, programs, REVERSE: tl.constexpr):
-    """(row of the chunk table, tensor, chunk within the tensor) of this program."""
-    at = program
-    if REVERSE:
-        at = programs - 1 - program
-    return at, tl.load(chunks + 2 * at), tl.load(chunks + 2 * at + 1)
-
-
-@triton.jit(do_not_specialize=["first", "grads"])
-def _squares_kernel(
-    chunks, grads, tensors, partials, first,
-    G: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """partials[first + i] = sum of squares of chunk i of the gradients; 0 for a tensor without one."""
-    program = tl.program_id(0)
-    tensor, part = tl.load(chunks + 2 * (first + program)), tl.load(chunks + 2 * (first + program) + 1)
-    lanes = tl.arange(0, TILE)
-    total = tl.zeros([TILE], tl.float32)
-    if tl.load(grads + tensor) != 0:
-        start = part.to(tl.int64) * CHUNK
-        g_base = _base(grads, tensor, G, ALIGN) + start
-        left = tl.minimum(tl.load(tensors + tensor * COLUMNS + 7) - start, CHUNK).to(tl.int32)
-        full = left // TILE * TILE
-        for at in range(0, full, TILE):
-            g = _read(g_base, at + lanes, left, False)
-            total = tl.fma(g, g, total)
-        if full < left:
-            g = _read(g_base, full + lanes, left, True)
-            total = tl.fma(g, g, total)
-    tl.store(partials + first + program, tl.sum(total))
-
-
-@triton.jit(
-    do_not_specialize=[
-        "n_partials", "n_tensors", "known_norm", "loss", "found_inf", "grads", "norm_out", "applied_out", "clip_arena"
-    ]
-)  # fmt: skip
-def _plan_kernel(
-    partials, n_partials, known_norm, loss, found_inf, arenas, lr_at, tensors, arena_of, grads, n_tensors,
-    plan, stats, control, norm_out, applied_out, clip_arena,
-    MEASURED: tl.constexpr, KNOWN: tl.constexpr, GUARD: tl.constexpr, FLAG: tl.constexpr,
-    COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr,
-    LANES: tl.constexpr, SUM_LANES: tl.constexpr,
-):  # fmt: skip
-    """Everything about a step that is a scalar of the optimizer or of a tensor; see the module's docstring."""
-    norm = tl.zeros([], tl.float32)
-    if MEASURED:
-        sums = tl.zeros([SUM_LANES], tl.float64)
-        for at in range(0, n_partials, SUM_LANES):
-            index = at + tl.arange(0, SUM_LANES)
-            sums += tl.load(partials + index, mask=index < n_partials, other=0.0).to(tl.float64)
-        norm = tl.sqrt(tl.sum(sums)).to(tl.float32)
-    if KNOWN:
-        norm = tl.load(known_norm).to(tl.float32)
-    refused = tl.zeros([1], tl.int32)
-    if GUARD:
-        value = tl.load(loss).to(tl.float32)
-        finite = (tl.abs(norm) < float("inf")) & (tl.abs(value) < float("inf"))
-        refused += tl.where(finite, 0, 1)
-    if FLAG:
-        refused += tl.where(tl.load(found_inf) == 0, 0, 1)
-    refused = tl.sum(refused)
-    tl.store(norm_out, norm)
-    tl.store(applied_out, tl.where(refused == 0, 1, 0).to(tl.uint8))
-    if refused == 0:
-        clip = tl.load(arenas + clip_arena * ARENA_COLUMNS + 11).to(tl.float32)
-        factor = clip / (norm + 1e-6)
-        tl.store(control, tl.where((factor > 1) | (clip == 0), 1.0, factor))
-
-    for at in range(0, n_tensors, LANES):
-        i = at + tl.arange(0, LANES)
-        inside = i < n_tensors
-        has_grad = tl.load(grads + i, mask=inside, other=0) != 0
-        live = has_grad & (refused == 0)
-        row = tensors + i * COLUMNS
-        arena = tl.load(arena_of + i, mask=inside, other=0)
-        a = arenas + arena * ARENA_COLUMNS
-
-        # A learning rate is rounded to float32 wherever it comes from, so that numbers and device values agree.
-        lr_address = tl.load(lr_at + arena)
-        lr = tl.load(a).to(tl.float32)
-        lr = tl.where(lr_address != 0, _floats(lr_address, lr_address != 0), lr).to(tl.float64)
-        b1, b2, eps, decay = tl.load(a + 1), tl.load(a + 2), tl.load(a + 5), tl.load(a + 6)
-        radius, floor, drift, refresh = tl.load(a + 7), tl.load(a + 8), tl.load(a + 9), tl.load(a + 10)
-        clip = tl.load(a + 11).to(tl.float32)
-        factor = clip / (norm + 1e-6)
-        factor = tl.where((factor > 1) | (clip == 0), 1.0, factor)  # NaN stays
-
-        step_at = tl.load(row + 3, mask=inside, other=0)
-        t = _floats(step_at, inside) + 1
-        _store_floats(step_at, t, live)
-        t64 = t.to(tl.float64)
-        bias1, bias2 = 1 - tl.exp(t64 * tl.load(a + 3)), 1 - tl.exp(t64 * tl.load(a + 4))
-
-        # norm_skip.update_norm_bound and may_skip; credit is off on this path.
-        may_skip = (tl.load(a + 15) != 0) & inside
-        u_at = tl.load(row + 4, mask=inside, other=0)
-        l_at = tl.load(row + 5, mask=inside, other=0)
-        age_at = tl.load(row + 6, mask=inside, other=0)
-        previous, known = _floats(u_at, may_skip).to(tl.float64), _floats(l_at, may_skip).to(tl.float64)
-        age = _floats(age_at, may_skip)
-        sqrt_n = tl.sqrt(tl.load(row + 7, mask=inside, other=0).to(tl.float64))
-        slack_state, slack_param = tl.load(a + 13), tl.load(a + 14)
-        shrink1 = tl.maximum((bias1 - (1 - b1)) / bias1, 0.0)
-        rho = tl.sqrt(tl.maximum((bias2 - (1 - b2)) / bias2, 0.0))
-        alpha = tl.where(t > 1, shrink1 / rho, 0.0)
-        beta = (1 - b1) / bias1 * tl.sqrt(bias2 / (1 - b2))
-        stored = (1 + slack_state) / tl.sqrt(1 - slack_state)
-        bound = (alpha * (stored * previous) + beta * sqrt_n) * (1 + SLACK)
-        room = (1 - drift) * radius - lr * decay
-        skip = (lr * bound <= room * tl.maximum(known, floor * sqrt_n)) & (age <= refresh) & may_skip
-        trust = radius > 0
-
-        skipped = live & skip
-        keep = tl.maximum(1 - lr * decay, 0.0)
-        lower = tl.maximum(known * keep * (1 - SLACK) - lr * bound * (1 + SLACK), 0.0) * (1 - slack_param)
-        _store_floats(u_at, bound, skipped)
-        _store_floats(l_at, lower, skipped)
-        _store_floats(age_at, age + 1, skipped)
-
-        out = plan + i * PLAN
-        tl.store(out, factor, mask=inside)
-        tl.store(out + 1, tl.load(a + 12).to(tl.float32), mask=inside)
-        tl.store(out + 2, (1 - b1).to(tl.float32), mask=inside)
-        tl.store(out + 3, b2.to(tl.float32), mask=inside)
-        tl.store(out + 4, (1 - b2).to(tl.float32), mask=inside)
-        tl.store(out + 5, (bias1 / tl.sqrt(bias2)).to(tl.float32), mask=inside)
-        tl.store(out + 6, (eps * bias1).to(tl.float32), mask=inside)
-        tl.store(out + 7, decay.to(tl.float32), mask=inside)
-        tl.store(out + 8, lr.to(tl.float32), mask=inside)
-        tl.store(out + 9, t, mask=inside)
-        tl.store(out + 10, bound.to(tl.float32), mask=inside)
-        tl.store(out + 11, tl.where(live, tl.where(trust & (skip == 0), 2.0, 1.0), 0.0), mask=inside)
-        # A skipped tensor keeps the ratio last measured; one that is measured is written by `_trust_kernel`.
-        now = inside & (refused == 0)
-        tl.store(stats + i * 4, tl.where(skipped, 1.0, 0.0), mask=now)
-        tl.store(stats + i * 4 + 1, 0.0, mask=now)
-        tl.store(stats + i * 4 + 2, 0.0, mask=now)
-        tl.store(stats + i * 4 + 3, 0.0, mask=now & (skip == 0))
-
-
-@triton.jit
-def _measure_tile(
-    p_base, g_base, m_base, v_base, at, left, factor, limit, w1, b2, w2, gain, shift, decay,
-    CLAMP: tl.constexpr, ADVANCE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """θ and d of one tile; writes the advanced moments if ADVANCE."""
-    g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
-    p = _read(p_base, at, left, MASKED)
-    m, v = _advance(g, _read(m_base, at, left, MASKED), _read(v_base, at, left, MASKED), w1, b2, w2)
-    if ADVANCE:
-        _write(m_base, at, left, m, MASKED)
-        _write(v_base, at, left, v, MASKED)
-    return p, _direction(p, m, v, gain, shift, decay)
-
-
-@triton.jit(do_not_specialize=["first", "programs", "all_chunks", "grads"])
-def _measure_kernel(
-    chunks, grads, tensors, plan, partials, first, programs, all_chunks,
-    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, CLAMP: tl.constexpr, ADVANCE: tl.constexpr,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
-    PLAN: tl.constexpr,
-):  # fmt: skip
-    """partials[i], partials[all_chunks + i] = |d|², |θ|² of chunk i, if its tensor must be measured."""
-    at, tensor, part = _where(chunks + 2 * first, tl.program_id(0), programs, REVERSE)
-    row = plan + tensor * PLAN
-    if tl.load(row + 11) == 2.0:
-        start = part.to(tl.int64) * CHUNK
-        p_base = _base(tensors, tensor * COLUMNS, P, ALIGN) + start
-        g_base = _base(grads, tensor, G, ALIGN) + start
-        m_base = _base(tensors, tensor * COLUMNS + 1, S, 16) + start
-        v_base = _base(tensors, tensor * COLUMNS + 2, S, 16) + start
-        left = tl.minimum(tl.load(tensors + tensor * COLUMNS + 7) - start, CHUNK).to(tl.int32)
-        factor, limit, w1, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        w2, gain, shift, decay = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-        lanes = tl.arange(0, TILE)
-        d_sum, p_sum = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-        full = left // TILE * TILE
-        for begin in range(0, full, TILE):
-            p, d = _measure_tile(
-                p_base, g_base, m_base, v_base, begin + lanes, left, factor, limit, w1, b2, w2, gain, shift, decay,
-                CLAMP, ADVANCE, False,
-            )  # fmt: skip
-            d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
-        if full < left:
-            p, d = _measure_tile(
-                p_base, g_base, m_base, v_base, full + lanes, left, factor, limit, w1, b2, w2, gain, shift, decay,
-                CLAMP, ADVANCE, True,
-            )  # fmt: skip
-            d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
-        tl.store(partials + first + at, tl.sum(d_sum))
-        tl.store(partials + all_chunks + first + at, tl.sum(p_sum))
-
-
-@triton.jit(do_not_specialize=["all_chunks"])
-def _trust_kernel(
-    partials, all_chunks, arenas, tensors, arena_of, span, plan, stats,
-    COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """The cap of one measured tensor: lr · scale, statistics, and the bounds that its norms give."""
-    i = tl.program_id(0)
-    row = plan + i * PLAN
-    if tl.load(row + 11) == 2.0:
-        first, count = tl.load(span + 2 * i), tl.load(span + 2 * i + 1)
-        d_sum, p_sum = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
-        for at in range(0, count, LANES):
-            k = at + tl.arange(0, LANES)
-            d_sum += tl.load(partials + first + k, mask=k < count, other=0.0).to(tl.float64)
-            p_sum += tl.load(partials + all_chunks + first + k, mask=k < count, other=0.0).to(tl.float64)
-        d_norm, p_norm = tl.sqrt(tl.sum(d_sum)), tl.sqrt(tl.sum(p_sum))
-        a = arenas + tl.load(arena_of + i) * ARENA_COLUMNS
-        tensor = tensors + i * COLUMNS
-        lr = tl.load(row + 8).to(tl.float64)
-        weight = tl.maximum(p_norm, tl.load(a + 8) * tl.sqrt(tl.load(tensor + 7).to(tl.float64)))
-        limit, delta = tl.load(a + 7) * weight, lr * d_norm
-        binds = delta > limit
-        scale = tl.where(binds, limit / tl.where(binds, delta, 1.0), 1.0)
-        tl.store(row + 8, (lr * scale).to(tl.float32))
-        ratio = tl.where(weight > 0, delta * scale / tl.where(weight > 0, weight, 1.0), 0.0)
-        tl.store(stats + 4 * i, 0.0)
-        tl.store(stats + 4 * i + 1, 1.0)
-        tl.store(stats + 4 * i + 2, tl.where(scale < 1, 1.0, 0.0))
-        tl.store(stats + 4 * i + 3, ratio.to(tl.float32))
-        if tl.load(a + 15) != 0:
-            bound = tl.load(row + 10).to(tl.float64)
-            measured = (d_norm + tl.load(a + 6) * p_norm) * (1 + SLACK)
-            lower = p_norm * (1 - SLACK) - lr * scale * d_norm * (1 + SLACK)
-            # Not `bound < measured` alone: an unknown history times α = 0 is NaN.
-            _store_floats(tl.load(tensor + 4), tl.where(bound < measured, bound, measured), True)
-            _store_floats(tl.load(tensor + 5), tl.maximum(lower, 0.0) * (1 - tl.load(a + 14)), True)
-            _store_floats(tl.load(tensor + 6), 1.0 + 0.0 * lr, True)
-
-
-@triton.jit
-def _update_tile(
-    p_base, g_base, m_base, v_base, at, left, position, factor, limit, w1, b2, w2, gain, shift, decay, size,
-    phase, CLAMP: tl.constexpr, P: tl.constexpr, S: tl.constexpr, ADVANCED: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    p = _read(p_base, at, left, MASKED)
-    m, v = _read(m_base, at, left, MASKED), _read(v_base, at, left, MASKED)
-    if not ADVANCED:
-        g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
-        m, v = _advance(g, m, v, w1, b2, w2)
-        if S.primitive_bitwidth == 16:
-            threshold = (position * 49471 + phase) & 0xFFFF
-            _write(m_base, at, left, _dithered(m, threshold), MASKED)
-            # Half a period on, modulo 2^16: the other half of the same threshold.
-            _write(v_base, at, left, _dithered(v, threshold ^ 0x8000), MASKED)
-        else:
-            _write(m_base, at, left, m, MASKED)
-            _write(v_base, at, left, v, MASKED)
-    p = tl.fma(-size, _direction(p, m, v, gain, shift, decay), p)
-    if P.primitive_bitwidth == 16:
-        _write(p_base, at, left, _nearest(p), MASKED)
-    else:
-        _write(p_base, at, left, p, MASKED)
-
-
-@triton.jit(do_not_specialize=["first", "programs", "grads"])
-def _update_kernel(
-    chunks, grads, tensors, plan, first, programs,
-    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, CLAMP: tl.constexpr, ADVANCE: tl.constexpr,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
-    PLAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """θ <- θ - lr scale d, and the moments where `_measure_kernel` has not advanced them."""
-    _, tensor, part = _where(chunks + 2 * first, tl.program_id(0), programs, REVERSE)
-    row = plan + tensor * PLAN
-    mode = tl.load(row + 11)
-    if mode != 0.0:
-        start = part.to(tl.int64) * CHUNK
-        p_base = _base(tensors, tensor * COLUMNS, P, ALIGN) + start
-        g_base = _base(grads, tensor, G, ALIGN) + start
-        m_base = _base(tensors, tensor * COLUMNS + 1, S, 16) + start
-        v_base = _base(tensors, tensor * COLUMNS + 2, S, 16) + start
-        left = tl.minimum(tl.load(tensors + tensor * COLUMNS + 7) - start, CHUNK).to(tl.int32)
-        factor, limit, w1, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        w2, gain, shift, decay = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-        size, step = tl.load(row + 8), tl.load(row + 9)
-        phase = _phase(step)
-        lanes = tl.arange(0, TILE)
-        full = left // TILE * TILE
-        if ADVANCE and mode == 2.0:
-            for begin in range(0, full, TILE):
-                at = begin + lanes
-                _update_tile(
-                    p_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2, gain,
-                    shift, decay, size, phase, CLAMP, P, S, True, False,
-                )  # fmt: skip
-            if full < left:
-                at = full + lanes
-                _update_tile(
-                    p_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2, gain,
-                    shift, decay, size, phase, CLAMP, P, S, True, True,
-                )  # fmt: skip
-        else:
-            for begin in range(0, full, TILE):
-                at = begin + lanes
-                _update_tile(
-                    p_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2, gain,
-                    shift, decay, size, phase, CLAMP, P, S, False, False,
-                )  # fmt: skip
-            if full < left:
-                at = full + lanes
-                _update_tile(
-                    p_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2, gain,
-                    shift, decay, size, phase, CLAMP, P, S, False, True,
-                )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["n_tensors", "buckets", "clipped"])
-def _summary_kernel(stats, control, out, n_tensors, buckets, clipped, LANES: tl.constexpr):
-    """The metrics of `C3O.metrics_tensor`, in its order."""
-    skipped, exact = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
-    capped, ratio = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
-    for at in range(0, n_tensors, LANES):
-        i = at + tl.arange(0, LANES)
-        row = stats + i * 4
-        skipped += tl.load(row, mask=i < n_tensors, other=0.0)
-        exact += tl.load(row + 1, mask=i < n_tensors, other=0.0)
-        capped += tl.load(row + 2, mask=i < n_tensors, other=0.0)
-        ratio += tl.load(row + 3, mask=i < n_tensors, other=0.0)
-    trusted = tl.maximum(tl.sum(skipped) + tl.sum(exact), 1.0)
-    tl.store(out, tl.sum(skipped))
-    tl.store(out + 1, tl.sum(exact))
-    tl.store(out + 2, tl.sum(capped))
-    tl.store(out + 3, tl.sum(ratio) / trusted)
-    tl.store(out + 4, tl.load(control))
-    tl.store(out + 5, buckets.to(tl.float32))
-    tl.store(out + 6, clipped.to(tl.float32))
-
-
-# ---- launchers ----------------------------------------------------------------------------------------------------
-
-
 class _Kind:
     """Chunks first..first+count-1 of the table: tensors alike in every type."""
 
-    def __init__(self, arena: Arena, first: int) -> None:
-        self.types = {"P": _TYPES[arena.param_dtype], "G": _TYPES[arena.param_dtype], "S": _TYPES[arena.state_dtype]}
-        self.advance = arena.state_dtype == torch.float32
+    def __init__(self, arena: Arena, group: dict[str, Any], first: int) -> None:
+        p, storage = _TYPES[arena.param_dtype], arena.storage
+        ratio, second = storage.ratio, storage.second
+        self.gradient = {"G": p}
+        # Two groups share a byte of 4-bit codes: as many elements a load as with 8 bits.
+        self.shape = {"CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "num_warps": WARPS}
+        self.types: dict[str, Any] = {
+            "P": p, "G": p, "S": _TYPES.get(storage.dtype, tl.uint8), "BITS": storage.bits,
+            "R": ratio.mantissa if ratio else 0, "V": second.mantissa if second else 0,
+            "ERROR": arena.error is not None,
+        }  # fmt: skip
+        self.update = {
+            "R_SPAN": ratio.span if ratio else 1.0, "V_SPAN": second.span if second else 1.0,
+            "DITHER": group["weight_rounding"] == "dithered",
+        }  # fmt: skip
+        self.advance = storage.dtype == torch.float32
+        self.coded = storage.bits > 0
         self.first, self.count = first, 0
 
 
@@ -502,20 +117,20 @@ class KernelPlan:
 
     def __init__(self, arenas: Sequence[tuple[Arena, dict[str, Any]]]) -> None:
         # Arenas of one kind are neighbours, so that a kind is one run of chunks.
-        self._arenas = sorted(arenas, key=lambda x: (str(x[0].param_dtype), str(x[0].state_dtype)))
+        self._arenas = sorted(arenas, key=lambda x: self._kind_of(*x))
         self.device = self._arenas[0][0].device
         self.params = [p for arena, _ in self._arenas for p in arena.params]
         self._owner = [k for k, (arena, _) in enumerate(self._arenas) for _ in arena.params]
         self._dtypes = [p.dtype for p in self.params]
-        self._slack = [Slack.of(arena.state_dtype, arena.param_dtype, torch.float32) for arena, _ in self._arenas]
+        self._slack = [Slack.of(arena.storage, arena.param_dtype, torch.float32) for arena, _ in self._arenas]
         n = len(self.params)
 
         chunks: list[tuple[int, int]] = []
         spans: list[tuple[int, int]] = []
         self._kinds: list[_Kind] = []
-        for k, (arena, _) in enumerate(self._arenas):
-            if not k or self._kind_of(k) != self._kind_of(k - 1):
-                self._kinds.append(_Kind(arena, len(chunks)))
+        for k, (arena, group) in enumerate(self._arenas):
+            if not k or self._kind_of(arena, group) != self._kind_of(*self._arenas[k - 1]):
+                self._kinds.append(_Kind(arena, group, len(chunks)))
             for p in arena.params:
                 parts = -(-p.numel() // CHUNK)
                 spans.append((len(chunks), parts))
@@ -548,8 +163,9 @@ class KernelPlan:
         self._spare: list[tuple[Tensor, Tensor]] = []
         self._captured: list[tuple[Tensor, Tensor]] = []  # recorded copies read them in every replay
 
-    def _kind_of(self, k: int) -> tuple[torch.dtype, torch.dtype]:
-        return self._arenas[k][0].param_dtype, self._arenas[k][0].state_dtype
+    @staticmethod
+    def _kind_of(arena: Arena, group: dict[str, Any]) -> tuple[str, ...]:
+        return str(arena.param_dtype), arena.storage.name, str(arena.error is None), group["weight_rounding"]
 
     @property
     def capturing(self) -> bool:
@@ -630,19 +246,24 @@ class KernelPlan:
     def _rows(self, params: list[int]) -> list[tuple[int, ...]]:
         rows: list[tuple[int, ...]] = []
         for arena, _ in self._arenas:
-            width = arena.exp_avg.element_size() * BLOCK
+            width = arena.exp_avg.element_size() * arena.exp_avg.shape[1]
             m, v = arena.exp_avg.data_ptr(), arena.exp_avg_sq.data_ptr()
             caches = [0] * 3 if arena.cache is None else [x.data_ptr() for x in arena.cache]
+            scales = [0] * 2 if arena.scales is None else [x.data_ptr() for x in arena.scales]
+            error = 0 if arena.error is None else arena.error.data_ptr()
             for i, p in enumerate(arena.params):
-                offset = arena.first[i] * width
+                first = arena.first[i]
+                offset = first * width
                 scalars = (arena.step.data_ptr() + 4 * i, *(c + 4 * i if c else 0 for c in caches))
-                rows.append((params[len(rows)], m + offset, v + offset, *scalars, p.numel()))
+                groups = (s + first * (BLOCK // GROUP) * 2 if s else 0 for s in scales)
+                bits = error + first * BLOCK if error else 0
+                rows.append((params[len(rows)], m + offset, v + offset, *scalars, p.numel(), *groups, bits))
         return rows
 
     def _bind_settings(self, rules: Sequence[Rule]) -> None:
         rows: list[tuple[float, ...]] = []
         addresses: list[int] = []
-        for slack, rule in zip(self._slack, rules, strict=True):
+        for slack, rule, (arena, _) in zip(self._slack, rules, self._arenas, strict=True):
             lr, address = 0.0, 0
             if not isinstance(rule.lr, Tensor):
                 lr = rule.lr
@@ -670,6 +291,7 @@ class KernelPlan:
                     slack.state,
                     slack.param,
                     float(rule.may_skip_norms),
+                    float(arena.storage.bits > 0),
                 )
             )
             addresses.append(address)
@@ -684,6 +306,9 @@ class KernelPlan:
         self._clamps = any(rule.clips_value for rule in rules)
         self._trusts = any(rule.has_trust for rule in rules)
         self._skips = any(rule.may_skip_norms for rule in rules)
+        self._watches = any(
+            rule.may_skip_norms and a.storage.bits for rule, (a, _) in zip(rules, self._arenas, strict=True)
+        )
         clipping = [k for k, rule in enumerate(rules) if rule.clips_norm]
         self._clip_arena = clipping[-1] if clipping else 0
         self.clips_norm = bool(clipping)
@@ -717,7 +342,7 @@ class KernelPlan:
         """
         norm_out = torch.empty((), dtype=torch.float32, device=self.device)
         applied = torch.empty((), dtype=torch.bool, device=self.device)
-        grads, table, shape = self._bound_grads, self._tensors, {"CHUNK": CHUNK, "TILE": TILE, "num_warps": WARPS}
+        grads, table = self._bound_grads, self._tensors
         columns = {"COLUMNS": len(_T)}
         scalars = {**columns, "ARENA_COLUMNS": len(_A), "PLAN": _PLAN, "SLACK": 8 * torch.finfo(torch.float32).eps}
         # Start where the last full pass ended; with the skip on, that of the measurement is usually empty.
@@ -727,7 +352,7 @@ class KernelPlan:
                 for kind in self._kinds:
                     _squares_kernel[(kind.count,)](
                         self._chunks, grads, table, self._partials, kind.first,
-                        G=kind.types["G"], ALIGN=self._align, **columns, **shape,
+                        ALIGN=self._align, **kind.gradient, **columns, **kind.shape,
                     )  # fmt: skip
             _plan_kernel[(1,)](
                 self._partials, self._chunk_count, norm, loss, found_inf, self._settings, self._lr_at, table,
@@ -740,7 +365,7 @@ class KernelPlan:
                     _measure_kernel[(kind.count,)](
                         self._chunks, grads, table, self._plan, self._partials, kind.first, kind.count,
                         self._chunk_count, CLAMP=self._clamps, ADVANCE=kind.advance, REVERSE=measure,
-                        ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **shape,
+                        ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape,
                     )  # fmt: skip
                 _trust_kernel[(len(self.params),)](
                     self._partials, self._chunk_count, self._settings, table, self._arena_of, self._span,
@@ -748,9 +373,14 @@ class KernelPlan:
                 )  # fmt: skip
             for kind in self._kinds:
                 _update_kernel[(kind.count,)](
-                    self._chunks, grads, table, self._plan, kind.first, kind.count,
-                    CLAMP=self._clamps, ADVANCE=kind.advance, REVERSE=backwards, ALIGN=self._align,
-                    PLAN=_PLAN, BLOCK=BLOCK, **kind.types, **columns, **shape,
+                    self._chunks, grads, table, self._plan, self._partials, kind.first, kind.count,
+                    WATCH=kind.coded and self._watches, CLAMP=self._clamps, ADVANCE=kind.advance, REVERSE=backwards,
+                    ALIGN=self._align, PLAN=_PLAN, BLOCK=BLOCK, **kind.types, **kind.update, **columns, **kind.shape,
+                )  # fmt: skip
+            if self._watches:
+                _stored_norm_kernel[(len(self.params),)](
+                    self._partials, self._settings, table, self._arena_of, self._span, self._plan,
+                    LANES=_LANES, **scalars,
                 )  # fmt: skip
         return norm_out, applied
 

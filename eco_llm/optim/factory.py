@@ -13,7 +13,7 @@ from eco_llm.errors import UserError
 from eco_llm.optim.c3o import C3O
 from eco_llm.optim.muon import MuonWithAdamW
 
-_C3O_STATE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_C3O_STATE = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 
 
 def build_optimizer(
@@ -39,6 +39,8 @@ def build_optimizer(
     if config.optimizer == "c3o":
         if config.eps == 0:
             raise UserError("--eps 0 makes C3O divide 0 by 0 where a gradient is always zero; use e.g. 1e-8")
+        if c3o.c3o_error_bits and not any(p.dtype == torch.bfloat16 for g in groups for p in g["params"]):
+            raise UserError("--c3o-error-bits 8 extends bf16 weights, and these weights are fp32; use 0")
         return C3O(
             groups,
             lr=config.lr,
@@ -52,6 +54,7 @@ def build_optimizer(
             grad_clip=config.grad_clip,
             grad_clip_mode=config.grad_clip_mode,
             state_dtype=_C3O_STATE[c3o.c3o_state_dtype],
+            error_bits=c3o.c3o_error_bits,
         )
     if config.optimizer == "adamw":
         fused = torch.device(device).type in ("cpu", "cuda")

@@ -4,7 +4,8 @@ All functions are elementwise over tensors of one shape (0-dim in the for-loop, 
 decide on the device; nothing here is read by the host.
 
 Per tensor three numbers are carried from step to step:
-    update_norm  U >= |u_t|   the direction's norm, before credit and learning rate
+    update_norm  U >= |u_t|   the direction's norm, before credit and learning rate; for coded moments that of the
+                              direction of what is stored, measured as it is written
     param_norm   L <= |θ_t|
     norm_age     steps since L was last measured
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eco_llm.optim.rule import Rule
+from eco_llm.optim.storage import Storage
 
 
 class NormCache(NamedTuple):
@@ -35,8 +37,10 @@ class Slack(NamedTuple):
     compute: float
 
     @classmethod
-    def of(cls, state: torch.dtype, param: torch.dtype, compute: torch.dtype) -> Slack:
-        return cls(torch.finfo(state).eps, torch.finfo(param).eps, 8 * torch.finfo(compute).eps)
+    def of(cls, storage: Storage, param: torch.dtype, compute: torch.dtype) -> Slack:
+        # Coded moments are read back as they were measured: only arithmetic is between.
+        state = torch.finfo(compute if storage.bits else storage.dtype).eps
+        return cls(state, torch.finfo(param).eps, 8 * torch.finfo(compute).eps)
 
 
 def update_norm_bound(
@@ -55,6 +59,11 @@ def update_norm_bound(
     # What step t reads are moments rounded to their storage type: |m| up, sqrt(v) down.
     stored = (1 + slack.state) / (1 - slack.state) ** 0.5
     return (alpha * (stored * previous) + beta * sqrt_n) * (1 + slack.compute)
+
+
+def stored_direction_bound(ratio_norm: Tensor, bias1: Tensor, bias2: Tensor, slack: Slack) -> Tensor:
+    """At least |u| of coded moments as read back: m / bias1 / (sqrt(v / bias2) + eps) <= sqrt(bias2) / bias1 |r|."""
+    return bias2.sqrt() / bias1 * ratio_norm * (1 + slack.compute)
 
 
 def may_skip(bound: Tensor, cache: NormCache, sqrt_n: Tensor, rule: Rule) -> Tensor:
@@ -79,6 +88,7 @@ def next_cache(
     scale: Tensor,
     rule: Rule,
     slack: Slack,
+    stored_norm: Tensor | None = None,
 ) -> NormCache:
     """The bounds after the step: from bounds alone where it skipped, from the measured norms where it did not.
 
@@ -86,12 +96,15 @@ def next_cache(
         direction_norm: |s u + λ θ|, as measured.
         param_norm: |θ| before the step, as measured.
         scale: the trust region's factor that was applied.
+        stored_norm: coded moments: `stored_direction_bound` of them.
     """
     s_min, s_max = rule.credit_range
     # fmin: an unknown (infinite) history times α = 0 is NaN, and then only the measurement counts.
     # |s u| <= |s u + λθ| + λ|θ|: an upper bound on |u| without a norm of its own.
     measured = (direction_norm + rule.weight_decay * param_norm) * ((1 + slack.compute) / s_min)
     update_norm = torch.where(skip, bound, torch.fmin(bound, measured))
+    if stored_norm is not None:
+        update_norm = stored_norm
 
     # θ' = (1 - lr λ) θ - lr s u when skipped (scale is 1); |θ'| >= |θ| - |Δ| when measured.
     keep = 1 - rule.lr * rule.weight_decay

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eco_llm.optim.storage import STORAGES, Storage
+
 BLOCK = 4096
 """Elements in a credit block; blocks run over a tensor's elements in row-major order, the last may be short."""
 
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-"""Storage types of the moments, by the name kept in parameter groups (state dicts hold no torch objects)."""
+WEIGHT_ROUNDINGS = ("dithered", "nearest")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Rule:
     credit_beta: float
     grad_clip: float
     grad_clip_mode: str
-    state_dtype: torch.dtype
+    weight_rounding: str
+    error_bits: int
+    storage: Storage
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Rule:
@@ -49,7 +52,7 @@ class Rule:
             lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
             beta1=beta1,
             beta2=beta2,
-            state_dtype=STATE_DTYPES[group["state_dtype"]],
+            storage=STORAGES[group["state_dtype"]],
             **{name: group[name] for name in _PLAIN},
         )
 
@@ -74,6 +77,15 @@ class Rule:
         return self.credit_gain > 0
 
     @property
+    def dithers_weights(self) -> bool:
+        """bfloat16 parameters; others are stored as they are computed, or (float16) rounded to nearest."""
+        return self.weight_rounding == "dithered"
+
+    def keeps_error(self, param: torch.dtype) -> bool:
+        """Whether parameters of this type have 8 more bits in the state."""
+        return self.error_bits > 0 and param == torch.bfloat16
+
+    @property
     def credit_range(self) -> tuple[float, float]:
         """(s_min, s_max) that the credit factors can take."""
         return (self.credit_min, self.credit_max) if self.has_credit else (1.0, 1.0)
@@ -82,6 +94,7 @@ class Rule:
 _PLAIN = (
     "eps", "weight_decay", "trust_radius", "trust_floor", "trust_norm_refresh_drift", "trust_norm_refresh_steps",
     "credit_gain", "credit_min", "credit_max", "credit_beta", "grad_clip", "grad_clip_mode",
+    "weight_rounding", "error_bits",
 )  # fmt: skip
 
 
@@ -90,7 +103,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"C3O: a tensor lr must have one element, got shape {tuple(lr.shape)}")
+            raise ValueError(f"C3O: Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     elif not 0.0 <= lr < float("inf"):
         raise ValueError(f"C3O: lr must be finite and >= 0, got {lr}")
     if len(group["betas"]) != 2 or not all(0.0 <= b < 1.0 for b in group["betas"]):
@@ -112,13 +125,21 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
     if group["grad_clip_mode"] not in ("value", "norm"):
         raise ValueError(f"C3O: grad_clip_mode must be 'value' or 'norm', got {group['grad_clip_mode']!r}")
-    if group["state_dtype"] not in STATE_DTYPES:
-        raise ValueError(f"C3O: state_dtype must be one of {', '.join(STATE_DTYPES)}, got {group['state_dtype']!r}")
+    if group["state_dtype"] not in STORAGES:
+        raise ValueError(f"C3O: state_dtype must be one of {', '.join(STORAGES)}, got {group['state_dtype']!r}")
+    if group["weight_rounding"] not in WEIGHT_ROUNDINGS:
+        raise ValueError(
+            f"C3O: weight_rounding must be one of {', '.join(WEIGHT_ROUNDINGS)}, got {group['weight_rounding']!r}"
+        )
+    if group["error_bits"] not in (0, 8):
+        raise ValueError(f"C3O: error_bits must be 0 or 8, got {group['error_bits']!r}")
+    if group["error_bits"] and group["weight_rounding"] != "dithered":
+        raise ValueError("C3O: error_bits are dithered: they need weight_rounding='dithered'")
 
 
-def compute_dtype(param: Tensor, state_dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(param: Tensor, storage: Storage) -> torch.dtype:
     """The type arithmetic is done in: float64 if the parameter or its state is, otherwise float32."""
-    return torch.promote_types(torch.promote_types(param.dtype, state_dtype), torch.float32)
+    return torch.promote_types(torch.promote_types(param.dtype, storage.number), torch.float32)
 
 
 def block_count(numel: int) -> int:

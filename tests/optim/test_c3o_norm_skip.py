@@ -12,6 +12,7 @@ from torch import nn
 from eco_llm.optim.c3o import C3O
 from eco_llm.optim.norm_skip import NormCache, Slack, may_skip, next_cache, update_norm_bound
 from eco_llm.optim.rule import Rule
+from eco_llm.optim.storage import STORAGES
 
 
 def directions(optimizer: C3O, p: nn.Parameter, b1: float, b2: float, eps: float) -> torch.Tensor:
@@ -144,24 +145,28 @@ def test_bounds_hold_for_rounded_moments_and_weights() -> None:
 @pytest.mark.parametrize("foreach", [True, False])
 def test_weight_bound_survives_weights_that_all_round_the_same_way(foreach: bool) -> None:
     p = nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
-    optimizer = C3O([p], lr=0.0021, weight_decay=0.0, trust_norm_refresh_drift=0.01, foreach=foreach)
+    optimizer = C3O(
+        [p], lr=0.0021, weight_decay=0.0, trust_norm_refresh_drift=0.01, foreach=foreach, weight_rounding="nearest"
+    )
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert (p == 1 - 2**-8).all()  # asked for 0.9979
     assert 9.8 < float(optimizer.state[p]["param_norm"]) <= float(p.detach().double().norm())
 
 
-@pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16], ids=str)
-def test_direction_bound_survives_moments_rounded_the_worst_way(stored: torch.dtype) -> None:
+@pytest.mark.parametrize("stored", ["float64", "bfloat16"])
+def test_direction_bound_survives_moments_rounded_the_worst_way(stored: str) -> None:
     """A zero gradient makes u_t = α_t u_{t-1} exactly, but for m rounded up and v rounded down in between."""
     rule, _, _, _ = rule_and_worst_case(0.0, 0.0)
-    unit = torch.finfo(stored).eps
+    unit = torch.finfo(STORAGES[stored].dtype).eps
     t, sqrt_n = torch.tensor(7.0, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     before, after = ((1 - rule.beta1**s, 1 - rule.beta2**s) for s in (t - 1, t))
     m, v = 0.3, 0.2
     previous = m / before[0] / (v / before[1]).sqrt()
     moved = rule.beta1 * m * (1 + unit) / after[0] / (rule.beta2 * v * (1 - unit) / after[1]).sqrt()
-    bound = update_norm_bound(previous, t, *after, sqrt_n, rule, Slack.of(stored, torch.float64, torch.float64))
+    bound = update_norm_bound(
+        previous, t, *after, sqrt_n, rule, Slack.of(STORAGES[stored], torch.float64, torch.float64)
+    )
     assert float(moved) <= float(bound) <= float(moved) * (1 + 1e-12)
 
 
@@ -200,7 +205,7 @@ def test_decision_and_weight_bound_are_sharp_in_the_worst_case(decay: float, gai
     assert not may_skip(largest / 2 * one, cache._replace(norm_age=3 * one), sqrt_n, rule)
     assert not may_skip(float("nan") * one, cache, sqrt_n, rule)
 
-    slack = Slack.of(torch.float64, torch.float64, torch.float64)
+    slack = Slack.of(STORAGES["float64"], torch.float64, torch.float64)
     bound = largest / 2 * one
     moved = theta - 0.05 * (s_max * bound * along + decay * theta)
     for skip in (True, False):

@@ -26,7 +26,7 @@ STATEFUL: dict[str, Any] = {**RULES["credit-skip"], "grad_clip": 1.0}
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES, ids=str)
 def test_resume_is_exact_through_a_weights_only_file(
-    dtype: torch.dtype, state_dtype: torch.dtype, foreach: bool
+    dtype: torch.dtype, state_dtype: torch.dtype | str, foreach: bool
 ) -> None:
     through, before = parameters(dtype), parameters(dtype)
     straight = C3O(through, state_dtype=state_dtype, foreach=foreach, **STATEFUL)
@@ -298,7 +298,7 @@ def test_rounding_keeps_nan_of_every_pattern() -> None:
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES, ids=str)
 def test_found_inf_changes_no_bit(
-    dtype: torch.dtype, state_dtype: torch.dtype, foreach: bool, on_host: bool, clip: float
+    dtype: torch.dtype, state_dtype: torch.dtype | str, foreach: bool, on_host: bool, clip: float
 ) -> None:
     params = parameters(dtype)
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_found_inf_changes_no_bit(
 
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES, ids=str)
-def test_a_clear_flag_changes_nothing_either(dtype: torch.dtype, state_dtype: torch.dtype, foreach: bool) -> None:
+def test_a_clear_flag_changes_nothing_either(dtype: torch.dtype, state_dtype: torch.dtype | str, foreach: bool) -> None:
     plain, flagged = parameters(dtype), parameters(dtype)
     a = C3O(plain, state_dtype=state_dtype, foreach=foreach, **STATEFUL)
     b = C3O(flagged, state_dtype=state_dtype, foreach=foreach, **STATEFUL)
@@ -382,7 +382,7 @@ def test_works_under_the_gradient_scaler(foreach: bool, clip: tuple[str, float])
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["norm", "value"])
-def test_step_never_synchronises(mode: str, state_dtype: torch.dtype, foreach: bool) -> None:
+def test_step_never_synchronises(mode: str, state_dtype: torch.dtype | str, foreach: bool) -> None:
     params = parameters(torch.float32, device="cuda")
     rule = {**RULES["credit-skip"], "grad_clip": 0.5, "grad_clip_mode": mode}
     optimizer = C3O(params, state_dtype=state_dtype, foreach=foreach, **rule)
@@ -405,7 +405,7 @@ def test_step_never_synchronises(mode: str, state_dtype: torch.dtype, foreach: b
 @pytest.mark.gpu
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES, ids=str)
-def test_cuda_found_inf_changes_no_bit(dtype: torch.dtype, state_dtype: torch.dtype, foreach: bool) -> None:
+def test_cuda_found_inf_changes_no_bit(dtype: torch.dtype, state_dtype: torch.dtype | str, foreach: bool) -> None:
     params = parameters(dtype, device="cuda")
     optimizer = C3O(params, state_dtype=state_dtype, foreach=foreach, **STATEFUL)
     run(optimizer, params, 3)

@@ -1,0 +1,723 @@
+# mypy: allow-untyped-defs
+"""C3O's Triton kernels: squares, plan, measure, trust, update, summary; launched by `c3o_triton`, where the tables are.
+
+A program walks one chunk of one tensor in tiles. Moments come in two forms. Numbers (float32, bfloat16) are read and
+written element by element. Codes (`storage`, 8 or 4 bits) are tiles [rows, 64], a group a row, so that a group's scale
+is a maximum along a row in registers; with 4 bits a row of bytes holds two groups, handled one after the other, and no
+tile is laid out anew. Nothing of a tensor's size is ever written but the state itself.
+
+Every multiply-add is written as one and both passes over the moments use the same functions, so that all forms of the
+update give the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _base(table, index, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """The address in `table[index]` as a pointer."""
+    return tl.multiple_of(tl.multiple_of(tl.load(table + index), ALIGN).to(tl.pointer_type(DTYPE)), ALIGN)
+
+
+@triton.jit
+def _floats(addresses, mask):
+    """float32 values at a vector of addresses; 0 where masked."""
+    return tl.load(addresses.to(tl.pointer_type(tl.float32)), mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_floats(addresses, values, mask):
+    tl.store(addresses.to(tl.pointer_type(tl.float32)), values.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _read(base, at, left, MASKED: tl.constexpr):
+    """float32 values of one tile; 0 past the tensor's end."""
+    if MASKED:
+        x = tl.load(base + at, mask=at < left, other=0.0)
+    else:
+        x = tl.load(base + at)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _write(base, at, left, x, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(base + at, x, mask=at < left)
+    else:
+        tl.store(base + at, x)
+
+
+@triton.jit
+def _dithered(x, threshold):
+    """`rounding.dithered_bfloat16`: the same bits for the same x."""
+    up = ((x.to(tl.int32, bitcast=True) + threshold) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(x != x, x, up).to(tl.bfloat16)
+
+
+@triton.jit
+def _split(x, threshold):
+    """`rounding.split_weight`: (bfloat16, int8)."""
+    bits = (x.to(tl.int32, bitcast=True) + (threshold >> 8)) >> 8
+    near = (bits + 128) >> 8
+    nan = x != x
+    weight = tl.where(nan, x, (near << 16).to(tl.float32, bitcast=True)).to(tl.bfloat16)
+    return weight, tl.where(nan, 0, bits - (near << 8)).to(tl.int8)
+
+
+@triton.jit
+def _read_weight(p_base, e_base, at, left, ERROR: tl.constexpr, MASKED: tl.constexpr):
+    """θ in float32: the parameter, with its error bits if it has any."""
+    p = _read(p_base, at, left, MASKED)
+    if ERROR:
+        if MASKED:
+            e = tl.load(e_base + at, mask=at < left, other=0)
+        else:
+            e = tl.load(e_base + at)
+        p = (p.to(tl.int32, bitcast=True) + (e.to(tl.int32) << 8)).to(tl.float32, bitcast=True)
+    return p
+
+
+@triton.jit
+def _write_weight(
+    p_base, e_base, at, left, p, threshold, P: tl.constexpr, ERROR: tl.constexpr, DITHER: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    if P.primitive_bitwidth != 16:
+        _write(p_base, at, left, p, MASKED)
+    elif ERROR:
+        p, e = _split(p, (threshold + 0x4000) & 0xFFFF)
+        _write(p_base, at, left, p, MASKED)
+        _write(e_base, at, left, e, MASKED)
+    elif DITHER:
+        _write(p_base, at, left, _dithered(p, (threshold + 0x4000) & 0xFFFF), MASKED)
+    else:
+        _write(p_base, at, left, _nearest(p), MASKED)
+
+
+@triton.jit
+def _decoded(codes, scale, SIGNED: tl.constexpr, MANTISSA: tl.constexpr, LEVELS: tl.constexpr):
+    """`storage.decode`: codes int32 [rows, 64], scale float32 [rows, 1]. Exact: few bits times few bits."""
+    if SIGNED:
+        z = _pattern(codes & (LEVELS - 1), MANTISSA)
+        sign = (codes * (2147483648 // LEVELS)) & -2147483648
+        return (tl.fma(z, scale, -scale).to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return _pattern(codes, MANTISSA) * scale
+
+
+@triton.jit
+def _pattern(magnitude, MANTISSA: tl.constexpr):
+    """z of a code, 1 for 0: one multiply-add of integers."""
+    return (magnitude * (1 << (23 - MANTISSA)) + 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_of(x, SPAN: tl.constexpr):
+    """The scales [rows, 1] of groups x [rows, 64], float32 that bfloat16 holds; see `storage.encode`."""
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)  # a maximum of floats drops NaN
+    top = bits.to(tl.float32, bitcast=True) * (1.0 / SPAN)
+    bits = tl.minimum(top.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7FC00000)
+    bits = (bits + 0xFFFF) & -65536
+    return tl.where(bits < 0x00800000, 0, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _encoded(x, scale, threshold, SIGNED: tl.constexpr, MANTISSA: tl.constexpr, LEVELS: tl.constexpr):
+    """`storage.encode` with scales known: codes int32."""
+    inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
+    if SIGNED:
+        z = tl.fma(tl.abs(x), inverse, 1.0)
+    else:
+        z = tl.maximum(x * inverse, 1.0)
+    raised = z.to(tl.int32, bitcast=True) + (threshold << (7 - MANTISSA))
+    # Without a sign, so that NaN ends at the last code; its scale is NaN.
+    codes = (raised.to(tl.uint32, bitcast=True) >> (23 - MANTISSA)) - (127 << MANTISSA)
+    codes = tl.minimum(codes, LEVELS - 1).to(tl.int32, bitcast=True)
+    if SIGNED:
+        codes += (x.to(tl.int32, bitcast=True) >> 31) & LEVELS
+    return codes
+
+
+@triton.jit
+def _root(v):
+    """sqrt(v) within 2 units in the last place; 0 of what is subnormal."""
+    return v * tl.rsqrt(tl.maximum(v, 1.1754944e-38))
+
+
+@triton.jit
+def _direction_fast(p, m, v, gain, shift, decay):
+    """`_direction` within a few units in the last place: beside codes of 8 bits arithmetic, not memory, is the cost."""
+    inverse = tl.rsqrt(tl.fma(_root(v), gain, shift))
+    return tl.fma(decay, p, m * inverse * inverse)
+
+
+@triton.jit
+def _read_rows(base, rows, there, MASKED: tl.constexpr):
+    """float32 scales of rows [rows, 1]; 0 where there is no such group."""
+    if MASKED:
+        return tl.load(base + rows, mask=there, other=0.0).to(tl.float32)
+    return tl.load(base + rows).to(tl.float32)
+
+
+@triton.jit
+def _read_bytes(base, at, there, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(base + at, mask=there, other=0).to(tl.int32)
+    return tl.load(base + at).to(tl.int32)
+
+
+@triton.jit
+def _bytes_there(rows, lane, left, BITS: tl.constexpr):
+    """Which bytes of codes belong to the tensor: with 4 bits all of its last pair of groups, with 8 one an element."""
+    if BITS == 4:
+        return ((rows * 128 < left)[:, None]) & (lane < 64)
+    return rows[:, None] * 64 + lane < left
+
+
+@triton.jit
+def _coded_moments(
+    r_code, v_code, r_scale, v_scale, R: tl.constexpr, V: tl.constexpr, R_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr
+):  # fmt: skip
+    """`storage.coded_moments`: (m, v)."""
+    v = _decoded(v_code, v_scale, False, V, V_LEVELS)
+    return _decoded(r_code, r_scale, True, R, R_LEVELS) * _root(v), v
+
+
+@triton.jit
+def _part(bytes, half: tl.constexpr, BITS: tl.constexpr):
+    """The codes of group `half` of a row of bytes."""
+    if BITS == 8:
+        return bytes
+    return (bytes >> (half * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _nearest(x):
+    """bfloat16 by rounding to nearest, ties to even. Triton's interpreter truncates, so it is spelled out here."""
+    b = x.to(tl.int32, bitcast=True)
+    up = ((b + (0x7FFF + ((b >> 16) & 1))) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(x != x, x, up).to(tl.bfloat16)
+
+
+@triton.jit
+def _phase(step, STRIDE: tl.constexpr):
+    return ((step.to(tl.int64) * STRIDE) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def _clipped(g, factor, limit, CLAMP: tl.constexpr):
+    g = g * factor
+    if CLAMP:  # comparisons with NaN are false: it stays
+        g = tl.where(g > limit, limit, g)
+        g = tl.where(g < -limit, -limit, g)
+    return g
+
+
+@triton.jit
+def _advance(g, m, v, w1, b2, w2):
+    return tl.fma(w1, g - m, m), tl.fma(w2 * g, g, b2 * v)
+
+
+@triton.jit
+def _direction(p, m, v, gain, shift, decay):
+    return tl.fma(decay, p, tl.div_rn(m, tl.fma(tl.sqrt_rn(v), gain, shift)))
+
+
+@triton.jit
+def _where(chunks, program, programs, REVERSE: tl.constexpr):
+    """(row of the chunk table, tensor, chunk within the tensor) of this program."""
+    at = program
+    if REVERSE:
+        at = programs - 1 - program
+    return at, tl.load(chunks + 2 * at), tl.load(chunks + 2 * at + 1)
+
+
+@triton.jit(do_not_specialize=["first", "grads"])
+def _squares_kernel(
+    chunks, grads, tensors, partials, first,
+    G: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """partials[first + i] = sum of squares of chunk i of the gradients; 0 for a tensor without one."""
+    program = tl.program_id(0)
+    tensor, part = tl.load(chunks + 2 * (first + program)), tl.load(chunks + 2 * (first + program) + 1)
+    lanes = tl.arange(0, TILE)
+    total = tl.zeros([TILE], tl.float32)
+    if tl.load(grads + tensor) != 0:
+        start = part.to(tl.int64) * CHUNK
+        g_base = _base(grads, tensor, G, ALIGN) + start
+        left = tl.minimum(tl.load(tensors + tensor * COLUMNS + 7) - start, CHUNK).to(tl.int32)
+        full = left // TILE * TILE
+        for at in range(0, full, TILE):
+            g = _read(g_base, at + lanes, left, False)
+            total = tl.fma(g, g, total)
+        if full < left:
+            g = _read(g_base, full + lanes, left, True)
+            total = tl.fma(g, g, total)
+    tl.store(partials + first + program, tl.sum(total))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_partials", "n_tensors", "known_norm", "loss", "found_inf", "grads", "norm_out", "applied_out", "clip_arena"
+    ]
+)  # fmt: skip
+def _plan_kernel(
+    partials, n_partials, known_norm, loss, found_inf, arenas, lr_at, tensors, arena_of, grads, n_tensors,
+    plan, stats, control, norm_out, applied_out, clip_arena,
+    MEASURED: tl.constexpr, KNOWN: tl.constexpr, GUARD: tl.constexpr, FLAG: tl.constexpr,
+    COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr,
+    LANES: tl.constexpr, SUM_LANES: tl.constexpr,
+):  # fmt: skip
+    """Everything about a step that is a scalar of the optimizer or of a tensor; see the module's docstring."""
+    norm = tl.zeros([], tl.float32)
+    if MEASURED:
+        sums = tl.zeros([SUM_LANES], tl.float64)
+        for at in range(0, n_partials, SUM_LANES):
+            index = at + tl.arange(0, SUM_LANES)
+            sums += tl.load(partials + index, mask=index < n_partials, other=0.0).to(tl.float64)
+        norm = tl.sqrt(tl.sum(sums)).to(tl.float32)
+    if KNOWN:
+        norm = tl.load(known_norm).to(tl.float32)
+    refused = tl.zeros([1], tl.int32)
+    if GUARD:
+        value = tl.load(loss).to(tl.float32)
+        finite = (tl.abs(norm) < float("inf")) & (tl.abs(value) < float("inf"))
+        refused += tl.where(finite, 0, 1)
+    if FLAG:
+        refused += tl.where(tl.load(found_inf) == 0, 0, 1)
+    refused = tl.sum(refused)
+    tl.store(norm_out, norm)
+    tl.store(applied_out, tl.where(refused == 0, 1, 0).to(tl.uint8))
+    if refused == 0:
+        clip = tl.load(arenas + clip_arena * ARENA_COLUMNS + 11).to(tl.float32)
+        factor = clip / (norm + 1e-6)
+        tl.store(control, tl.where((factor > 1) | (clip == 0), 1.0, factor))
+
+    for at in range(0, n_tensors, LANES):
+        i = at + tl.arange(0, LANES)
+        inside = i < n_tensors
+        has_grad = tl.load(grads + i, mask=inside, other=0) != 0
+        live = has_grad & (refused == 0)
+        row = tensors + i * COLUMNS
+        arena = tl.load(arena_of + i, mask=inside, other=0)
+        a = arenas + arena * ARENA_COLUMNS
+
+        # A learning rate is rounded to float32 wherever it comes from, so that numbers and device values agree.
+        lr_address = tl.load(lr_at + arena)
+        lr = tl.load(a).to(tl.float32)
+        lr = tl.where(lr_address != 0, _floats(lr_address, lr_address != 0), lr).to(tl.float64)
+        b1, b2, eps, decay = tl.load(a + 1), tl.load(a + 2), tl.load(a + 5), tl.load(a + 6)
+        radius, floor, drift, refresh = tl.load(a + 7), tl.load(a + 8), tl.load(a + 9), tl.load(a + 10)
+        clip = tl.load(a + 11).to(tl.float32)
+        factor = clip / (norm + 1e-6)
+        factor = tl.where((factor > 1) | (clip == 0), 1.0, factor)  # NaN stays
+
+        step_at = tl.load(row + 3, mask=inside, other=0)
+        t = _floats(step_at, inside) + 1
+        _store_floats(step_at, t, live)
+        t64 = t.to(tl.float64)
+        bias1, bias2 = 1 - tl.exp(t64 * tl.load(a + 3)), 1 - tl.exp(t64 * tl.load(a + 4))
+
+        # norm_skip.update_norm_bound and may_skip; credit is off on this path.
+        may_skip = (tl.load(a + 15) != 0) & inside
+        u_at = tl.load(row + 4, mask=inside, other=0)
+        l_at = tl.load(row + 5, mask=inside, other=0)
+        age_at = tl.load(row + 6, mask=inside, other=0)
+        previous, known = _floats(u_at, may_skip).to(tl.float64), _floats(l_at, may_skip).to(tl.float64)
+        age = _floats(age_at, may_skip)
+        sqrt_n = tl.sqrt(tl.load(row + 7, mask=inside, other=0).to(tl.float64))
+        slack_state, slack_param = tl.load(a + 13), tl.load(a + 14)
+        shrink1 = tl.maximum((bias1 - (1 - b1)) / bias1, 0.0)
+        rho = tl.sqrt(tl.maximum((bias2 - (1 - b2)) / bias2, 0.0))
+        alpha = tl.where(t > 1, shrink1 / rho, 0.0)
+        beta = (1 - b1) / bias1 * tl.sqrt(bias2 / (1 - b2))
+        stored = (1 + slack_state) / tl.sqrt(1 - slack_state)
+        bound = (alpha * (stored * previous) + beta * sqrt_n) * (1 + SLACK)
+        room = (1 - drift) * radius - lr * decay
+        skip = (lr * bound <= room * tl.maximum(known, floor * sqrt_n)) & (age <= refresh) & may_skip
+        trust = radius > 0
+
+        skipped = live & skip
+        keep = tl.maximum(1 - lr * decay, 0.0)
+        lower = tl.maximum(known * keep * (1 - SLACK) - lr * bound * (1 + SLACK), 0.0) * (1 - slack_param)
+        _store_floats(u_at, bound, skipped)
+        _store_floats(l_at, lower, skipped)
+        _store_floats(age_at, age + 1, skipped)
+
+        out = plan + i * PLAN
+        tl.store(out, factor, mask=inside)
+        tl.store(out + 1, tl.load(a + 12).to(tl.float32), mask=inside)
+        tl.store(out + 2, (1 - b1).to(tl.float32), mask=inside)
+        tl.store(out + 3, b2.to(tl.float32), mask=inside)
+        tl.store(out + 4, (1 - b2).to(tl.float32), mask=inside)
+        tl.store(out + 5, (bias1 / tl.sqrt(bias2)).to(tl.float32), mask=inside)
+        tl.store(out + 6, (eps * bias1).to(tl.float32), mask=inside)
+        tl.store(out + 7, decay.to(tl.float32), mask=inside)
+        tl.store(out + 8, lr.to(tl.float32), mask=inside)
+        tl.store(out + 9, t, mask=inside)
+        tl.store(out + 10, bound.to(tl.float32), mask=inside)
+        tl.store(out + 11, tl.where(live, tl.where(trust & (skip == 0), 2.0, 1.0), 0.0), mask=inside)
+        # A skipped tensor keeps the ratio last measured; one that is measured is written by `_trust_kernel`.
+        now = inside & (refused == 0)
+        tl.store(stats + i * 4, tl.where(skipped, 1.0, 0.0), mask=now)
+        tl.store(stats + i * 4 + 1, 0.0, mask=now)
+        tl.store(stats + i * 4 + 2, 0.0, mask=now)
+        tl.store(stats + i * 4 + 3, 0.0, mask=now & (skip == 0))
+
+
+@triton.jit
+def _measure_tile(
+    p_base, e_base, g_base, m_base, v_base, at, left, factor, limit, w1, b2, w2, gain, shift, decay,
+    ERROR: tl.constexpr, CLAMP: tl.constexpr, ADVANCE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """θ and d of one tile; writes the advanced moments if ADVANCE."""
+    g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
+    p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
+    m, v = _advance(g, _read(m_base, at, left, MASKED), _read(v_base, at, left, MASKED), w1, b2, w2)
+    if ADVANCE:
+        _write(m_base, at, left, m, MASKED)
+        _write(v_base, at, left, v, MASKED)
+    return p, _direction(p, m, v, gain, shift, decay)
+
+
+@triton.jit
+def _measure_coded(
+    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2, gain, shift,
+    decay, d_sum, p_sum, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, ERROR: tl.constexpr,
+    CLAMP: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds d² and θ² of the tile at `begin` to the sums, [rows, 64], for moments in codes."""
+    PACK: tl.constexpr = 8 // BITS
+    row, lane = tl.arange(0, TILE // (64 * PACK)), tl.arange(0, 64)[None, :]
+    byte_rows = begin // (64 * PACK) + row
+    bytes_at = byte_rows[:, None] * 64 + lane
+    there = _bytes_there(byte_rows, lane, left, BITS)
+    r_bytes = _read_bytes(m_base, bytes_at, there, MASKED)
+    v_bytes = _read_bytes(v_base, bytes_at, there, MASKED)
+    for half in tl.static_range(PACK):
+        group = (byte_rows * PACK + half)[:, None]
+        at = group * 64 + lane
+        r_scale = _read_rows(r_scales, group, group * 64 < left, MASKED)
+        v_scale = _read_rows(v_scales, group, group * 64 < left, MASKED)
+        m, v = _coded_moments(
+            _part(r_bytes, half, BITS), _part(v_bytes, half, BITS), r_scale, v_scale, R, V, 1 << (BITS - 1), 1 << BITS
+        )  # fmt: skip
+        g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
+        p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
+        m, v = _advance(g, m, v, w1, b2, w2)
+        d = _direction_fast(p, m, v, gain, shift, decay)
+        if MASKED:
+            d = tl.where(at < left, d, 0.0)
+        d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
+    return d_sum, p_sum
+
+
+@triton.jit(do_not_specialize=["first", "programs", "all_chunks", "grads"])
+def _measure_kernel(
+    chunks, grads, tensors, plan, partials, first, programs, all_chunks,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    ERROR: tl.constexpr, CLAMP: tl.constexpr, ADVANCE: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """partials[i], partials[all_chunks + i] = |d|², |θ|² of chunk i, if its tensor must be measured."""
+    at, tensor, part = _where(chunks + 2 * first, tl.program_id(0), programs, REVERSE)
+    row = plan + tensor * PLAN
+    if tl.load(row + 11) == 2.0:
+        start = part.to(tl.int64) * CHUNK
+        line = tensor * COLUMNS
+        p_base = _base(tensors, line, P, ALIGN) + start
+        e_base = _base(tensors, line + 10, tl.int8, 16) + start
+        g_base = _base(grads, tensor, G, ALIGN) + start
+        left = tl.minimum(tl.load(tensors + line + 7) - start, CHUNK).to(tl.int32)
+        factor, limit, w1, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        w2, gain, shift, decay = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+        full = left // TILE * TILE
+        if BITS == 0:
+            m_base = _base(tensors, line + 1, S, 16) + start
+            v_base = _base(tensors, line + 2, S, 16) + start
+            lanes = tl.arange(0, TILE)
+            d_sum, p_sum = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+            for begin in range(0, full, TILE):
+                p, d = _measure_tile(
+                    p_base, e_base, g_base, m_base, v_base, begin + lanes, left, factor, limit, w1, b2, w2, gain,
+                    shift, decay, ERROR, CLAMP, ADVANCE, False,
+                )  # fmt: skip
+                d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
+            if full < left:
+                p, d = _measure_tile(
+                    p_base, e_base, g_base, m_base, v_base, full + lanes, left, factor, limit, w1, b2, w2, gain,
+                    shift, decay, ERROR, CLAMP, ADVANCE, True,
+                )  # fmt: skip
+                d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
+            tl.store(partials + first + at, tl.sum(d_sum))
+            tl.store(partials + all_chunks + first + at, tl.sum(p_sum))
+        else:
+            m_base = _base(tensors, line + 1, tl.uint8, 16) + start // (8 // BITS)
+            v_base = _base(tensors, line + 2, tl.uint8, 16) + start // (8 // BITS)
+            r_scales = _base(tensors, line + 8, tl.bfloat16, 16) + start // 64
+            v_scales = _base(tensors, line + 9, tl.bfloat16, 16) + start // 64
+            rows: tl.constexpr = TILE // (64 * (8 // BITS))
+            d_sum, p_sum = tl.zeros([rows, 64], tl.float32), tl.zeros([rows, 64], tl.float32)
+            for begin in range(0, full, TILE):
+                d_sum, p_sum = _measure_coded(
+                    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2,
+                    gain, shift, decay, d_sum, p_sum, BITS, R, V, ERROR, CLAMP, TILE, False,
+                )  # fmt: skip
+            if full < left:
+                d_sum, p_sum = _measure_coded(
+                    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, full, left, factor, limit, w1, b2, w2,
+                    gain, shift, decay, d_sum, p_sum, BITS, R, V, ERROR, CLAMP, TILE, True,
+                )  # fmt: skip
+            tl.store(partials + first + at, tl.sum(tl.sum(d_sum, axis=1)))
+            tl.store(partials + all_chunks + first + at, tl.sum(tl.sum(p_sum, axis=1)))
+
+
+@triton.jit(do_not_specialize=["all_chunks"])
+def _trust_kernel(
+    partials, all_chunks, arenas, tensors, arena_of, span, plan, stats,
+    COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The cap of one measured tensor: lr · scale, statistics, and the bounds that its norms give."""
+    i = tl.program_id(0)
+    row = plan + i * PLAN
+    if tl.load(row + 11) == 2.0:
+        first, count = tl.load(span + 2 * i), tl.load(span + 2 * i + 1)
+        d_sum, p_sum = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
+        for at in range(0, count, LANES):
+            k = at + tl.arange(0, LANES)
+            d_sum += tl.load(partials + first + k, mask=k < count, other=0.0).to(tl.float64)
+            p_sum += tl.load(partials + all_chunks + first + k, mask=k < count, other=0.0).to(tl.float64)
+        d_norm, p_norm = tl.sqrt(tl.sum(d_sum)), tl.sqrt(tl.sum(p_sum))
+        a = arenas + tl.load(arena_of + i) * ARENA_COLUMNS
+        tensor = tensors + i * COLUMNS
+        lr = tl.load(row + 8).to(tl.float64)
+        weight = tl.maximum(p_norm, tl.load(a + 8) * tl.sqrt(tl.load(tensor + 7).to(tl.float64)))
+        limit, delta = tl.load(a + 7) * weight, lr * d_norm
+        binds = delta > limit
+        scale = tl.where(binds, limit / tl.where(binds, delta, 1.0), 1.0)
+        tl.store(row + 8, (lr * scale).to(tl.float32))
+        ratio = tl.where(weight > 0, delta * scale / tl.where(weight > 0, weight, 1.0), 0.0)
+        tl.store(stats + 4 * i, 0.0)
+        tl.store(stats + 4 * i + 1, 1.0)
+        tl.store(stats + 4 * i + 2, tl.where(scale < 1, 1.0, 0.0))
+        tl.store(stats + 4 * i + 3, ratio.to(tl.float32))
+        if tl.load(a + 15) != 0:
+            bound = tl.load(row + 10).to(tl.float64)
+            measured = (d_norm + tl.load(a + 6) * p_norm) * (1 + SLACK)
+            lower = p_norm * (1 - SLACK) - lr * scale * d_norm * (1 + SLACK)
+            # Not `bound < measured` alone: an unknown history times α = 0 is NaN.
+            _store_floats(tl.load(tensor + 4), tl.where(bound < measured, bound, measured), True)
+            _store_floats(tl.load(tensor + 5), tl.maximum(lower, 0.0) * (1 - tl.load(a + 14)), True)
+            _store_floats(tl.load(tensor + 6), 1.0 + 0.0 * lr, True)
+
+
+@triton.jit
+def _update_tile(
+    p_base, e_base, g_base, m_base, v_base, at, left, position, factor, limit, w1, b2, w2, gain, shift, decay, size,
+    phase, CLAMP: tl.constexpr, P: tl.constexpr, S: tl.constexpr, ERROR: tl.constexpr, DITHER: tl.constexpr,
+    ADVANCED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
+    m, v = _read(m_base, at, left, MASKED), _read(v_base, at, left, MASKED)
+    threshold = (position * 49471 + phase) & 0xFFFF
+    if not ADVANCED:
+        g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
+        m, v = _advance(g, m, v, w1, b2, w2)
+        if S.primitive_bitwidth == 16:
+            _write(m_base, at, left, _dithered(m, threshold), MASKED)
+            # Half a period on, modulo 2^16: the other half of the same threshold.
+            _write(v_base, at, left, _dithered(v, threshold ^ 0x8000), MASKED)
+        else:
+            _write(m_base, at, left, m, MASKED)
+            _write(v_base, at, left, v, MASKED)
+    p = tl.fma(-size, _direction(p, m, v, gain, shift, decay), p)
+    _write_weight(p_base, e_base, at, left, p, threshold, P, ERROR, DITHER, MASKED)
+
+
+@triton.jit
+def _update_coded(
+    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2, gain, shift,
+    decay, size, phase, ratio_phase, r_sum, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, R_SPAN: tl.constexpr,
+    V_SPAN: tl.constexpr, CLAMP: tl.constexpr, P: tl.constexpr, ERROR: tl.constexpr, DITHER: tl.constexpr,
+    WATCH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The tile at `begin` for moments in codes: `storage.code_moments` in registers. Adds r², as stored, if WATCH."""
+    PACK: tl.constexpr = 8 // BITS
+    R_LEVELS: tl.constexpr = 1 << (BITS - 1)
+    V_LEVELS: tl.constexpr = 1 << BITS
+    row, lane = tl.arange(0, TILE // (64 * PACK)), tl.arange(0, 64)[None, :]
+    byte_rows = begin // (64 * PACK) + row
+    bytes_at = byte_rows[:, None] * 64 + lane
+    there = _bytes_there(byte_rows, lane, left, BITS)
+    r_bytes = _read_bytes(m_base, bytes_at, there, MASKED)
+    v_bytes = _read_bytes(v_base, bytes_at, there, MASKED)
+    new_r, new_v = tl.zeros_like(r_bytes), tl.zeros_like(v_bytes)
+    for half in tl.static_range(PACK):
+        group = (byte_rows * PACK + half)[:, None]
+        has_group = group * 64 < left
+        at = group * 64 + lane
+        r_scale = _read_rows(r_scales, group, has_group, MASKED)
+        v_scale = _read_rows(v_scales, group, has_group, MASKED)
+        m, v = _coded_moments(
+            _part(r_bytes, half, BITS), _part(v_bytes, half, BITS), r_scale, v_scale, R, V, R_LEVELS, V_LEVELS
+        )  # fmt: skip
+        g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
+        p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
+        m, v = _advance(g, m, v, w1, b2, w2)
+        if MASKED:  # a group's scale must not see what is past the end
+            m, v = tl.where(at < left, m, 0.0), tl.where(at < left, v, 0.0)
+        threshold = ((at & (BLOCK - 1)) * 49471 + phase) & 0xFFFF
+        p = tl.fma(-size, _direction_fast(p, m, v, gain, shift, decay), p)
+        _write_weight(p_base, e_base, at, left, p, threshold, P, ERROR, DITHER, MASKED)
+
+        v_scale = _scale_of(v, V_SPAN)
+        v_code = _encoded(v, v_scale, threshold ^ 0x8000, False, V, V_LEVELS)
+        kept = _decoded(v_code, v_scale, False, V, V_LEVELS)
+        # v reads back as 0 only where its whole group does; m then too: 1 / sqrt(inf) is 0.
+        r = m * tl.rsqrt(tl.maximum(kept, tl.where(v_scale > 0, 1.1754944e-38, float("inf"))))
+        r_scale = _scale_of(r, R_SPAN)
+        threshold = ((at & (BLOCK - 1)) * 37345 + ratio_phase) & 0xFFFF
+        r_code = _encoded(r, r_scale, threshold, True, R, R_LEVELS)
+        if WATCH:
+            r = _decoded(r_code, r_scale, True, R, R_LEVELS)
+            r_sum = tl.fma(r, r, r_sum)
+        new_r += r_code << (half * BITS)
+        new_v += v_code << (half * BITS)
+        _write_rows(r_scales, group, r_scale, has_group, MASKED)
+        _write_rows(v_scales, group, v_scale, has_group, MASKED)
+    _write_rows(m_base, bytes_at, new_r.to(tl.uint8), there, MASKED)
+    _write_rows(v_base, bytes_at, new_v.to(tl.uint8), there, MASKED)
+    return r_sum
+
+
+@triton.jit
+def _write_rows(base, at, x, there, MASKED: tl.constexpr):
+    x = x.to(base.dtype.element_ty)  # scales are values that bfloat16 holds
+    if MASKED:
+        tl.store(base + at, x, mask=there)
+    else:
+        tl.store(base + at, x)
+
+
+@triton.jit(do_not_specialize=["first", "programs", "grads"])
+def _update_kernel(
+    chunks, grads, tensors, plan, partials, first, programs,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    R_SPAN: tl.constexpr, V_SPAN: tl.constexpr, ERROR: tl.constexpr, DITHER: tl.constexpr, WATCH: tl.constexpr,
+    CLAMP: tl.constexpr, ADVANCE: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """θ <- θ - lr scale d, and the moments where `_measure_kernel` has not advanced them.
+
+    WATCH, for codes: partials[first + i] = |r|² of chunk i as stored (`_stored_norm_kernel` ends it).
+    """
+    chunk, tensor, part = _where(chunks + 2 * first, tl.program_id(0), programs, REVERSE)
+    row = plan + tensor * PLAN
+    mode = tl.load(row + 11)
+    if mode != 0.0:
+        start = part.to(tl.int64) * CHUNK
+        line = tensor * COLUMNS
+        p_base = _base(tensors, line, P, ALIGN) + start
+        e_base = _base(tensors, line + 10, tl.int8, 16) + start
+        g_base = _base(grads, tensor, G, ALIGN) + start
+        left = tl.minimum(tl.load(tensors + line + 7) - start, CHUNK).to(tl.int32)
+        factor, limit, w1, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        w2, gain, shift, decay = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+        size, step = tl.load(row + 8), tl.load(row + 9)
+        phase, ratio_phase = _phase(step, 37345), _phase(step, 49471)  # `rounding`'s streams
+        full = left // TILE * TILE
+        if BITS == 0:
+            m_base = _base(tensors, line + 1, S, 16) + start
+            v_base = _base(tensors, line + 2, S, 16) + start
+            lanes = tl.arange(0, TILE)
+            if ADVANCE and mode == 2.0:
+                for begin in range(0, full, TILE):
+                    at = begin + lanes
+                    _update_tile(
+                        p_base, e_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2,
+                        gain, shift, decay, size, phase, CLAMP, P, S, ERROR, DITHER, True, False,
+                    )  # fmt: skip
+                if full < left:
+                    at = full + lanes
+                    _update_tile(
+                        p_base, e_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2,
+                        gain, shift, decay, size, phase, CLAMP, P, S, ERROR, DITHER, True, True,
+                    )  # fmt: skip
+            else:
+                for begin in range(0, full, TILE):
+                    at = begin + lanes
+                    _update_tile(
+                        p_base, e_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2,
+                        gain, shift, decay, size, phase, CLAMP, P, S, ERROR, DITHER, False, False,
+                    )  # fmt: skip
+                if full < left:
+                    at = full + lanes
+                    _update_tile(
+                        p_base, e_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2,
+                        gain, shift, decay, size, phase, CLAMP, P, S, ERROR, DITHER, False, True,
+                    )  # fmt: skip
+        else:
+            m_base = _base(tensors, line + 1, tl.uint8, 16) + start // (8 // BITS)
+            v_base = _base(tensors, line + 2, tl.uint8, 16) + start // (8 // BITS)
+            r_scales = _base(tensors, line + 8, tl.bfloat16, 16) + start // 64
+            v_scales = _base(tensors, line + 9, tl.bfloat16, 16) + start // 64
+            r_sum = tl.zeros([TILE // (64 * (8 // BITS)), 64], tl.float32)
+            for begin in range(0, full, TILE):
+                r_sum = _update_coded(
+                    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2,
+                    gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR,
+                    DITHER, WATCH, BLOCK, TILE, False,
+                )  # fmt: skip
+            if full < left:
+                r_sum = _update_coded(
+                    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, full, left, factor, limit, w1, b2, w2,
+                    gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR,
+                    DITHER, WATCH, BLOCK, TILE, True,
+                )  # fmt: skip
+            if WATCH:
+                tl.store(partials + first + chunk, tl.sum(tl.sum(r_sum, axis=1)))
+
+
+@triton.jit
+def _stored_norm_kernel(
+    partials, arenas, tensors, arena_of, span, plan,
+    COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """`norm_skip.stored_direction_bound` of one tensor with coded moments, as its `update_norm`."""
+    i = tl.program_id(0)
+    a = arenas + tl.load(arena_of + i) * ARENA_COLUMNS
+    row = plan + i * PLAN
+    if (tl.load(row + 11) != 0.0) & (tl.load(a + 15) != 0) & (tl.load(a + 16) != 0):
+        first, count = tl.load(span + 2 * i), tl.load(span + 2 * i + 1)
+        total = tl.zeros([LANES], tl.float64)
+        for at in range(0, count, LANES):
+            k = at + tl.arange(0, LANES)
+            total += tl.load(partials + first + k, mask=k < count, other=0.0).to(tl.float64)
+        # gain is bias1 / sqrt(bias2)
+        bound = tl.sqrt(tl.sum(total)) / tl.load(row + 5).to(tl.float64) * (1 + SLACK)
+        _store_floats(tl.load(tensors + i * COLUMNS + 4), bound, True)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "buckets", "clipped"])
+def _summary_kernel(stats, control, out, n_tensors, buckets, clipped, LANES: tl.constexpr):
+    """The metrics of `C3O.metrics_tensor`, in its order."""
+    skipped, exact = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    capped, ratio = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    for at in range(0, n_tensors, LANES):
+        i = at + tl.arange(0, LANES)
+        row = stats + i * 4
+        skipped += tl.load(row, mask=i < n_tensors, other=0.0)
+        exact += tl.load(row + 1, mask=i < n_tensors, other=0.0)
+        capped += tl.load(row + 2, mask=i < n_tensors, other=0.0)
+        ratio += tl.load(row + 3, mask=i < n_tensors, other=0.0)
+    trusted = tl.maximum(tl.sum(skipped) + tl.sum(exact), 1.0)
+    tl.store(out, tl.sum(skipped))
+    tl.store(out + 1, tl.sum(exact))
+    tl.store(out + 2, tl.sum(capped))
+    tl.store(out + 3, tl.sum(ratio) / trusted)
+    tl.store(out + 4, tl.load(control))
+    tl.store(out + 5, buckets.to(tl.float32))
+    tl.store(out + 6, clipped.to(tl.float32))

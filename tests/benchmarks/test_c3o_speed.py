@@ -1,0 +1,80 @@
+"""The optimizer's speed claim: counted bytes, a gate that bites, and a whole run on tiny shapes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """benchmarks/c3o_speed.py; a folder of scripts that import each other by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    before = {name: sys.modules.pop(name) for name in names & set(sys.modules)}
+    yield importlib.import_module("c3o_speed")
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+def test_traffic_is_the_documented_count(speed: Any) -> None:
+    side = speed.Side
+    assert side("fp32").traffic == 44
+    assert side("fp32", "adamw").traffic == 40
+    assert side("bf16", "adamw", state="bf16").traffic == 20
+    assert side("bf16", state="bf16").traffic == 24
+    assert side("bf16", state="bf16", skip=True).traffic == pytest.approx(16 + 8 / 17)
+    assert side("bf16", state="int8").traffic == pytest.approx(18.1875)
+    assert side("bf16", state="int4", error_bits=8).traffic == pytest.approx(2 + 6.0625 + 10.125)
+
+
+def test_decoder_has_the_size_it_is_named_for(speed: Any) -> None:
+    assert sum(torch.Size(s).numel() for s in speed.decoder_shapes()) == pytest.approx(355e6, rel=0.01)
+
+
+def test_gate_passes_every_side_and_bites(speed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    for side in speed.SIDES:
+        if side.kind == "c3o":
+            speed.check(side, device)
+    speed.check_against_adamw(device)
+
+    import eco_llm.optim.c3o_foreach as foreach_module
+
+    right = foreach_module.bias_correction
+    monkeypatch.setattr(foreach_module, "bias_correction", lambda beta, t: 0.9 * right(beta, t))
+    with pytest.raises(speed.GateError, match="no speed is reported"):
+        speed.check(speed.SIDES[2], device)
+    with pytest.raises(speed.GateError, match="from AdamW"):
+        speed.check_against_adamw(device)
+
+
+def test_a_run_on_tiny_shapes_writes_every_side(
+    speed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("measures the CPU's path")
+    import steps
+
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(speed, "write_evidence", lambda claim, payload, device: written.update(payload) or claim)
+    monkeypatch.setattr(steps, "measured_rates", lambda device: {"copy_bytes_per_s": 1e10})
+    speed.main(["--rounds", "3", "--steps", "2"], {"tiny": [(64, 128), (4096,), (33,)]})
+    sides = [side for side in speed.SIDES if side.kind in ("c3o", "adamw")]
+    assert len(written["table"]["rows"]) == len(sides)
+    assert len(written["samples"]) == 3 * len(sides)
+    assert {row[2] for row in written["table"]["rows"]} == {side.name for side in sides}
+    assert written["absent"] == sorted({s.kind for s in speed.SIDES if speed.absent(s)})
+    by_name = {(row[1], row[2]): float(row[6]) for row in written["table"]["rows"]}
+    assert by_name["bf16", "C3O, int4 state, exact norms"] == pytest.approx(1.0625, abs=0.02)
+    assert by_name["bf16", "C3O, int8 state, exact norms"] == pytest.approx(2.0625, abs=0.02)
+    assert "not installed" in capsys.readouterr().out
