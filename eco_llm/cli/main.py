@@ -22,6 +22,8 @@ COMMANDS = {
     "sample": ("eco_llm.cli.sample", "continue a prompt with a trained model"),
     "evaluate": ("eco_llm.cli.evaluate", "validation loss and bits per byte of a checkpoint"),
     "data": ("eco_llm.cli.data", "prepare or inspect a tokenised corpus"),
+    "report": ("eco_llm.cli.report", "PROOF_OF_EVOLUTION.md and report.html from run directories"),
+    "watch": ("eco_llm.cli.watch", "the report of a run, live in a browser on this machine"),
     "doctor": ("eco_llm.cli.doctor", "check that this machine can train, and say what to fix"),
 }
 

@@ -1,0 +1,151 @@
+"""Where the time goes, before and after: from perf/window_10m_bottlenecks.json and the phases in metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from eco_llm.proof.report.document import Block, Cell, Fact, Section, StackedBars, Table, clean, text
+from eco_llm.proof.report.evidence import BOTTLENECKS, JsonFile, Run
+from eco_llm.proof.report.measured import tail_mean
+from eco_llm.proof.report.numbers import NONE, cell, change, show, unit_of, whole
+from eco_llm.proof.report.tables import absent
+
+_PHASES = ("data", "forward", "backward", "opt_step", "zero_grad")
+_GROUPS = (
+    ("stages", "Shares of the whole step"),
+    ("train_phase", "Shares of the train stage"),
+    ("optimizer_phase", "Shares of the optimizer phase"),
+)
+_KERNELS_SHOWN = 12
+
+
+def bottlenecks(runs: Sequence[Run]) -> Section:
+    """Dominant stage, stacked phases, stage tables of the first run against the last, costliest kernels."""
+    blocks: list[Block] = [absent(run[BOTTLENECKS]) for run in runs if run[BOTTLENECKS].problem]
+    known = [run for run in runs if not run[BOTTLENECKS].problem]
+    for run in known:
+        dominant = _dominant(run)
+        if dominant:
+            blocks.append(dominant)
+    bars = _phase_bars(runs)
+    if bars:
+        blocks.append(bars)
+    else:
+        blocks.append(text("No run's log has phase times, so there are no phase bars.", kind="missing"))
+    for group, caption in _GROUPS:
+        table = _shares(known, group, caption)
+        if table:
+            blocks.append(table)
+    for run in known:
+        kernels = _kernels(run[BOTTLENECKS], run.label)
+        if kernels:
+            blocks.append(kernels)
+    return Section("bottlenecks", "Current dominant bottlenecks", blocks)
+
+
+def _dominant(run: Run) -> Block | None:
+    file = run[BOTTLENECKS]
+    stage, steps = file.at("dominant_stage"), file.at("steps")
+    if stage is None:
+        return None
+    parts: list[str | Cell] = [f"{run.label}: the dominant stage is ", Cell(clean(stage.value), (stage.source,), code=True)]
+    share = _find(file, "stages", str(stage.value), "percent")
+    if share:
+        parts += [", ", whole(share, unit_of("percent", [])), " of a step"]
+    inside = _find(file, "optimizer_phase", "backward", "percent")
+    if inside:
+        parts += ["; backward is ", whole(inside, unit_of("percent", [])), " of the optimizer phase"]
+    if steps:
+        parts += [" (last ten minutes of the run: ", whole(steps, unit_of("steps", [])), " steps)"]
+    return text(*parts, ".")
+
+
+def _find(file: JsonFile, group: str, stage: str, key: str) -> Fact | None:
+    """One number of the entry for `stage` in a list of shares."""
+    entries = file.data.get(group) if isinstance(file.data, dict) else None
+    for i, entry in enumerate(entries if isinstance(entries, list) else []):
+        if isinstance(entry, dict) and entry.get("stage") == stage:
+            return file.at(group, i, key)
+    return None
+
+
+def _stages(file: JsonFile, group: str) -> list[str]:
+    entries = file.data.get(group) if isinstance(file.data, dict) else None
+    return [str(e["stage"]) for e in (entries if isinstance(entries, list) else []) if isinstance(e, dict) and "stage" in e]
+
+
+def _shares(runs: Sequence[Run], group: str, caption: str) -> Table | None:
+    """One row a stage: share and milliseconds of the first run and of the last."""
+    runs = list(dict.fromkeys([*runs[:1], *runs[-1:]], None))
+    names = list(dict.fromkeys(name for run in reversed(runs) for name in _stages(run[BOTTLENECKS], group)))
+    if not names:
+        return None
+    several = len(runs) > 1
+    when = ("before", "after") if several else ("",)
+    header = ["stage"]
+    for run, word in zip(runs, when, strict=True):
+        owner = f"{word}: {run.label}, " if several else ""
+        header += [f"{owner}share", f"{owner}time a step"]
+    rows = []
+    for name in names:
+        row = [Cell(clean(name), code=True)]
+        times = [_find(run[BOTTLENECKS], group, name, "avg_seconds") for run in runs]
+        for run, time in zip(runs, times, strict=True):
+            share = _find(run[BOTTLENECKS], group, name, "percent")
+            row += [whole(share, unit_of("percent", [])), whole(time, unit_of("avg_s", [time.number if time else None]))]
+        rows.append((*row, *([change(times[0], times[-1])] if several else [])))
+    return Table(caption, (*header, *(["change of time"] if several else [])), tuple(rows))
+
+
+def _phase_bars(runs: Sequence[Run]) -> Block | None:
+    """Mean seconds of every phase over the tail of each run, to one scale."""
+    bars, rows = [], []
+    parts = (*_PHASES, "other", "loop")
+    for run in runs:
+        phases = [tail_mean(run, f"phase_{name}_s") for name in _PHASES]
+        core, step = tail_mean(run, "core_step_time_s"), tail_mean(run, "step_time_s")
+        numbers = [fact.number if fact else None for fact in phases]
+        if core is None or step is None or any(n is None for n in numbers):
+            continue
+        known = [float(n) for n in numbers if n is not None]
+        # Rounding of the clock may leave -1e-9 s between phases that touch.
+        other, loop = max(0.0, core.value - sum(known)), max(0.0, step.value - core.value)
+        values = (*known, other, loop)
+        unit = unit_of("step_time_s", [step.number])
+        bars.append((run.label, values, f"{show(step.number, unit)} {unit.name}"))
+        computed = [
+            Cell(show(other, unit), (core.source, *(f.source for f in phases if f))),
+            Cell(show(loop, unit), (step.source, core.source)),
+        ]
+        for name, shown, value in zip(parts, [*(cell(f, unit) for f in phases), *computed], values, strict=True):
+            share = f"{100 * value / step.value:.2f}" if step.value > 0 and math.isfinite(value) else NONE
+            rows.append((Cell(run.label), Cell(name, code=True), shown, Cell(unit.name), Cell(share, shown.sources)))
+        rows.append((Cell(run.label), Cell("whole step"), cell(step, unit), Cell(unit.name), Cell("100.00", (step.source,))))
+    if not bars:
+        return None
+    table = Table(
+        "Mean time of a step by phase, tail of each run (metrics.jsonl)",
+        ("run", "phase", "time", "unit", "% of step"),
+        tuple(rows),
+        "other: the rest of the core step; loop: logging, evaluation and checkpoints around it.",
+    )
+    words = "; ".join(f"{label}: {total} a step" for label, _, total in bars)
+    return StackedBars("Time of a step by phase", f"Stacked bars of mean phase times. {words}.", parts, tuple(bars), table)
+
+
+def _kernels(file: JsonFile, label: str) -> Block | None:
+    table = file.data.get("profiler")
+    entries = table.get("rows") if isinstance(table, dict) else None
+    if not isinstance(entries, list) or not entries:
+        return None
+    rows = []
+    for i, entry in enumerate(entries[:_KERNELS_SHOWN]):
+        if isinstance(entry, dict):
+            at = [file.at("profiler", "rows", i, key) for key in ("calls", "self_ms", "percent")]
+            units = [unit_of(key, []) for key in ("calls", "self_ms", "percent")]
+            rows.append((Cell(clean(entry.get("name"), 90), code=True), *(cell(f, u) for f, u in zip(at, units, strict=True))))
+    steps, clock = file.at("profiler", "steps"), file.at("profiler", "clock")
+    note = f"torch.profiler, {clean(steps.value if steps else '?')} steps, clock {clean(clock.value if clock else '?')}"
+    caption = f"Costliest kernels or operators of {label}"
+    return Table(caption, ("name", "calls", "ms", "% of all"), tuple(rows), note + ".")

@@ -1,0 +1,70 @@
+"""The memory ledger: perf/memory.json where a run wrote one, and the peaks in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eco_llm.proof.report.document import Block, Cell, Fact, Section, StackedBars, Table, text
+from eco_llm.proof.report.evidence import MEMORY, JsonFile, Run
+from eco_llm.proof.report.measured import missing_log
+from eco_llm.proof.report.numbers import cell, show, unit_of, whole
+from eco_llm.proof.report.tables import absent, listing, scalars
+
+LEDGER = ("weights", "gradients", "optimizer", "activations", "temporary", "fragmentation")
+_LISTED = 60
+
+
+def memory(runs: Sequence[Run]) -> Section:
+    """Ledger as stacked bars and a table; the largest peak of each run."""
+    blocks: list[Block] = []
+    bars, rows = [], []
+    gib = unit_of("x_bytes", [])
+    for run in runs:
+        file = run[MEMORY]
+        if file.problem:
+            blocks.append(absent(file))
+            continue
+        entries = {part: fact for part in LEDGER if (fact := _entry(file, part))}
+        if not entries:
+            blocks.append(text(Cell(file.label, (file.whole(),), code=True), " has no entry of a ledger.", kind="warning"))
+            continue
+        values = tuple(_bytes(entries[part]) if part in entries else 0.0 for part in LEDGER)
+        bars.append((run.label, values, f"{show(sum(values), gib)} GiB"))
+        for part, fact in entries.items():
+            rows.append((Cell(run.label), Cell(part), Cell(show(_bytes(fact), gib), (fact.source,)), Cell("GiB")))
+        sources = tuple(f.source for f in entries.values())
+        rows.append((Cell(run.label), Cell("together"), Cell(show(sum(values), gib), sources), Cell("GiB")))
+    if bars:
+        table = Table("Memory ledger (perf/memory.json)", ("run", "part", "memory", "unit"), tuple(rows))
+        words = "; ".join(f"{label}: {total}" for label, _, total in bars)
+        blocks.append(StackedBars("Memory by use", f"Stacked bars of memory. {words}.", LEDGER, tuple(bars), table))
+    for run in runs:
+        if run[MEMORY].data:
+            paths = list(scalars(run[MEMORY].data))
+            note = f"The first {_LISTED} of {len(paths)} entries." if len(paths) > _LISTED else ""
+            blocks.append(listing(f"All of {run[MEMORY].label}", run[MEMORY], paths[:_LISTED], note=note))
+    for run in runs:
+        peak = run.metrics.one("memory_peak_gib", "max")
+        if peak is not None:
+            shown = whole(peak, unit_of("memory_peak_gib", []))
+            at = cell(run.metrics.step_of(peak), unit_of("step", []))
+            blocks.append(text(f"{run.label}: peak memory ", shown, ", first seen at step ", at, "."))
+        elif missing_log(run) is None:
+            blocks.append(text(f"{run.label}: its log has no ", Cell("memory_peak_gib", code=True), ".", kind="missing"))
+    return Section("memory", "Memory", blocks)
+
+
+def _entry(file: JsonFile, part: str) -> Fact | None:
+    """The number for one use of memory, however deep: `weights`, `weights_bytes` or `weights_gib`."""
+    for path in scalars(file.data):
+        name = path[-1]
+        if name in (part, f"{part}_bytes", f"{part}_gib"):
+            fact = file.at(*path)
+            if fact is not None and fact.number is not None:
+                return fact
+    return None
+
+
+def _bytes(fact: Fact) -> float:
+    assert fact.number is not None
+    return fact.number * (2.0**30 if fact.source.what.endswith("_gib") else 1.0)
