@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from http import HTTPStatus
@@ -83,10 +84,8 @@ class Server:
 
     def serve(self) -> None:
         """Answer until `stop`, or a Ctrl-C, which is how a person ends it and no error."""
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             self._http.serve_forever(poll_interval=0.2)
-        except KeyboardInterrupt:
-            print()
 
     def stop(self) -> None:
         """End `serve`, from another thread."""
@@ -129,7 +128,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _evidence(self, name: str) -> Path | None:
         """A file by its name in the run, from a closed list: no path that a request made up is ever opened."""
         run = self.live_page.run
-        known = {*WRITTEN_BY, METRICS, "metrics.superseded.jsonl", *(f"errors/{file.path.name}" for file in run.crashes)}
+        known = {
+            *WRITTEN_BY,
+            METRICS,
+            "metrics.superseded.jsonl",
+            *(f"errors/{file.path.name}" for file in run.crashes),
+        }
         return run.path / name if name in known else None
 
     def _file(self, path: Path) -> None:

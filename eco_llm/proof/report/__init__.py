@@ -1,8 +1,8 @@
-"""`eco_train report`: PROOF_OF_EVOLUTION.md and report.html from the evidence in run directories, and from nothing else.
+"""`eco_train report`: PROOF_OF_EVOLUTION.md and report.html from evidence in run directories alone.
 
-    evidence.py, metrics_log.py      files → facts: values that know the file and the line or key they came from
-    changed.py … provenance.py       facts → sections (document.py)
-    markdown.py, html.py, charts.py  sections → files; page/ holds the template
+evidence.py, metrics_log.py      files → facts: values that know the file and the line or key they came from
+changed.py … provenance.py       facts → sections (document.py)
+markdown.py, html.py, charts.py  sections → files; page/ holds the template
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from eco_llm.proof.report.document import Cell, Document
 from eco_llm.proof.report.evidence import CONFIG, OUTPUTS, Run, open_runs
 from eco_llm.proof.report.incidents import incidents
 from eco_llm.proof.report.links import relative_to
-from eco_llm.proof.report.measured import measured, summary
+from eco_llm.proof.report.measured import curves, measured, summary
 from eco_llm.proof.report.memory import memory
 from eco_llm.proof.report.provenance import date_of, hardware, notes
 from eco_llm.proof.report.verdicts import improvements, sweeps
@@ -33,6 +33,7 @@ def document_of(runs: Sequence[Run]) -> Document:
         summary(runs),
         what_changed(runs),
         commands(runs),
+        curves(runs),
         measured(runs),
         improvements(runs),
         bottlenecks(runs),

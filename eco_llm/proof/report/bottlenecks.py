@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from eco_llm.proof.report.document import Block, Cell, Fact, Section, StackedBars, Table, clean, text
+from eco_llm.proof.report.document import Block, Cell, Fact, Section, Source, StackedBars, Table, clean, text
 from eco_llm.proof.report.evidence import BOTTLENECKS, JsonFile, Run
 from eco_llm.proof.report.measured import tail_mean
-from eco_llm.proof.report.numbers import NONE, cell, change, show, unit_of, whole
+from eco_llm.proof.report.numbers import cell, change, show, unit_of, whole
 from eco_llm.proof.report.tables import absent
 
 _PHASES = ("data", "forward", "backward", "opt_step", "zero_grad")
+_PARTS = (*_PHASES, "other", "loop")
 _GROUPS = (
     ("stages", "Shares of the whole step"),
     ("train_phase", "Shares of the train stage"),
@@ -49,7 +51,10 @@ def _dominant(run: Run) -> Block | None:
     stage, steps = file.at("dominant_stage"), file.at("steps")
     if stage is None:
         return None
-    parts: list[str | Cell] = [f"{run.label}: the dominant stage is ", Cell(clean(stage.value), (stage.source,), code=True)]
+    parts: list[str | Cell] = [
+        f"{run.label}: the dominant stage is ",
+        Cell(clean(stage.value), (stage.source,), code=True),
+    ]
     share = _find(file, "stages", str(stage.value), "percent")
     if share:
         parts += [", ", whole(share, unit_of("percent", [])), " of a step"]
@@ -72,7 +77,9 @@ def _find(file: JsonFile, group: str, stage: str, key: str) -> Fact | None:
 
 def _stages(file: JsonFile, group: str) -> list[str]:
     entries = file.data.get(group) if isinstance(file.data, dict) else None
-    return [str(e["stage"]) for e in (entries if isinstance(entries, list) else []) if isinstance(e, dict) and "stage" in e]
+    return [
+        str(e["stage"]) for e in (entries if isinstance(entries, list) else []) if isinstance(e, dict) and "stage" in e
+    ]
 
 
 def _shares(runs: Sequence[Run], group: str, caption: str) -> Table | None:
@@ -93,45 +100,69 @@ def _shares(runs: Sequence[Run], group: str, caption: str) -> Table | None:
         times = [_find(run[BOTTLENECKS], group, name, "avg_seconds") for run in runs]
         for run, time in zip(runs, times, strict=True):
             share = _find(run[BOTTLENECKS], group, name, "percent")
-            row += [whole(share, unit_of("percent", [])), whole(time, unit_of("avg_s", [time.number if time else None]))]
+            row += [
+                whole(share, unit_of("percent", [])),
+                whole(time, unit_of("avg_s", [time.number if time else None])),
+            ]
         rows.append((*row, *([change(times[0], times[-1])] if several else [])))
     return Table(caption, (*header, *(["change of time"] if several else [])), tuple(rows))
 
 
-def _phase_bars(runs: Sequence[Run]) -> Block | None:
-    """Mean seconds of every phase over the tail of each run, to one scale."""
-    bars, rows = [], []
-    parts = (*_PHASES, "other", "loop")
-    for run in runs:
-        phases = [tail_mean(run, f"phase_{name}_s") for name in _PHASES]
-        core, step = tail_mean(run, "core_step_time_s"), tail_mean(run, "step_time_s")
-        numbers = [fact.number if fact else None for fact in phases]
-        if core is None or step is None or any(n is None for n in numbers):
-            continue
-        known = [float(n) for n in numbers if n is not None]
-        # Rounding of the clock may leave -1e-9 s between phases that touch.
-        other, loop = max(0.0, core.value - sum(known)), max(0.0, step.value - core.value)
-        values = (*known, other, loop)
-        unit = unit_of("step_time_s", [step.number])
-        bars.append((run.label, values, f"{show(step.number, unit)} {unit.name}"))
-        computed = [
-            Cell(show(other, unit), (core.source, *(f.source for f in phases if f))),
-            Cell(show(loop, unit), (step.source, core.source)),
-        ]
-        for name, shown, value in zip(parts, [*(cell(f, unit) for f in phases), *computed], values, strict=True):
-            share = f"{100 * value / step.value:.2f}" if step.value > 0 and math.isfinite(value) else NONE
-            rows.append((Cell(run.label), Cell(name, code=True), shown, Cell(unit.name), Cell(share, shown.sources)))
-        rows.append((Cell(run.label), Cell("whole step"), cell(step, unit), Cell(unit.name), Cell("100.00", (step.source,))))
-    if not bars:
+@dataclass(frozen=True)
+class _Step:
+    """Mean seconds of a run's step and of its parts (`_PARTS`), over its tail; other and loop are differences."""
+
+    run: Run
+    whole: Fact
+    parts: tuple[float, ...]
+    sources: tuple[tuple[Source, ...], ...]
+
+
+def _step(run: Run) -> _Step | None:
+    """None where the log lacks a phase or the step's times."""
+    found = [tail_mean(run, f"{name}_s") for name in ("core_step_time", "step_time", *(f"phase_{p}" for p in _PHASES))]
+    facts = [fact for fact in found if fact is not None]
+    if len(facts) < len(found):
         return None
+    core, step, *phases = facts
+    # Rounding of the clock may leave -1e-9 s between phases that touch.
+    other = max(0.0, core.value - sum(fact.value for fact in phases))
+    loop = max(0.0, step.value - core.value)
+    computed = (core.source, *(fact.source for fact in phases)), (step.source, core.source)
+    return _Step(run, step, (*(f.value for f in phases), other, loop), (*((f.source,) for f in phases), *computed))
+
+
+def _phase_bars(runs: Sequence[Run]) -> Block | None:
+    """Mean time of every part of a step, all runs to one scale."""
+    steps = [step for run in runs if (step := _step(run)) is not None]
+    if not steps:
+        return None
+    unit = unit_of("step_time_s", [step.whole.value for step in steps])
+    owner = (lambda step: f"{step.run.label}, ") if len(runs) > 1 else (lambda step: "")
+    header = ["phase"]
+    for step in steps:
+        header += [f"{owner(step)}{unit.name}", f"{owner(step)}% of step"]
+    rows = []
+    for i, name in enumerate(_PARTS):
+        row = [Cell(name, code=True)]
+        for step in steps:
+            share = 100 * step.parts[i] / step.whole.value if step.whole.value > 0 else math.nan
+            row += [
+                Cell(show(step.parts[i], unit), step.sources[i]),
+                Cell(f"{share:.2f}", (*step.sources[i], step.whole.source)),
+            ]
+        rows.append(tuple(row))
+    together = [c for step in steps for c in (cell(step.whole, unit), Cell("100"))]
+    rows.append((Cell("whole step"), *together))
     table = Table(
         "Mean time of a step by phase, tail of each run (metrics.jsonl)",
-        ("run", "phase", "time", "unit", "% of step"),
+        tuple(header),
         tuple(rows),
         "other: the rest of the core step; loop: logging, evaluation and checkpoints around it.",
     )
+    bars = tuple((s.run.label, s.parts, f"{show(s.whole.value, unit)} {unit.name}") for s in steps)
     words = "; ".join(f"{label}: {total} a step" for label, _, total in bars)
-    return StackedBars("Time of a step by phase", f"Stacked bars of mean phase times. {words}.", parts, tuple(bars), table)
+    return StackedBars("Time of a step by phase", f"Stacked bars of mean phase times. {words}.", _PARTS, bars, table)
 
 
 def _kernels(file: JsonFile, label: str) -> Block | None:
@@ -144,7 +175,9 @@ def _kernels(file: JsonFile, label: str) -> Block | None:
         if isinstance(entry, dict):
             at = [file.at("profiler", "rows", i, key) for key in ("calls", "self_ms", "percent")]
             units = [unit_of(key, []) for key in ("calls", "self_ms", "percent")]
-            rows.append((Cell(clean(entry.get("name"), 90), code=True), *(cell(f, u) for f, u in zip(at, units, strict=True))))
+            rows.append(
+                (Cell(clean(entry.get("name"), 90), code=True), *(cell(f, u) for f, u in zip(at, units, strict=True)))
+            )
     steps, clock = file.at("profiler", "steps"), file.at("profiler", "clock")
     note = f"torch.profiler, {clean(steps.value if steps else '?')} steps, clock {clean(clock.value if clock else '?')}"
     caption = f"Costliest kernels or operators of {label}"

@@ -33,7 +33,10 @@ def what_changed(runs: Sequence[Run]) -> Section:
                 f"{len(shelf)} earlier {'run lies' if len(shelf) == 1 else 'runs lie'} in ",
                 Cell("previous/", code=True),
                 "; name one before this run to see what changed since: ",
-                Cell(f"eco_train report {clean(runs[0].label)}/previous/{clean(shelf[-1])} {clean(runs[0].label)}", code=True),
+                Cell(
+                    f"eco_train report {clean(runs[0].label)}/previous/{clean(shelf[-1])} {clean(runs[0].label)}",
+                    code=True,
+                ),
             )
         )
     return Section("changed", "What was changed", blocks)
@@ -111,7 +114,16 @@ def _code_of(runs: Sequence[Run]) -> dict[str, list[Fact | None]]:
     }.items():
         places = [run.environment for run in runs]
         found[label] = [place[0].at(*place[1], *path) if place else None for place in places]
-    for key in ("device", "compute_dtype", "torch_compile", "cuda_graph", "kernels", "torch", "parameters", "data_fingerprint"):
+    for key in (
+        "device",
+        "compute_dtype",
+        "torch_compile",
+        "cuda_graph",
+        "kernels",
+        "torch",
+        "parameters",
+        "data_fingerprint",
+    ):
         found[f"resolved: {key}"] = [run[CONFIG].at("resolved", key) for run in runs]
     return found
 

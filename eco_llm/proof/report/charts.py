@@ -64,13 +64,13 @@ def thin(x: NDArray[np.float64], y: NDArray[np.float64], points: int = _POINTS) 
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) in [low, high], `wanted` or a few less or more."""
+    """Round numbers (1, 2 or 5 times a power of ten) in [low, high], about `wanted` of them."""
     span = high - low
     if not span > 0 or not math.isfinite(span):
         return [low]
     raw = span / wanted
     size = 10.0 ** math.floor(math.log10(raw))
-    step = next((size * m for m in (1, 2, 5) if size * m >= raw), size * 10)
+    step = next((size * m for m in (1, 2, 5) if size * m >= 0.7 * raw), size * 10)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -86,7 +86,9 @@ def line_chart(chart: LineChart) -> Drawing:
     note = ""
     if above:
         highest = max(float(s.y.max()) for s in chart.series)
-        note = f"{above:,} points above {significant(top, 4)} are off the chart; the largest is {significant(highest, 5)}."
+        note = (
+            f"{above:,} points above {significant(top, 4)} are off the chart; the largest is {significant(highest, 5)}."
+        )
 
     def px(x: NDArray[np.float64]) -> NDArray[np.float64]:
         return (x - left) / (right - left) * WIDTH
@@ -105,7 +107,9 @@ def line_chart(chart: LineChart) -> Drawing:
             shapes.append(f'<path class="band {hue}" d="M{there}L{back}Z"/>')
         if s.dots:
             dots = "".join(f"M{_c(x)} {_c(y)}h0" for x, y in zip(xs, py(d.y), strict=True))
-            shapes.append(f'<path class="line thin {hue}" d="M{_points(xs, py(d.y))}"/><path class="dots {hue}" d="{dots}"/>')
+            shapes.append(
+                f'<path class="line thin {hue}" d="M{_points(xs, py(d.y))}"/><path class="dots {hue}" d="{dots}"/>'
+            )
         elif d.x.size == 1:
             shapes.append(f'<path class="dots {hue}" d="M{_c(xs[0])} {_c(py(d.y)[0])}h0"/>')
         else:
@@ -138,7 +142,11 @@ def _range(chart: LineChart) -> tuple[float, float, int]:
     if top == floor:
         top, floor = top + (abs(top) or 1.0) * 0.5, floor - (0.0 if chart.from_zero else (abs(floor) or 1.0) * 0.5)
     margin = 0.04 * (top - floor)
-    return (0.0 if floor == 0.0 and chart.from_zero else floor - margin), top + margin, int((values > top + margin).sum())
+    return (
+        (0.0 if floor == 0.0 and chart.from_zero else floor - margin),
+        top + margin,
+        int((values > top + margin).sum()),
+    )
 
 
 def bar_shapes(bars: StackedBars) -> list[tuple[str, str, Markup]]:

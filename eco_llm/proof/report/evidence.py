@@ -61,12 +61,10 @@ class JsonFile:
         """The value under a path of keys and positions; None where there is none, or null."""
         here = self.data
         for part in path:
-            if isinstance(here, dict) and isinstance(part, str) and part in here:
-                here = here[part]
-            elif isinstance(here, list) and isinstance(part, int) and part < len(here):
-                here = here[part]
-            else:
+            known = isinstance(here, dict) and isinstance(part, str) and part in here
+            if not known and not (isinstance(here, list) and isinstance(part, int) and part < len(here)):
                 return None
+            here = here[part]
         if here is None:
             return None
         what = str(path[-1]) if path and isinstance(path[-1], str) else "/".join(map(str, path))

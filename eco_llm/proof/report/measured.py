@@ -15,7 +15,7 @@ PHASES = ("data", "forward", "backward", "opt_step", "zero_grad", "optim", "trai
 _RATES = ("effective_tokens_per_s", "core_tokens_per_s", "step_time_s", "core_step_time_s")
 TIMES = (*_RATES, *(f"phase_{name}_s" for name in PHASES), "data_host_s", "gpu_util_percent")
 _PLACED = {*TIMES, "step", "tokens", "lr", "loss", "val_loss", "val_bits_per_byte", "started_at", "ended_at"}
-_TABLE_ROWS = 12
+_TABLE_ROWS = 10
 
 
 def missing_log(run: Run) -> Block | None:
@@ -23,7 +23,13 @@ def missing_log(run: Run) -> Block | None:
     problem, rows = run.metrics.problem, len(run.metrics)
     if problem is None and rows:
         return None
-    why = "is missing" if problem == "missing" else f"could not be read: {problem}" if problem else "holds no whole record"
+    why = (
+        "is missing"
+        if problem == "missing"
+        else f"could not be read: {problem}"
+        if problem
+        else "holds no whole record"
+    )
     return text(Cell(run.metrics.label, code=True), f" {why}.", kind="missing")
 
 
@@ -49,7 +55,7 @@ def summary(runs: Sequence[Run]) -> Section:
                 label,
                 whole(after, unit),
                 whole(before, unit) if before else None,
-                change(before, after) if before and key != "step" else None,
+                change(before, after, 2) if before and key != "step" else None,
                 note,
             )
         )
@@ -81,7 +87,7 @@ def _most(run: Run, key: str) -> Fact | None:
 
 
 def measured(runs: Sequence[Run]) -> Section:
-    """Window table, tail table, training results, curves."""
+    """Window table, tail table, training results."""
     blocks: list[Block] = []
     window = across(
         "Measured window (perf/baseline_throughput.json)",
@@ -98,14 +104,15 @@ def measured(runs: Sequence[Run]) -> Section:
         runs,
         ["loss", *TIMES, "gpu_power_watts"],
         _tail_median,
-        note="Medians over " + "; ".join(f"{_tail_words(run)} of {run.label}" for run in runs if len(run.metrics)) + ".",
+        note="Medians over "
+        + "; ".join(f"{_tail_words(run)} of {run.label}" for run in runs if len(run.metrics))
+        + ".",
     )
     if tail:
         blocks.append(tail)
     results = _results(runs)
     if results:
         blocks.append(results)
-    blocks += _curves(runs)
     own = sorted({key for run in runs for key in run.metrics.keys} - _PLACED - {"gpu_power_watts"})
     others = across(
         "Everything else in the log",
@@ -166,7 +173,9 @@ def _results(runs: Sequence[Run]) -> Table | None:
     times = [_wall(run) for run in runs]
     if any(times):
         shown = [Cell("–") if t is None else t for t in times]
-        rows.append((Cell("from the first step's begin to the last one's end"), Cell("s"), *shown, *[Cell("")] * several))
+        rows.append(
+            (Cell("from the first step's begin to the last one's end"), Cell("s"), *shown, *[Cell("")] * several)
+        )
     header = ("", "unit", *(run.label if several else "value" for run in runs), *(["change"] if several else []))
     return Table("Result of training (metrics.jsonl)", header, tuple(rows)) if rows else None
 
@@ -181,10 +190,11 @@ def _wall(run: Run) -> Cell | None:
 # -- curves --------------------------------------------------------------------------------------------------
 
 
-def _curves(runs: Sequence[Run]) -> list[Block]:
+def curves(runs: Sequence[Run]) -> Section | None:
+    """Charts of the logs; None where no run has one."""
     runs = [run for run in runs if len(run.metrics)]
     x_key, x_label = _abscissa(runs)
-    charts = []
+    charts: list[Block] = []
     for title, keys, from_zero in (
         ("Loss", ("loss", "val_loss"), False),
         ("Core throughput", ("core_tokens_per_s",), True),
@@ -196,7 +206,7 @@ def _curves(runs: Sequence[Run]) -> list[Block]:
         chart = _curve(runs, title, keys, x_key, x_label, from_zero)
         if chart:
             charts.append(chart)
-    return list(charts)
+    return Section("curves", "Loss and throughput", charts) if charts else None
 
 
 def _abscissa(runs: Sequence[Run]) -> tuple[str, str]:
@@ -251,7 +261,7 @@ def _curve(
 
 
 def _aggregated(run: Run, key: str, name: str) -> list[tuple[Cell, ...]]:
-    """The table beside a chart: up to twelve stretches of equal length, median, min and max of each."""
+    """The table beside a chart: up to ten stretches of equal length, median, min and max of each."""
     column = run.metrics.column(key)
     unit = unit_of(key, [])
     rows = []
@@ -297,8 +307,8 @@ def improvement(runs: Sequence[Run]) -> list[Block]:
     if blocks:
         blocks.append(
             text(
-                "Runs that were not made in turns differ also by what else their machine did, so this table is no proof of"
-                " a difference: ",
+                "Runs that were not made in turns differ also by what else their machine did, so this table is no proof"
+                " of a difference: ",
                 Cell("eco_train compare", code=True),
                 " measures two settings in pairs and says how sure it is.",
             )
@@ -310,4 +320,4 @@ def _window(run: Run, key: str) -> Fact | None:
     return run[WINDOW].at(key)
 
 
-__all__ = ["METRICS", "PHASES", "TIMES", "improvement", "measured", "missing_log", "summary", "tail_mean"]
+__all__ = ["METRICS", "PHASES", "TIMES", "curves", "improvement", "measured", "missing_log", "summary", "tail_mean"]

@@ -17,27 +17,19 @@ _LISTED = 60
 def memory(runs: Sequence[Run]) -> Section:
     """Ledger as stacked bars and a table; the largest peak of each run."""
     blocks: list[Block] = []
-    bars, rows = [], []
-    gib = unit_of("x_bytes", [])
+    ledgers: list[tuple[Run, dict[str, Fact]]] = []
     for run in runs:
         file = run[MEMORY]
         if file.problem:
             blocks.append(absent(file))
-            continue
-        entries = {part: fact for part in LEDGER if (fact := _entry(file, part))}
-        if not entries:
-            blocks.append(text(Cell(file.label, (file.whole(),), code=True), " has no entry of a ledger.", kind="warning"))
-            continue
-        values = tuple(_bytes(entries[part]) if part in entries else 0.0 for part in LEDGER)
-        bars.append((run.label, values, f"{show(sum(values), gib)} GiB"))
-        for part, fact in entries.items():
-            rows.append((Cell(run.label), Cell(part), Cell(show(_bytes(fact), gib), (fact.source,)), Cell("GiB")))
-        sources = tuple(f.source for f in entries.values())
-        rows.append((Cell(run.label), Cell("together"), Cell(show(sum(values), gib), sources), Cell("GiB")))
-    if bars:
-        table = Table("Memory ledger (perf/memory.json)", ("run", "part", "memory", "unit"), tuple(rows))
-        words = "; ".join(f"{label}: {total}" for label, _, total in bars)
-        blocks.append(StackedBars("Memory by use", f"Stacked bars of memory. {words}.", LEDGER, tuple(bars), table))
+        elif entries := {part: fact for part in LEDGER if (fact := _entry(file, part))}:
+            ledgers.append((run, entries))
+        else:
+            blocks.append(
+                text(Cell(file.label, (file.whole(),), code=True), " has no entry of a ledger.", kind="warning")
+            )
+    if ledgers:
+        blocks.append(_bars(ledgers, several=len(runs) > 1))
     for run in runs:
         if run[MEMORY].data:
             paths = list(scalars(run[MEMORY].data))
@@ -50,8 +42,31 @@ def memory(runs: Sequence[Run]) -> Section:
             at = cell(run.metrics.step_of(peak), unit_of("step", []))
             blocks.append(text(f"{run.label}: peak memory ", shown, ", first seen at step ", at, "."))
         elif missing_log(run) is None:
-            blocks.append(text(f"{run.label}: its log has no ", Cell("memory_peak_gib", code=True), ".", kind="missing"))
+            blocks.append(
+                text(f"{run.label}: its log has no ", Cell("memory_peak_gib", code=True), ".", kind="missing")
+            )
     return Section("memory", "Memory", blocks)
+
+
+def _bars(ledgers: Sequence[tuple[Run, dict[str, Fact]]], *, several: bool) -> StackedBars:
+    gib = unit_of("x_bytes", [])
+    bars = []
+    for run, entries in ledgers:
+        values = tuple(_bytes(entries[part]) if part in entries else 0.0 for part in LEDGER)
+        bars.append((run.label, values, f"{show(sum(values), gib)} {gib.name}"))
+    rows = []
+    for part in LEDGER:
+        facts = [entries.get(part) for _, entries in ledgers]
+        rows.append((Cell(part), *(Cell("–") if f is None else Cell(show(_bytes(f), gib), (f.source,)) for f in facts)))
+    sums = [
+        Cell(show(sum(values), gib), tuple(fact.source for fact in entries.values()))
+        for (_, values, _), (_, entries) in zip(bars, ledgers, strict=True)
+    ]
+    rows.append((Cell("together"), *sums))
+    header = ("", *(f"{run.label}, GiB" if several else "GiB" for run, _ in ledgers))
+    words = "; ".join(f"{label}: {total}" for label, _, total in bars)
+    table = Table("Memory ledger (perf/memory.json)", header, tuple(rows))
+    return StackedBars("Memory by use", f"Stacked bars of memory. {words}.", LEDGER, tuple(bars), table)
 
 
 def _entry(file: JsonFile, part: str) -> Fact | None:

@@ -88,10 +88,18 @@ def whole(fact: Fact | None, unit: Unit) -> Cell:
     return Cell(shown.text + ("%" if unit.name == "%" else f" {unit.name}"), shown.sources)
 
 
-def change(before: Fact | None, after: Fact | None) -> Cell:
+def change(before: Fact | None, after: Fact | None, digits: int = 3) -> Cell:
     """`after` against `before`, in percent; a dash where either is missing or the change has no meaning."""
     a, b = (None if f is None else f.number for f in (before, after))
-    if before is None or after is None or a is None or b is None or a == 0 or not math.isfinite(a) or not math.isfinite(b):
+    if (
+        before is None
+        or after is None
+        or a is None
+        or b is None
+        or a == 0
+        or not math.isfinite(a)
+        or not math.isfinite(b)
+    ):
         return Cell(NONE)
     percent = 100.0 * (b - a) / abs(a)
-    return Cell(f"{percent:+,.3f}%", (after.source, before.source))
+    return Cell("0%" if a == b else f"{percent:+,.{digits}f}%", (after.source, before.source))

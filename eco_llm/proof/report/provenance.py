@@ -66,14 +66,30 @@ def notes(runs: Sequence[Run]) -> Section:
             rows.append((Cell(run.label), *_file_row(run, name)))
         for file in run.crashes:
             state = Cell("read" if file.problem is None else clean(file.problem))
-            rows.append((Cell(run.label), Cell(file.label.rpartition(": ")[2], (file.whole(),), code=True), state, Cell(f"{file.size:,}"), Cell(file.sha256[:16], code=True)))
-    table = Table("Evidence files", ("run", "file", "state", "bytes", "SHA-256, first 16 digits"), tuple(rows), numeric=False)
+            rows.append(
+                (
+                    Cell(run.label),
+                    Cell(file.label.rpartition(": ")[2], (file.whole(),), code=True),
+                    state,
+                    Cell(f"{file.size:,}"),
+                    Cell(file.sha256[:16], code=True),
+                )
+            )
+    table = Table(
+        "Evidence files", ("run", "file", "state", "bytes", "SHA-256, first 16 digits"), tuple(rows), numeric=False
+    )
     return Section(
         "notes",
         "Notes",
         [
-            text("Every number here was read from a file of a run, or computed from such numbers, and links to the file and to its line or key."),
-            text("Tail: the last fifth of the log's rows, at least 5 and at most 1,000, without the first 5. Curves with more points than fit are drawn as the median of each stretch, with the smallest and largest value as a band."),
+            text(
+                "Every number here was read from a file of a run, or computed from such numbers, and links to the file and"
+                " to its line or key."
+            ),
+            text(
+                "Tail: the last fifth of the log's rows, at least 5 and at most 1,000, without the first 5. Curves with more"
+                " points than fit are drawn as the median of each stretch, with the smallest and largest value as a band."
+            ),
             table,
         ],
     )
@@ -88,7 +104,13 @@ def _file_row(run: Run, name: str) -> tuple[Cell, ...]:
         source, size, digest, missing = Source(log.path, log.label), log.size, log.sha256, log.problem == "missing"
     else:
         file = run[name]
-        state, source, size, digest, missing = file.problem or "read", file.whole(), file.size, file.sha256, file.missing
+        state, source, size, digest, missing = (
+            file.problem or "read",
+            file.whole(),
+            file.size,
+            file.sha256,
+            file.missing,
+        )
     if missing:
         return Cell(name, code=True), Cell(f"missing (written by {WRITTEN_BY[name]})"), Cell("–"), Cell("–")
     return Cell(name, (source,), code=True), Cell(clean(state)), Cell(f"{size:,}"), Cell(digest[:16], code=True)

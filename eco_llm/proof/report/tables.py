@@ -9,9 +9,6 @@ from eco_llm.proof.report.document import Cell, Fact, Table, Text, as_number, cl
 from eco_llm.proof.report.evidence import WRITTEN_BY, JsonFile, Run
 from eco_llm.proof.report.numbers import cell, change, unit_of
 
-STEP_PARTS = ("data", "forward", "backward", "opt_step", "zero_grad", "other", "loop")
-"""What a step's time divides into: five phases, the rest of the core step, and the loop around it."""
-
 
 def across(
     caption: str, runs: Sequence[Run], keys: Sequence[str], find: Callable[[Run, str], Fact | None], *, note: str = ""

@@ -33,7 +33,11 @@ def _comparison(file: JsonFile) -> list[Block]:
     blocks: list[Block] = []
     verdict = file.at("verdict")
     if verdict is not None and isinstance(verdict.value, str):
-        blocks.append(text("Verdict of the paired comparison: ", Cell(clean(verdict.value), (verdict.source,)), ".", kind="verdict"))
+        blocks.append(
+            text(
+                "Verdict of the paired comparison: ", Cell(clean(verdict.value), (verdict.source,)), ".", kind="verdict"
+            )
+        )
     paths = [path for path in scalars(file.data) if not any(part in _BULKY for part in path) and path != ("verdict",)]
     note = "Raw samples and the environment are in the file."
     if len(paths) > _LISTED:
