@@ -156,7 +156,8 @@ def commands(runs: Sequence[Run]) -> Section:
         if file.problem:
             blocks.append(absent(file))
             continue
-        starts = [("started",), *(("resumed", i) for i in range(len(file.data.get("resumed") or [])))]
+        resumed = file.data.get("resumed")
+        starts = [("started",), *(("resumed", i) for i in range(len(resumed) if isinstance(resumed, list) else 0))]
         for where in starts:
             fact = file.at(*where, "command")
             if fact is not None:

@@ -35,7 +35,7 @@ class Source:
     def __str__(self) -> str:
         where = f" {self.where.replace('-', '–')}" if self.where.startswith("L") else ""
         value = "" if self.value is None else f" = {self.value!r}"
-        return f"{self.label}{where} → {self.what}{value}" if self.what else f"{self.label}{where}"
+        return f"{self.label}{where} → {clean(self.what)}{value}" if self.what else f"{self.label}{where}"
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,15 @@ def as_number(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a table or a sentence; `sources` has more than one entry where it was computed from several."""
+    """Text of a table or a sentence; `sources` has more than one entry where it was computed from several.
+
+    `unit` is shown small behind the name of a row, and is that of the row's numbers.
+    """
 
     text: str
     sources: tuple[Source, ...] = ()
     code: bool = False
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,8 @@ def clean(value: object, limit: int = 400, *, lines: bool = False) -> str:
 
     Escaping for HTML or Markdown is the renderers' work.
     """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     shown = str(value) if lines else " ".join(str(value).split())
     allowed = "\n\t" if lines else ""
     shown = "".join(c if c in allowed or c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

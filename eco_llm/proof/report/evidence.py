@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eco_llm.errors import UserError
-from eco_llm.proof.report.document import Fact, Source, as_number
+from eco_llm.proof.report.document import Fact, Source, as_number, clean
 from eco_llm.proof.report.metrics_log import MetricsLog
 
 CONFIG = "config.json"
@@ -173,9 +173,10 @@ def _labels(paths: list[Path]) -> list[str]:
     """For every path its shortest tail that no other path shares."""
     labels = []
     for path in paths:
-        for length in range(1, len(path.parts) + 1):
+        shortest = 3 if path.parent.name == "previous" else 1  # previous/001 says nothing without its run
+        for length in range(shortest, len(path.parts) + 1):
             tail = path.parts[-length:]
             if sum(other.parts[-length:] == tail for other in paths) == 1:
                 break
-        labels.append("/".join(part.strip("/\\") for part in tail))
+        labels.append(clean("/".join(part.strip("/\\") for part in tail)))
     return labels

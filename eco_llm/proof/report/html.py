@@ -17,7 +17,8 @@ from eco_llm.proof.report.links import Link
 
 def render(document: Document, link: Link, *, live: str | None = None) -> str:
     """HTML text. `live` makes a page that keeps itself up to date: the version (ETag) of what is shown."""
-    return _environment().get_template("page.html.j2").render(document=document, link=link, live=live, title_of=_titles)
+    template = _environment().get_template("page.html.j2")
+    return template.render(document=document, link=link, live=live, title_of=_titles).lstrip()
 
 
 def _titles(sources: tuple[Source, ...]) -> str:

@@ -99,7 +99,8 @@ def _in_the_log(run: Run) -> list[Block]:
     wanted, last = run[CONFIG].at("config", "training", "steps"), log.one("step", "last")
     if wanted is not None and last is not None and wanted.number is not None and last.value < wanted.number:
         parts = (whole(last, unit_of("step", [])), " of ", whole(wanted, unit_of("step", [])))
-        found.append(text(f"{run.label}: the log ends at step ", *parts, ": still running, interrupted or killed."))
+        why = "." if run.crash_count else ": still running, interrupted or killed."
+        found.append(text(f"{run.label}: the log ends at step ", *parts, why))
     for line, why in log.damaged:
         found.append(
             text(

@@ -64,7 +64,8 @@ def _row(cells: list[str]) -> str:
 
 def _cell(cell: Cell, link: Link) -> str:
     shown = _code(cell.text) if cell.code and cell.text else escape(cell.text)
-    return f"[{shown}]({link(cell.sources[0])})" if cell.sources else shown
+    shown = f"[{shown}]({link(cell.sources[0])})" if cell.sources else shown
+    return f"{shown}, {escape(cell.unit)}" if cell.unit else shown
 
 
 def _code(text: str) -> str:

@@ -64,7 +64,7 @@ def summary(runs: Sequence[Run]) -> Section:
     if len(runs) > 1:
         blocks.insert(
             1 if cards else 0,
-            text(f"Large: {last.label}. Small: {first.label}, and the change from it to {last.label}."),
+            text(f"{last.label}, with {first.label} before it and the change between the two."),
         )
     return Section("summary", "Summary", blocks)
 
@@ -169,14 +169,12 @@ def _results(runs: Sequence[Run]) -> Table | None:
         if any(facts):
             unit = unit_of(key, [f.number for f in facts if f])
             changes = [change(facts[0], facts[-1])] if several else []
-            rows.append((Cell(label), Cell(unit.name), *(cell(f, unit) for f in facts), *changes))
+            rows.append((Cell(label, unit=unit.name), *(cell(f, unit) for f in facts), *changes))
     times = [_wall(run) for run in runs]
     if any(times):
         shown = [Cell("–") if t is None else t for t in times]
-        rows.append(
-            (Cell("from the first step's begin to the last one's end"), Cell("s"), *shown, *[Cell("")] * several)
-        )
-    header = ("", "unit", *(run.label if several else "value" for run in runs), *(["change"] if several else []))
+        rows.append((Cell("first step's begin to last step's end", unit="s"), *shown, *[Cell("–")] * several))
+    header = ("", *(run.label if several else "value" for run in runs), *(["change"] if several else []))
     return Table("Result of training (metrics.jsonl)", header, tuple(rows)) if rows else None
 
 
@@ -268,7 +266,8 @@ def _aggregated(run: Run, key: str, name: str) -> list[tuple[Cell, ...]]:
     for part in np.array_split(np.arange(column.lines.size), min(_TABLE_ROWS, column.lines.size)):
         lines = int(column.lines[part[0]]), int(column.lines[part[-1]])
         facts = [run.metrics.over(key, how, lines) for how in ("median", "min", "max")]
-        steps = f"{column.steps[part[0]]:,.0f}–{column.steps[part[-1]]:,.0f}"
+        first, last = (f"{column.steps[part[i]]:,.0f}" for i in (0, -1))
+        steps = first if first == last else f"{first}–{last}"
         rows.append((Cell(name), Cell(steps), Cell(f"{part.size:,}"), *(cell(f, unit) for f in facts)))
     return rows
 
@@ -300,9 +299,9 @@ def improvement(runs: Sequence[Run]) -> list[Block]:
             unit = unit_of(key, [a.number, b.number])
             difference = b.number - a.number
             delta = Cell(("+" if difference >= 0 else "") + show(difference, unit), (b.source, a.source))
-            rows.append((Cell(label), Cell(unit.name), cell(a, unit), cell(b, unit), delta, change(a, b)))
+            rows.append((Cell(label, unit=unit.name), cell(a, unit), cell(b, unit), delta, change(a, b)))
         if rows:
-            header = ("", "unit", first.label, run.label, "difference", "change")
+            header = ("", first.label, run.label, "difference", "change")
             blocks.append(Table(f"{first.label} → {run.label}", header, tuple(rows)))
     if blocks:
         blocks.append(

@@ -189,9 +189,8 @@ class MetricsLog:
         if not inside.any():
             return None
         value = float(getattr(np, how)(column.values[inside]))
-        source = Source(
-            self.path, self.label, f"L{lines[0]}-L{lines[1]}", f"{how} of {key}, {int(inside.sum()):,} rows", value
-        )
+        where = f"L{lines[0]}-L{lines[1]}" if lines[0] < lines[1] else f"L{lines[0]}"
+        source = Source(self.path, self.label, where, f"{how} of {key}, {int(inside.sum()):,} rows", value)
         return Fact(value, source)
 
     def one(self, key: str, which: str) -> Fact | None:

@@ -102,4 +102,7 @@ def change(before: Fact | None, after: Fact | None, digits: int = 3) -> Cell:
     ):
         return Cell(NONE)
     percent = 100.0 * (b - a) / abs(a)
-    return Cell("0%" if a == b else f"{percent:+,.{digits}f}%", (after.source, before.source))
+    shown = f"{percent:+,.{digits}f}%"
+    if not any(c in "123456789" for c in shown):
+        shown = "0%" if a == b else "≈ 0%"
+    return Cell(shown, (after.source, before.source))

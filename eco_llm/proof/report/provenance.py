@@ -33,7 +33,7 @@ def hardware(runs: Sequence[Run]) -> Section:
 
     def add(label: str, facts: list[Fact | None]) -> None:
         if any(f is not None for f in facts):
-            rows.append((Cell(label), *(Cell("–") if f is None else Cell(clean(f.value), (f.source,)) for f in facts)))
+            rows.append((Cell(label), *(_shown(f) for f in facts)))
 
     places = [run.environment for run in runs]
     for label, path in _ROWS:
@@ -56,6 +56,13 @@ def hardware(runs: Sequence[Run]) -> Section:
         if place is None:
             blocks.append(text(f"{run.label}: no perf file says what it ran on.", kind="missing"))
     return Section("hardware", "Hardware and versions", blocks)
+
+
+def _shown(fact: Fact | None) -> Cell:
+    if fact is None:
+        return Cell("–")
+    plain = isinstance(fact.value, (int, float)) and not isinstance(fact.value, bool)
+    return Cell(f"{fact.value:,}" if plain else clean(fact.value), (fact.source,))
 
 
 def notes(runs: Sequence[Run]) -> Section:
@@ -83,12 +90,13 @@ def notes(runs: Sequence[Run]) -> Section:
         "Notes",
         [
             text(
-                "Every number here was read from a file of a run, or computed from such numbers, and links to the file and"
-                " to its line or key."
+                "Every number here was read from a file of a run, or computed from such numbers, and links to the"
+                " file and to its line or key."
             ),
             text(
-                "Tail: the last fifth of the log's rows, at least 5 and at most 1,000, without the first 5. Curves with more"
-                " points than fit are drawn as the median of each stretch, with the smallest and largest value as a band."
+                "Tail: the last fifth of the log's rows, at least 5 and at most 1,000, without the first 5. Curves with"
+                " more points than fit are drawn as the median of each stretch, with the smallest and largest value"
+                " as a band."
             ),
             table,
         ],

@@ -18,7 +18,7 @@ def across(
     Keys that no run has are left out; None where no key is left.
     """
     several = len(runs) > 1
-    header = ["", "unit", *(run.label if several else "value" for run in runs), *(["change"] if several else [])]
+    header = ["", *(run.label if several else "value" for run in runs), *(["change"] if several else [])]
     rows = []
     for key in keys:
         facts = [find(run, key) for run in runs]
@@ -26,7 +26,7 @@ def across(
             continue
         unit = unit_of(key, [fact.number for fact in facts if fact is not None])
         changes = [change(facts[0], facts[-1])] if several else []
-        rows.append((Cell(key, code=True), Cell(unit.name), *(cell(fact, unit) for fact in facts), *changes))
+        rows.append((Cell(clean(key), code=True, unit=unit.name), *(cell(fact, unit) for fact in facts), *changes))
     return Table(caption, tuple(header), tuple(rows), note) if rows else None
 
 

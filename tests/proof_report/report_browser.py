@@ -74,7 +74,9 @@ class Browser:
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -136,7 +138,7 @@ class Browser:
             self.js(
                 """(async () => {
                   const image = new Image();
-                  image.src = "data:image/png;base64,%s";
+                  image.src = "data:image/png;base64,DATA";
                   await image.decode();
                   const canvas = document.createElement("canvas");
                   canvas.width = image.width; canvas.height = image.height;
@@ -148,8 +150,7 @@ class Browser:
                     counts.set(key, (counts.get(key) || 0) + 1);
                   }
                   return [...counts].sort((a, b) => b[1] - a[1]).slice(0, 100);
-                })()"""
-                % data
+                })()""".replace("DATA", data)
             )
         )
 
@@ -194,5 +195,7 @@ class Browser:
             self.complaints.append(f"exception: {params['exceptionDetails']}")
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.complaints.append(f"log: {params['entry']['text']}")
-        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:", "http://127.")):
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+            ("file:", "data:", "http://127.")
+        ):
             self.complaints.append(f"network: {params['request']['url']}")
