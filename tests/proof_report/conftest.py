@@ -23,7 +23,7 @@ def trained(tiny: list[str], corpus: Path, data_cache: Path, tmp_path_factory: p
     """A folder with the runs `before`, `after` and `died`. Copy before changing anything."""
     folder = tmp_path_factory.mktemp("report")
     places = ["--data", str(corpus), "--data-cache", str(data_cache), "--eval-interval", "20"]
-    window = "--perf-profile-enable --perf-warmup-steps 5 --perf-measure-steps 10 --perf-profiler-steps 2".split()
+    window = ["--perf-profile-enable", "--perf-warmup-steps=5", "--perf-measure-steps=10", "--perf-profiler-steps=2"]
 
     def train(name: str, *more: str) -> int:
         return main([*tiny, *places, "--steps", "60", *window, *more, "--output-dir", str(folder / name)])

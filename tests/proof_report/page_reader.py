@@ -1,4 +1,4 @@
-"""A strict reader of our HTML: its tree, its anchors, and complaints about what is not well formed or not accessible."""
+"""A strict reader of our HTML: its tree, and complaints about what is not well formed or not accessible."""
 
 from __future__ import annotations
 

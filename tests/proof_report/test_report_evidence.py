@@ -227,27 +227,73 @@ def test_a_killed_runs_last_line_is_reported(runs: Runs) -> None:
     assert "the log ends at step [59](metrics.jsonl#L59) of [60]" in markdown
 
 
+COMPARED = {
+    "kind": "compare",
+    "command": "eco_train compare --a= '--b=--no-torch-compile'",
+    "changed": {"torch_compile": ["on", "off"], "lr": [0.001, 0.02]},
+    "verdict": "faster",
+    "sentence": "B is faster: its throughput is +9.68% against A's (99.1% interval +8.00% to +11.00%, 12 pairs)",
+    "a": {"tail_throughput_tokens_per_s": 180.7208, "tail_step_time_s": 11.33, "peak_memory_gib": None},
+    "b": {"tail_throughput_tokens_per_s": 198.2186, "tail_step_time_s": 10.31, "peak_memory_gib": None},
+    "paired": {"percent": 9.6822, "low": 8.0, "high": 11.0, "pairs": 12},
+    "gate": {"passed": True, "steps": 5, "losses_a": [1.0, 2.0]},
+    "samples": [{"pair": 1}],
+    "environment": {"date": "2026-02-17T14:22:00+00:00", "cpu": {"model": "a CPU"}},
+}
+"""What `eco_train compare` writes, shortened."""
+
+SWEPT = {
+    "kind": "sweep",
+    "largest_stable_batch": 4,
+    "fastest_point": "batch-size-4",
+    "points": [
+        {"name": "batch-size-4", "status": "done", "avg_step_time_s": 0.5, "message": None, "environment": {"x": 1}},
+        {"name": "batch-size-6", "status": "out_of_memory", "message": "OutOfMemoryError: <b>"},
+    ],
+}
+"""What `eco_train sweep` writes, shortened."""
+
+
 def test_a_comparison_a_sweep_and_a_ledger_are_shown(runs: Runs) -> None:
     (run,) = runs("before")
-    comparison = {
-        "verdict": "faster",
-        "percent": 9.6822,
-        "samples": [[1, 2], [3, 4]],
-        "a": {"tail_tokens_per_s": 180.7208},
-    }
-    sweep = {
-        "largest_stable": 4,
-        "results": [{"batch_size": 4, "outcome": "done"}, {"batch_size": 6, "outcome": "oom"}],
-    }
-    ledger = {"weights_bytes": 2**30, "steps": [{"activations_gib": 0.5}]}
-    for name, content in ((COMPARISON, comparison), (SWEEP, sweep), (MEMORY, ledger)):
+    ledger = {"weights_gib": 1.0, "steps": [{"activations_bytes": 2**29}], "peak_gib": 1.75}
+    for name, content in ((COMPARISON, COMPARED), (SWEEP, SWEPT), (MEMORY, ledger)):
         (run / name).write_text(json.dumps(content), encoding="utf-8")
     markdown, page = report([run])
-    assert "Verdict of the paired comparison: [faster](perf/latest_bottleneck_fix_report.json#/verdict)" in markdown
-    assert "[180.72 tokens/s](perf/latest_bottleneck_fix_report.json#/a/tail_tokens_per_s)" in markdown
-    assert "| [6](sweep.json#/results/1/batch_size) | [oom](sweep.json#/results/1/outcome) |" in markdown
-    assert "| activations | [0.500](perf/memory.json#/steps/0/activations_gib) |" in markdown
+    at = "perf/latest_bottleneck_fix_report.json"
+    assert markdown.count("**Paired comparison: [B is faster: its throughput is +9.68% against A's") == 2
+    assert f"| `--lr` | [0.001]({at}#/changed/lr/0) | [0.02]({at}#/changed/lr/1) |" in markdown
+    row = f"[180.72]({at}#/a/tail_throughput_tokens_per_s) | [198.22]({at}#/b/tail_throughput_tokens_per_s)"
+    assert f"{row} | [+17.498]({at}#/b/tail_throughput_tokens_per_s) | [+9.682%]" in markdown
+    assert f"| `gate/passed` | [yes]({at}#/gate/passed) |" in markdown
+    assert "losses_a" not in markdown
+    assert "Sweep: largest stable batch [4](perf/sweep.json#/largest_stable_batch); fastest [batch-size-4]" in markdown
+    assert "[out\\_of\\_memory](perf/sweep.json#/points/1/status) | – |" in markdown
+    assert "| activations | [0.500](perf/memory.json#/steps/0/activations_bytes) |" in markdown
     assert "| gradients | – |" in markdown
+    assert "| peak | [1.750](perf/memory.json#/peak_gib) |" in markdown
+    assert Page(page).complaints == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"verdict": None, "failure": "B crashed: no"}, "Paired comparison: [B crashed: no]"),
+        (
+            {"verdict": None, "gate": {"passed": False, "largest_relative_difference": 0.25, "tolerance": 1e-4}},
+            "no verdict, since the two sides' [losses differ](",
+        ),
+        ({"tail_of_another_version": 180.7208}, "| `tail_of_another_version` | [180.72]"),
+    ],
+)
+def test_a_comparison_without_a_verdict_says_why(tmp_path: Path, content: dict[str, object], said: str) -> None:
+    """And a folder that holds nothing else is reported on without empty sections."""
+    (tmp_path / "perf").mkdir()
+    (tmp_path / COMPARISON).write_text(json.dumps(content), encoding="utf-8")
+    markdown, page = report([tmp_path])
+    assert said in markdown
+    assert "## Measured results" not in markdown
+    assert "missing" not in markdown.partition("## Notes")[0].replace("No file says which command", "")
     assert Page(page).complaints == []
 
 

@@ -109,7 +109,7 @@ def test_text_from_files_is_shown_and_never_obeyed(runs: Runs) -> None:
     (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as f:
         f.write(json.dumps({"step": 99, "loss": 1.0, NASTY: 5.0}) + "\n")
-    (run / "sweep.json").write_text(json.dumps({"results": [{NASTY: NASTY}], NASTY: NASTY}), encoding="utf-8")
+    (run / "perf" / "sweep.json").write_text(json.dumps({"results": [{NASTY: NASTY}], NASTY: NASTY}), encoding="utf-8")
     named = run.rename(run.with_name("a<b>&'\"|`x[1](y)"))
     md, html = (path.read_text(encoding="utf-8") for path in write_report([named]))
     page = Page(html)

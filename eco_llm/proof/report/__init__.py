@@ -22,22 +22,25 @@ from eco_llm.proof.report.links import relative_to
 from eco_llm.proof.report.measured import curves, measured, summary
 from eco_llm.proof.report.memory import memory
 from eco_llm.proof.report.provenance import date_of, hardware, notes
-from eco_llm.proof.report.verdicts import improvements, sweeps
+from eco_llm.proof.report.verdicts import improvements, sweep_in_short, sweeps, verdict
 
 MOST_RUNS = 8  # as many colours as can be told apart
 
 
 def document_of(runs: Sequence[Run]) -> Document:
     """The report on these runs, the first being what the others are set against."""
+    head = summary(runs)
+    head.blocks += [said for run in runs for say in (verdict, sweep_in_short) if (said := say(run)) is not None]
+    trained = any(run.trained for run in runs)  # else there are only comparisons or sweeps to report on
     sections = (
-        summary(runs),
-        what_changed(runs),
+        head,
+        what_changed(runs) if trained else None,
         commands(runs),
         curves(runs),
-        measured(runs),
+        measured(runs) if trained else None,
         improvements(runs),
-        bottlenecks(runs),
-        memory(runs),
+        bottlenecks(runs) if trained else None,
+        memory(runs) if trained else None,
         sweeps(runs),
         incidents(runs),
         hardware(runs),

@@ -12,6 +12,7 @@ from eco_llm.perf.environment import command_line
 from eco_llm.proof.report.document import Block, Cell, Code, Fact, Section, Table, clean, text
 from eco_llm.proof.report.evidence import CONFIG, Run
 from eco_llm.proof.report.tables import absent
+from eco_llm.proof.report.verdicts import commands_of
 from eco_llm.version import __version__
 
 _PLACES = ("output_dir", "resume")  # they say where a run is, not what it does
@@ -19,7 +20,7 @@ _PLACES = ("output_dir", "resume")  # they say where a run is, not what it does
 
 def what_changed(runs: Sequence[Run]) -> Section:
     """Settings in which the runs differ; of one run, those that are not this version's defaults."""
-    blocks: list[Block] = [absent(run[CONFIG]) for run in runs if run[CONFIG].problem]
+    blocks: list[Block] = [absent(run[CONFIG]) for run in runs if run[CONFIG].problem and run.trained]
     known = [run for run in runs if not run[CONFIG].problem]
     if len(runs) == 1:
         blocks += [_against_defaults(run) for run in known]
@@ -152,9 +153,10 @@ def commands(runs: Sequence[Run]) -> Section:
     """The command lines as they were typed, each with its file."""
     blocks: list[Block] = []
     for run in runs:
+        blocks += commands_of(run)
         file = run[CONFIG]
         if file.problem:
-            blocks.append(absent(file))
+            blocks += [absent(file)] if run.trained else []
             continue
         resumed = file.data.get("resumed")
         starts = [("started",), *(("resumed", i) for i in range(len(resumed) if isinstance(resumed, list) else 0))]

@@ -22,7 +22,7 @@ WINDOW = "perf/baseline_throughput.json"
 BOTTLENECKS = "perf/window_10m_bottlenecks.json"
 COMPARISON = "perf/latest_bottleneck_fix_report.json"
 MEMORY = "perf/memory.json"
-SWEEP = "sweep.json"
+SWEEP = "perf/sweep.json"
 
 WRITTEN_BY = {
     CONFIG: "every run",
@@ -135,10 +135,15 @@ class Run:
         return self.files[name]
 
     @property
+    def trained(self) -> bool:
+        """Whether a run was made here, and not only comparisons or sweeps of others."""
+        return self.metrics.problem != "missing" or any(not self[n].missing for n in (CONFIG, WINDOW, BOTTLENECKS))
+
+    @property
     def environment(self) -> tuple[JsonFile, tuple[str, ...]] | None:
         """The file, and the path in it, that says on what the run was measured."""
-        for name in (WINDOW, BOTTLENECKS):
-            if isinstance(self[name].data, dict) and isinstance(self[name].data.get("environment"), dict):
+        for name in (WINDOW, BOTTLENECKS, COMPARISON, SWEEP):
+            if self[name].data is not None and isinstance(self[name].data.get("environment"), dict):
                 return self[name], ("environment",)
         return None
 
@@ -153,7 +158,7 @@ def open_runs(paths: list[Path]) -> list[Run]:
         if not path.is_dir():
             raise UserError(f"{path} is not a directory")
         if not is_run(path):
-            raise UserError(f"{path} holds no run (no config.json, metrics.jsonl, sweep.json or perf/)")
+            raise UserError(f"{path} holds no run (no config.json, metrics.jsonl or perf/)")
     resolved = [p.resolve() for p in paths]
     for i, path in enumerate(resolved):
         if path in resolved[:i]:

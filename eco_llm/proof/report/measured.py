@@ -60,10 +60,10 @@ def summary(runs: Sequence[Run]) -> Section:
             )
         )
     blocks: list[Block] = [Cards(tuple(cards))] if cards else []
-    blocks += [block for run in runs if (block := missing_log(run))]
-    if len(runs) > 1:
+    blocks += [block for run in runs if run.trained and (block := missing_log(run))]
+    if len(runs) > 1 and cards:
         blocks.insert(
-            1 if cards else 0,
+            1,
             text(f"{last.label}, with {first.label} before it and the change between the two."),
         )
     return Section("summary", "Summary", blocks)
@@ -96,7 +96,7 @@ def measured(runs: Sequence[Run]) -> Section:
         lambda run, key: run[WINDOW].at(key),
         note=_window_note(runs),
     )
-    blocks += [absent(run[WINDOW]) for run in runs if run[WINDOW].problem]
+    blocks += [absent(run[WINDOW]) for run in runs if run[WINDOW].problem and run.trained]
     if window:
         blocks.append(window)
     tail = across(
@@ -123,7 +123,7 @@ def measured(runs: Sequence[Run]) -> Section:
     )
     if others:
         blocks.append(others)
-    blocks += [block for run in runs if (block := missing_log(run))]
+    blocks += [block for run in runs if run.trained and (block := missing_log(run))]
     return Section("measured", "Measured results", blocks)
 
 

@@ -10,7 +10,8 @@ from eco_llm.proof.report.measured import missing_log
 from eco_llm.proof.report.numbers import cell, show, unit_of, whole
 from eco_llm.proof.report.tables import absent, listing, scalars
 
-LEDGER = ("weights", "gradients", "optimizer", "activations", "temporary", "fragmentation")
+LEDGER = ("weights", "gradients", "optimizer", "activations", "temporary", "other", "fragmentation")
+_WHOLES = ("peak", "reserved")
 _LISTED = 60
 
 
@@ -22,7 +23,7 @@ def memory(runs: Sequence[Run]) -> Section:
         file = run[MEMORY]
         if file.problem:
             blocks.append(absent(file))
-        elif entries := {part: fact for part in LEDGER if (fact := _entry(file, part))}:
+        elif entries := {part: fact for part in (*LEDGER, *_WHOLES) if (fact := _entry(file, part))}:
             ledgers.append((run, entries))
         else:
             blocks.append(
@@ -52,20 +53,24 @@ def _bars(ledgers: Sequence[tuple[Run, dict[str, Fact]]], *, several: bool) -> S
     gib = unit_of("x_bytes", [])
     bars = []
     for run, entries in ledgers:
+        peak = entries.get("peak")
         values = tuple(_bytes(entries[part]) if part in entries else 0.0 for part in LEDGER)
-        bars.append((run.label, values, f"{show(sum(values), gib)} {gib.name}"))
+        bars.append((run.label, values, f"peak {show(_bytes(peak), gib)} GiB" if peak else ""))
     rows = []
-    for part in LEDGER:
+    for part in (*LEDGER, *_WHOLES):
         facts = [entries.get(part) for _, entries in ledgers]
-        rows.append((Cell(part), *(Cell("–") if f is None else Cell(show(_bytes(f), gib), (f.source,)) for f in facts)))
-    sums = [
-        Cell(show(sum(values), gib), tuple(fact.source for fact in entries.values()))
-        for (_, values, _), (_, entries) in zip(bars, ledgers, strict=True)
-    ]
-    rows.append((Cell("together"), *sums))
+        if part in LEDGER or any(facts):
+            rows.append(
+                (Cell(part), *(Cell("–") if f is None else Cell(show(_bytes(f), gib), (f.source,)) for f in facts))
+            )
     header = ("", *(f"{run.label}, GiB" if several else "GiB" for run, _ in ledgers))
-    words = "; ".join(f"{label}: {total}" for label, _, total in bars)
-    table = Table("Memory ledger (perf/memory.json)", header, tuple(rows))
+    table = Table(
+        "Memory ledger (perf/memory.json)",
+        header,
+        tuple(rows),
+        "Each part has its own worst moment (gradients come as activations go), so their sum may exceed the peak.",
+    )
+    words = "; ".join(f"{label}: {total or 'peak not in the file'}" for label, _, total in bars)
     return StackedBars("Memory by use", f"Stacked bars of memory. {words}.", LEDGER, tuple(bars), table)
 
 

@@ -134,6 +134,7 @@ def date_of(runs: Sequence[Run]) -> Cell:
         except (ValueError, OverflowError, OSError):
             return Cell("unknown: the log's last time is none", (newest.source,))
     dates = [run[CONFIG].at("started", "date") for run in runs]
+    dates += [place[0].at(*place[1], "date") for run in runs if (place := run.environment) is not None]
     known = [fact for fact in dates if fact is not None]
     if known:
         newest = max(known, key=lambda fact: str(fact.value))

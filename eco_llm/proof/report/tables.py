@@ -7,7 +7,7 @@ from typing import Any
 
 from eco_llm.proof.report.document import Cell, Fact, Table, Text, as_number, clean, text
 from eco_llm.proof.report.evidence import WRITTEN_BY, JsonFile, Run
-from eco_llm.proof.report.numbers import cell, change, unit_of
+from eco_llm.proof.report.numbers import cell, change, unit_of, whole
 
 
 def across(
@@ -59,8 +59,7 @@ def leaf(file: JsonFile, path: tuple[str | int, ...]) -> Cell:
         return Cell(clean(fact.value), (fact.source,))
     named = next((str(p) for p in reversed(path) if isinstance(p, str)), "")
     unit = unit_of(named, [fact.number])
-    shown = cell(fact, unit)
-    return Cell(shown.text + (f" {unit.name}" if unit.name else ""), shown.sources)
+    return whole(fact, unit)
 
 
 def listing(caption: str, file: JsonFile, paths: Sequence[tuple[str | int, ...]], *, note: str = "") -> Table:
