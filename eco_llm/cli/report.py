@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from eco_llm.cli.parse import parse
 from eco_llm.config import ReportConfig
@@ -22,7 +23,7 @@ DESCRIPTION = (
 class ReportCommand:
     """Command line of `eco_train report`."""
 
-    runs: Positional[tuple[str, ...]] = ()
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN …]")] = ()
     """Run directories; the one before a change first."""
     config: ReportConfig = field(default_factory=ReportConfig)
 

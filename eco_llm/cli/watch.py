@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from eco_llm.cli.parse import parse
 from eco_llm.config import WatchConfig
@@ -19,7 +20,7 @@ DESCRIPTION = "Show a run's report in a browser on this machine while it trains;
 class WatchCommand:
     """Command line of `eco_train watch`."""
 
-    run: Positional[tuple[str, ...]] = ()
+    run: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
     """The run directory."""
     config: WatchConfig = field(default_factory=WatchConfig)
 

@@ -202,7 +202,9 @@ def test_files_full_of_other_types_never_stop_a_report(runs: Runs, seed: int) ->
     """Each value of each file is replaced, in turn at random, by one of another type."""
     rng = np.random.default_rng(seed)
     (run,) = runs("died")
-    for path in [run / CONFIG, run / BOTTLENECKS, *sorted((run / "errors").iterdir())]:
+    for name, content in ((COMPARISON, COMPARED), (SWEEP, SWEPT), (MEMORY, {"weights_gib": 1.0, "peak_gib": 2.0})):
+        (run / name).write_text(json.dumps(content), encoding="utf-8")
+    for path in [run / CONFIG, *sorted(run.glob("*/*.json"))]:
         path.write_text(json.dumps(_shaken(json.loads(path.read_text(encoding="utf-8")), rng)), encoding="utf-8")
     lines = [_shaken(json.loads(one), rng) for one in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     (run / METRICS).write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")

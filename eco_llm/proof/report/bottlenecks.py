@@ -89,11 +89,11 @@ def _shares(runs: Sequence[Run], group: str, caption: str) -> Table | None:
     if not names:
         return None
     several = len(runs) > 1
-    when = ("before", "after") if several else ("",)
     header = ["stage"]
-    for run, word in zip(runs, when, strict=True):
-        owner = f"{word}: {run.label}, " if several else ""
-        header += [f"{owner}share", f"{owner}time a step"]
+    for when in (" before", " after") if several else ("",):
+        header += [f"share{when}", f"time a step{when}"]
+    if several:
+        caption = f"{caption}: before ({runs[0].label}) and after ({runs[-1].label})"
     rows = []
     for name in names:
         row = [Cell(clean(name), code=True)]

@@ -17,7 +17,7 @@ from eco_llm.proof.report.document import LineChart, Series, StackedBars
 from eco_llm.proof.report.numbers import significant
 
 WIDTH, HEIGHT = 1000, 400
-_POINTS = 300
+_POINTS = 400
 _HUES = 8
 
 
@@ -51,12 +51,16 @@ class Drawn:
 
 
 def thin(x: NDArray[np.float64], y: NDArray[np.float64], points: int = _POINTS) -> Drawn:
-    """At most `points` points: the median of each stretch of rows, with its smallest and largest value."""
+    """At most `points` points: the median of each stretch of rows, with its smallest and largest value.
+
+    Stretches are of one length (but the last), or noise would look smaller where more rows share a point.
+    """
     if x.size <= points:
         return Drawn(x, y)
-    parts = np.array_split(np.arange(x.size), points)
+    length = -(-x.size // points)
+    parts = [slice(i, min(i + length, x.size)) for i in range(0, x.size, length)]
     return Drawn(
-        np.array([x[p[-1]] for p in parts]),
+        np.array([x[p][-1] for p in parts]),
         np.array([np.median(y[p]) for p in parts]),
         np.array([y[p].min() for p in parts]),
         np.array([y[p].max() for p in parts]),

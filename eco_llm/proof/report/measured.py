@@ -64,7 +64,10 @@ def summary(runs: Sequence[Run]) -> Section:
     if len(runs) > 1 and cards:
         blocks.insert(
             1,
-            text(f"{last.label}, with {first.label} before it and the change between the two."),
+            text(
+                f"{last.label}, with {first.label} before it and the change between the two. Runs that were not made in"
+                " turns differ also by what else their machine did."
+            ),
         )
     return Section("summary", "Summary", blocks)
 
