@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ _RATES = ("effective_tokens_per_s", "core_tokens_per_s", "step_time_s", "core_st
 TIMES = (*_RATES, *(f"phase_{name}_s" for name in PHASES), "data_host_s", "gpu_util_percent")
 _PLACED = {*TIMES, "step", "tokens", "lr", "loss", "val_loss", "val_bits_per_byte", "started_at", "ended_at"}
 _TABLE_ROWS = 10
+_DRAWABLE = 1e300  # sums and differences of what is drawn stay finite; NaN is not below it either
 
 
 def missing_log(run: Run) -> Block | None:
@@ -218,7 +220,10 @@ def _abscissa(runs: Sequence[Run]) -> tuple[str, str]:
         if tokens is None:
             return "step", "step"
         column = run.metrics.column("tokens")
-        sizes.add(round(column.values[-1] / max(1.0, column.steps[-1])))
+        size = float(column.values[-1]) / max(1.0, float(column.steps[-1]))
+        if not math.isfinite(size):
+            return "step", "step"
+        sizes.add(round(size))
     return ("tokens", "tokens") if len(sizes) > 1 else ("step", "step")
 
 
@@ -230,14 +235,15 @@ def _curve(
     for run in runs:
         for i, key in enumerate(keys):
             column = run.metrics.column(key)
-            finite = np.isfinite(column.values)
-            dropped += int((~finite).sum())
-            if not finite.any():
-                continue
-            x, y = column.steps[finite], column.values[finite]
+            x, y = column.steps, column.values
             if x_key != "step":
                 tokens = run.metrics.column(x_key)
-                x = tokens.values[np.searchsorted(tokens.lines, column.lines[finite]).clip(max=tokens.lines.size - 1)]
+                x = tokens.values[np.searchsorted(tokens.lines, column.lines).clip(max=tokens.lines.size - 1)]
+            drawable = (np.abs(x) < _DRAWABLE) & (np.abs(y) < _DRAWABLE)
+            dropped += int((~drawable).sum())
+            if not drawable.any():
+                continue
+            x, y = x[drawable], y[drawable]
             if run.metrics.stepped_back:
                 order = np.argsort(x, kind="stable")
                 x, y = x[order], y[order]
@@ -249,7 +255,7 @@ def _curve(
     if not series:
         return None
     unit_name = unit.name or keys[0]
-    note = f"{dropped:,} values that are not finite are not drawn." if dropped else ""
+    note = f"{dropped:,} values that are not finite, or no size to draw, are left out." if dropped else ""
     table = Table(
         f"{title}: {unit_name} over stretches of the run",
         ("series", "steps", "rows", "median", "min", "max"),

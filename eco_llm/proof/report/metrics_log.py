@@ -188,7 +188,8 @@ class MetricsLog:
         inside = (column.lines >= lines[0]) & (column.lines <= lines[1]) & np.isfinite(column.values)
         if not inside.any():
             return None
-        value = float(getattr(np, how)(column.values[inside]))
+        with np.errstate(over="ignore"):
+            value = float(getattr(np, how)(column.values[inside]))
         where = f"L{lines[0]}-L{lines[1]}" if lines[0] < lines[1] else f"L{lines[0]}"
         source = Source(self.path, self.label, where, f"{how} of {key}, {int(inside.sum()):,} rows", value)
         return Fact(value, source)
