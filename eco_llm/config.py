@@ -668,3 +668,23 @@ class PrepareConfig:
         """Raise UserError for settings that cannot work."""
         self.data.validate()
         _check_range(self, vocab_size=(257, 4_194_304))
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What `eco_train report` can be told, besides the run directories."""
+
+    out: str = ""
+    """Folder for PROOF_OF_EVOLUTION.md and report.html; the first run's by default."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """What `eco_train watch` can be told, besides the run directory."""
+
+    port: int = 8765
+    """Port on 127.0.0.1; 0 takes a free one."""
+
+    def validate(self) -> None:
+        """Raise UserError for a number that is no port."""
+        _check_range(self, port=(0, 65_535))

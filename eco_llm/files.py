@@ -6,10 +6,13 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_PAUSES_S = (0.01, 0.03, 0.1, 0.3, 0.6)
 
 
 def fsync_file(path: Path) -> None:
@@ -41,10 +44,21 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         fsync_file(temporary)
-        temporary.replace(path)
+        _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Replace `target`; on Windows wait up to a second for whoever reads it just now (`eco_train watch`, a scanner)."""
+    for pause in _PAUSES_S if sys.platform == "win32" else ():
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    source.replace(target)
 
 
 def write_json(path: Path, payload: Any) -> None:

@@ -20,8 +20,9 @@ ALLOWED = {
     "optim": {"optim", "ops"},
     "data": {"data"},
     "perf": {"perf"},
+    "proof": {"proof", "perf"},
     "training": {"training", "model", "optim", "data", "perf"},
-    "cli": {"cli", "training", "model", "instant", "data", "perf"},
+    "cli": {"cli", "training", "model", "instant", "data", "perf", "proof"},
 }
 
 
@@ -56,6 +57,7 @@ def test_every_layer_has_a_rule() -> None:
         "eco_llm", "eco_llm.config", "eco_llm.runtime", "eco_llm.cli.main", "eco_llm.cli.parse", "eco_llm.cli.train",
         "eco_llm.cli.plan", "eco_llm.instant.plan.search", "eco_llm.perf.memory",
         "eco_llm.data.sources", "eco_llm.data.tokenizer", "eco_llm.data.prepare", "eco_llm.training.run_directory",
+        "eco_llm.proof.report", "eco_llm.proof.watch",
     ],
 )  # fmt: skip
 def test_instant_modules_do_not_import_torch(module: str) -> None:

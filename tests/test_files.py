@@ -57,6 +57,26 @@ def test_a_failing_disk_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_reader_on_windows_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows lets nobody replace a file that is open; `eco_train watch` opens what a run is writing."""
+    rename, refusals = Path.replace, iter([True, True, False])
+
+    def busy(self: Path, target: Path) -> Path:
+        if next(refusals, False):
+            raise PermissionError(13, "Access is denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(files.sys, "platform", "win32")
+    monkeypatch.setattr(Path, "replace", busy)
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"x": 1}
+    refusals = iter([True] * 100)
+    monkeypatch.setattr(files, "_PAUSES_S", (0.0, 0.0))
+    with pytest.raises(PermissionError):
+        write_json(tmp_path / "a.json", {"x": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_content_reaches_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, Path.replace

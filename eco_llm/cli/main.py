@@ -23,6 +23,8 @@ COMMANDS = {
     "evaluate": ("eco_llm.cli.evaluate", "validation loss and bits per byte of a checkpoint"),
     "data": ("eco_llm.cli.data", "prepare or inspect a tokenised corpus"),
     "plan": ("eco_llm.cli.plan", "what fits into a GPU's memory, estimated without one"),
+    "report": ("eco_llm.cli.report", "PROOF_OF_EVOLUTION.md and report.html from run directories"),
+    "watch": ("eco_llm.cli.watch", "the report of a run, live in a browser on this machine"),
     "doctor": ("eco_llm.cli.doctor", "check that this machine can train, and say what to fix"),
 }
 

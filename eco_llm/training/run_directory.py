@@ -34,6 +34,7 @@ _OURS = (
     "perf",
     "tb",
     "report.html",
+    "PROOF_OF_EVOLUTION.md",
 )
 _KEPT_IN_PLACE = ("previous", ".lock")
 

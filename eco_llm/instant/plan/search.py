@@ -40,7 +40,7 @@ def job_of(config: TrainConfig) -> Job:
         optimizer=o.optimizer,
         state_bytes=STATE_BYTES[config.c3o.c3o_state_dtype] if o.optimizer == "c3o" else 8.0,
         weight_bytes=2 if r.weights_dtype == "bf16" else 4,
-        error_bytes=1 if getattr(config.c3o, "c3o_error_bits", 0) else 0,
+        error_bytes=1 if config.c3o.c3o_error_bits else 0,
         compute_bytes=4 if r.dtype == "fp32" else 2,
         compiled=r.torch_compile != "off",
         graph=r.cuda_graph != "off" and config.excludes_cuda_graph() is None,

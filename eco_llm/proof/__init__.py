@@ -1,0 +1,1 @@
+"""Sweeps, comparisons and reports: read run directories, never import training."""
