@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="checkout of nanoGPT")
     parser.add_argument("--shapes", default="8x1024,32x1024,1x8192,4x8192", help="sequences × tokens, comma between")
-    parser.add_argument("--rows", default=",".join((*MODES, *PEERS)))
+    parser.add_argument("--rows", default=";".join((*MODES, *PEERS)), help="modes and peers, semicolon between")
     parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=50_304)
@@ -124,7 +124,7 @@ def main() -> None:
     for text in arguments.shapes.split(","):
         batch, length = (int(n) for n in text.split("x"))
         batches = Batches(vocab, batch, length, device, count=2)
-        for row in arguments.rows.split(","):
+        for row in arguments.rows.split(";"):
             clean(device)
             torch._dynamo.reset()
             before = torch.cuda.memory_allocated(device)

@@ -10,6 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -59,6 +60,28 @@ class Batches:
     def to_device(self, source: Iterator[Batch]) -> Batch:
         """The next batch, copied without waiting."""
         return next(source).to(self._device)
+
+
+class Text(Batches):
+    """Batches of real text, one token a byte: the sources of the installed PyTorch, in a fixed order, in turn."""
+
+    def __init__(self, batch: int, length: int, device: torch.device, count: int = 512) -> None:
+        wanted, read = count * batch * (length + 1), bytearray()
+        for path in sorted(Path(torch.__file__).parent.rglob("*.py")):
+            if len(read) >= wanted:
+                break
+            read += path.read_bytes()
+        count = min(count, len(read) // (batch * (length + 1)))
+        if not count:
+            raise ValueError(f"the installed PyTorch has too little text for one batch of {batch} × {length}")
+        tokens = torch.frombuffer(read, dtype=torch.uint8)[: count * batch * (length + 1)].to(torch.int64)
+        # Rows of a batch come from places far apart, as a shuffling loader's do.
+        tokens = tokens.view(batch, count, length + 1).transpose(0, 1).contiguous()
+        pairs = [torch.stack((t[:, :-1], t[:, 1:])) for t in tokens]
+        if device.type == "cuda":
+            pairs = [pair.pin_memory() for pair in pairs]
+        self._batches = [Batch(pair[0], pair[1]) for pair in pairs]
+        self._device = device
 
 
 def captured(body: Callable[[Tensor, Tensor], Tensor], batches: Batches, prepare: Callable[[], None]) -> Step:
