@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """C3O's step in a handful of Triton launches, whatever the number of tensors. Import it only where Triton is installed.
 
 Tensors of one optimizer form a table on the device: addresses of parameter, moments, step and caches, and rows of

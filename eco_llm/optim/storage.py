@@ -165,7 +165,7 @@ def code_moments(m: Tensor, v: Tensor, position: Tensor, step: Tensor, storage: 
     position = position.expand(m.shape)
     v_codes, v_scale = encode(v, thresholds(position, step, SECOND_MOMENT), storage.second)
     root = decode(v_codes, v_scale, storage.second).sqrt_()
-    r = torch.where(root == 0, torch.zeros_like(m), m / root)
+    r = torch.where(root == 0, m * 0.0, m / root)  # v is 0 only where its whole group reads back as 0
     r_codes, r_scale = encode(r, thresholds(position, step, RATIO), storage.ratio)
     kept = decode(r_codes, r_scale, storage.ratio)
     if storage.bits == 4:

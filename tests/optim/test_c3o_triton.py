@@ -551,3 +551,49 @@ def test_captured_and_replayed_equals_eager_bit_for_bit(kind: str) -> None:
     state = {k: v for k, v in b.optimizer.state.items() if len(v)}
     assert all(torch.isfinite(t).all() for s in state.values() for t in s.values())
     assert float(b.optimizer.state[next(captured.parameters())]["step"]) == 5
+
+
+# ---- compiled, not run: needs Triton's compiler, no GPU -----------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("name", "error"), [("float32", False), ("bfloat16", True), ("int8", True), ("int4", False), ("int4", True)]
+)
+def test_passes_compile_for_every_card_and_need_little_shared_memory(name: str, error: bool, capability: int) -> None:
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from eco_llm.optim import c3o_kernels
+    from eco_llm.optim.c3o_triton import _A, _PLAN, _T, CHUNK, TILE, WARPS
+    from eco_llm.optim.storage import STORAGES
+
+    storage = STORAGES[name]
+    stored = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}.get(storage.dtype, tl.uint8)
+    constants: dict[str, Any] = {
+        "P": tl.bfloat16, "G": tl.bfloat16, "S": stored, "BITS": storage.bits, "ERROR": error, "DITHER": True,
+        "R": storage.ratio.mantissa if storage.ratio else 0, "V": storage.second.mantissa if storage.second else 0,
+        "R_SPAN": storage.ratio.span if storage.ratio else 1.0,
+        "V_SPAN": storage.second.span if storage.second else 1.0,
+        "WATCH": storage.bits > 0, "CLAMP": True, "ADVANCE": name == "float32", "REVERSE": True, "ALIGN": 16,
+        "CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "COLUMNS": len(_T), "PLAN": _PLAN,
+        "BLOCK": 4096, "ARENA_COLUMNS": len(_A), "SLACK": 1e-6, "LANES": 128,
+    }  # fmt: skip
+    pointers = {
+        "chunks": "*i32", "grads": "*i64", "tensors": "*i64", "plan": "*fp32", "partials": "*fp32", "arenas": "*fp64",
+        "arena_of": "*i32", "span": "*i32",
+    }  # fmt: skip
+    for kernel in (c3o_kernels._measure_kernel, c3o_kernels._update_kernel, c3o_kernels._stored_norm_kernel):
+        signature, constexprs, attributes = {}, {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            if argument in constants:
+                signature[argument], constexprs[argument] = "constexpr", constants[argument]
+            else:
+                signature[argument] = pointers.get(argument, "i32")
+                if argument in pointers:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constexprs, attributes)
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
+        assert compiled.metadata.shared <= 16 * 1024
