@@ -22,12 +22,18 @@ COMMANDS = {
     "sample": ("eco_llm.cli.sample", "continue a prompt with a trained model"),
     "evaluate": ("eco_llm.cli.evaluate", "validation loss and bits per byte of a checkpoint"),
     "data": ("eco_llm.cli.data", "prepare or inspect a tokenised corpus"),
+    "sweep": ("eco_llm.cli.sweep", "measure every value of a flag: what fits, what is fastest"),
+    "compare": ("eco_llm.cli.compare", "measure two settings or revisions against each other: faster or not"),
     "doctor": ("eco_llm.cli.doctor", "check that this machine can train, and say what to fix"),
 }
 
+# what commands start of themselves; nobody types them
+INTERNAL = {"_turns": "eco_llm.cli.turns"}
+
 EXIT_CODES = """exit codes:
   0 done    1 crash (see errors/ in the run)    2 bad input    3 out of memory
-  4 stopped: non-finite loss    129, 130, 143 interrupted (what was trained is saved)"""
+  4 stopped: non-finite loss    5 compare: the two sides compute different things, no verdict
+  129, 130, 143 interrupted (what was trained is saved)"""
 
 
 def _overview() -> str:
@@ -85,6 +91,8 @@ def _run(argv: Sequence[str]) -> int:
     command = "train"
     if args and not args[0].startswith("-"):
         command, *args = args
+        if command in INTERNAL:
+            return int(import_module(INTERNAL[command]).run(args))
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
     code: int = import_module(COMMANDS[command][0]).run(args)

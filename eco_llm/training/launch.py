@@ -45,8 +45,11 @@ from eco_llm.training.step import Step, TrainStep
 from eco_llm.training.trained import TrainedModel, continue_text, load, newest_good
 
 
-def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
+def train(config: TrainConfig, command: Sequence[str], hooks: Sequence[Hook] = ()) -> Outcome:
     """Run `eco_train train` with settings that passed `validate`; show progress; return how it ended.
+
+    Args:
+        hooks: further observers, told after the run's own.
 
     Raises:
         UserError: the device, the corpus, the run directory or their combination does not allow it.
@@ -68,7 +71,7 @@ def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
             data = prepare(config.data, config.model.vocab_size, progress=make_progress(), accept=accept)
         if start == "new":  # only now: a refusal by the data must leave no folder behind
             run.open()
-        return _Launch(run, config, resolve_shape(config, data), runtime, data, command).go()
+        return _Launch(run, config, resolve_shape(config, data), runtime, data, command, hooks).go()
     finally:
         run.close()
 
@@ -105,7 +108,9 @@ class _Launch:
         runtime: Runtime,
         data: PreparedData,
         command: Sequence[str],
+        hooks: Sequence[Hook],
     ) -> None:
+        self.further_hooks = hooks
         self.run, self.config, self.shape, self.runtime, self.data = run, config, shape, runtime, data
         self.command = list(command)
         self.graph = False
@@ -175,6 +180,7 @@ class _Launch:
                 environment=collect_environment(str(runtime.device), self.command), say=self.say,
             ),
             self.display,
+            *self.further_hooks,
         ]  # fmt: skip
         trainer = SigmaTrainer(
             training=t, optimizer=self.config.optimizer, runtime=runtime, model=self.model, update=update,
