@@ -80,8 +80,19 @@ def _write_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _bind(argv: Sequence[str], *flags: str) -> list[str]:
+    """`--a VALUE` as `--a=VALUE`, for flags whose value may itself begin with @ or -- (compare's sides)."""
+    bound: list[str] = []
+    for word in argv:
+        if bound and bound[-1] in flags:
+            bound[-1] += f"={word}"
+        else:
+            bound.append(word)
+    return bound
+
+
 def _run(argv: Sequence[str]) -> int:
-    args = expand(argv)
+    args = expand(_bind(argv, "--a", "--b"))
     if args[:1] in (["--help"], ["-h"], ["help"]):
         print(_overview())
         return 0

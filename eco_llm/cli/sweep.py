@@ -26,6 +26,7 @@ def run(args: Sequence[str]) -> int:
     if {"-h", "--help"} & set(args):
         print(_USAGE)
         return 0
+    from eco_llm.proof.runs import Stopped
     from eco_llm.proof.sweep import FIXED, Point, Sweep, fixed_flags, point_config
 
     words, axes = grid.split(args, fixed=FIXED)
@@ -44,8 +45,11 @@ def run(args: Sequence[str]) -> int:
         check_sources(config.data, seq_len=config.training.seq_len)
     out = Path(points[0].config.training.output_dir)
     sweep = Sweep(out, points, fresh=fresh, command=["eco_train", "sweep", *args])
-    with sweep.opened():
-        _run(sweep)
+    try:
+        with sweep.opened():
+            _run(sweep)
+    except Stopped as stop:
+        return int(stop.outcome)
     return 0 if any(row["status"] == "done" for row in sweep.rows.values()) else 1
 
 

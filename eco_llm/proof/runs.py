@@ -67,6 +67,14 @@ class Program:
         return Child(process, log)
 
 
+    def ask(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """Run it to its end, for what it prints."""
+        return subprocess.run(
+            [*self.command, *arguments], env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
+            capture_output=True, encoding="utf-8", errors="replace", check=False,
+        )  # fmt: skip
+
+
 @dataclass
 class Child:
     """A started process. Leaving its `with` block ends it, whatever it was doing."""

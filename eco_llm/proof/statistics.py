@@ -17,10 +17,12 @@ from typing import Literal
 
 import numpy as np
 
+from eco_llm.config import FEWEST_PAIRS
+
 Verdict = Literal["faster", "slower", "no difference shown"]
 
-FEWEST_PAIRS = 6
-"""With five pairs even five equal signs have a probability of 1 in 16: no 95% interval exists."""
+CONFIDENCE = 0.99
+"""Of every interval here. At 95% a comparison of A with itself would find a difference in 1 of 20; see docs/compare.md."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ class Difference:
     """Ends of the interval, percent."""
     bootstrap_low: float
     bootstrap_high: float
-    """Ends of the 95% paired bootstrap interval of 100 · (median rate of B / median rate of A - 1). For the reader: with few
+    """Ends of the paired bootstrap interval of 100 · (median rate of B / median rate of A - 1). For the reader: with few
     pairs it is too narrow, so no verdict rests on it."""
     pairs: int
     confidence: float
-    """Coverage of [low, high], exact: the smallest at or above 95% that the number of pairs allows."""
+    """Coverage of [low, high], exact: the smallest at or above CONFIDENCE that the number of pairs allows."""
 
     def verdict(self, min_effect: float) -> Verdict:
         """`faster` or `slower` where 0 is outside the interval and the estimate is at least `min_effect` percent."""
@@ -49,7 +51,7 @@ class Difference:
         return "no difference shown"
 
 
-def difference(seconds_a: Sequence[float], seconds_b: Sequence[float], *, confidence: float = 0.95) -> Difference:
+def difference(seconds_a: Sequence[float], seconds_b: Sequence[float], *, confidence: float = CONFIDENCE) -> Difference:
     """Compare paired times, `seconds_a[i]` beside `seconds_b[i]`, in one unit, all positive.
 
     Raises:
