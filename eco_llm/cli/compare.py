@@ -70,6 +70,8 @@ def _compare(args: Sequence[str], settings: CompareConfig, common: list[str], ch
                 why_not = f"revision {revision.name} cannot take turns"
         sides.append(_side(label, typed, [*common, *expand_line(typed, f"--{label}")], revision, root))
     a, b = sides
+    if a.settings["output_dir"] != b.settings["output_dir"]:
+        raise UserError("--output-dir is the comparison's, not a side's: name it once, outside --a and --b")
     check_same_work(a, b)
     console, progress = _display()
     with progress as bar:
@@ -94,7 +96,7 @@ def _compare(args: Sequence[str], settings: CompareConfig, common: list[str], ch
                 raise UserError(f"--{failure.side}: {failure.reason}") from None
             bar.stop()
             console.print(f"no verdict: {failure}", markup=False)
-            return int(Outcome.OUT_OF_MEMORY if failure.ending == "out_of_memory" else Outcome.CRASHED)
+            return failure.code if failure.code > 0 else int(Outcome.CRASHED)
     _show(console, report)
     console.print(f"report: {comparison.file}", markup=False)
     return 0

@@ -98,14 +98,12 @@ def _show(console: Any, sweep: Any) -> None:
     summary = sweep.summary()
     names = list(summary["axes"])
     table = Table(*(f"--{n.replace('_', '-')}" for n in names))
-    for title in ("result", "tokens/s", "step, s", "forward, s", "backward, s", "opt_step, s", "peak memory, GiB"):
+    for title in ("result", "tokens/s", "step, ms", "peak GiB"):
         table.add_column(title, justify="left" if title == "result" else "right")
     for row in summary["points"]:
         cells = [*row["values"].values(), row["status"].replace("_", " ")]
         if row["status"] == "done":
-            cells.append(f"{row['avg_effective_tokens_per_s']:,.1f}")
-            keys = ("avg_step_time_s", "avg_phase_forward_s", "avg_phase_backward_s", "avg_phase_opt_step_s")
-            cells += [f"{row[key]:.4f}" for key in keys]
+            cells += [f"{row['avg_effective_tokens_per_s']:,.1f}", f"{1000 * row['avg_step_time_s']:.2f}"]
             cells.append("" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}")
         table.add_row(*cells)
     console.print(table)

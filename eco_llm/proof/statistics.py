@@ -101,7 +101,7 @@ def signed_rank_null(n: int) -> np.ndarray:
     return probability
 
 
-def _bootstrap(times: np.ndarray, confidence: float, resamples: int = 2_000) -> tuple[float, float]:
+def _bootstrap(times: np.ndarray, confidence: float, resamples: int = 4_000) -> tuple[float, float]:
     """Percentile interval of the ratio of median rates, percent; whole pairs are drawn."""
     n = times.shape[1]
     draws = np.random.default_rng(0).integers(n, size=(resamples, n))

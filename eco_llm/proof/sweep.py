@@ -169,7 +169,7 @@ class Sweep:
     def _settings(self) -> dict[str, Any]:
         """What all points share."""
         swept = self.points[0].values
-        own = {*swept, "output_dir", "resume", "data_cache"}
+        own = {*swept, *FIXED, "output_dir", "data_cache"}
         return {k: v for k, v in flatten(self.points[0].config).items() if k not in own}
 
     def _earlier(self) -> list[dict[str, Any]]:
