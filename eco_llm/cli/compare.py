@@ -1,4 +1,4 @@
-"""`eco_train compare`: two settings or two revisions, in paired windows on this machine; faster, slower, or not shown."""
+"""`eco_train compare`: two settings or two revisions, in paired windows: faster, slower, or no difference shown."""
 
 from __future__ import annotations
 

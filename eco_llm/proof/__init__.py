@@ -1,1 +1,1 @@
-"""Proof: sweeps, comparisons and reports. Starts runs as processes and reads run directories; never imports training."""
+"""Proof: sweeps, comparisons, reports. Starts runs as processes, reads run directories, never imports training."""

@@ -1,8 +1,8 @@
 """Two settings, or two revisions, against each other: is B faster than A, by how much, and how sure is that.
 
-Both sides train the same tokens from the same seed. First their losses must agree (the gate); then adjacent windows of
-steps are compared in pairs (eco_llm.proof.statistics). Windows come from two live runs that take turns, or, where two do
-not fit in memory, where a revision cannot take turns, or on request, each from a process of its own.
+Both sides train the same tokens from the same seed. First their losses must agree (the gate); then adjacent windows
+of steps are compared in pairs (eco_llm.proof.statistics). Windows come from two live runs that take turns, or, where
+two do not fit in memory, where a revision cannot take turns, or on request, each from a process of its own.
 
 OUT/perf/latest_bottleneck_fix_report.json   the result, raw samples included
 OUT/perf/compare/                            the runs' directories, without checkpoints, and what they printed
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import shlex
 import shutil
 import statistics as simple
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from eco_llm.proof.turns import RunFailed, TurnRun
 REPORT_FILE = Path("perf") / "latest_bottleneck_fix_report.json"
 
 SETTLE_STEPS = 1
-"""Steps at the head of each turn that are not measured: the other side has had the caches, and the wait is in their time."""
+"""Steps at the head of each turn that are not measured: the wait is in their time, and the caches were the other's."""
 
 _PAIRS_IN_TURNS, _PAIRS_SEPARATE = 40, 10
 _PHASES = ("data", "forward", "backward", "opt_step", "zero_grad")
@@ -118,8 +117,8 @@ class NotComparable(Exception):
 
     def __init__(self, gate: Gate) -> None:
         super().__init__(
-            f"the losses of the first {gate.steps} steps differ by {gate.largest_relative_difference:.2g} of their value,"
-            f" {gate.tolerance:g} is allowed: A and B do not compute the same, so there is no verdict on speed"
+            f"the losses of the first {gate.steps} steps differ by {gate.largest_relative_difference:.2g} of their"
+            f" value, {gate.tolerance:g} is allowed: A and B do not compute the same, so there is no verdict on speed"
         )
         self.gate = gate
 
@@ -132,10 +131,10 @@ class Comparison:
         settings: validated; see CompareConfig.
         warmup_steps: steps before the first window; separate processes leave out as many.
         measure_steps: steps of a window in separate processes.
-        in_turns: whether both sides can take turns; `why_not` says what prevents it.
+        why_not_in_turns: what prevents the sides from taking turns, if anything does.
         command: the command line, for the record.
         say: shows a person a line.
-        on_pair: told (pairs done, pairs in all, log of what is known) after each pair.
+        on_pair: told (pairs done, pairs in all) after each pair.
     """
 
     def __init__(
@@ -343,7 +342,7 @@ class Comparison:
 
     def _report(self, windows: list[tuple[Records, Records]], mode: str, why_separate: str | None) -> dict[str, Any]:
         assert self._gate is not None
-        samples = [
+        samples: list[dict[str, Any]] = [
             {"pair": i + 1, "a_first": first, "a": _medians(a), "b": _medians(b)}
             for i, ((a, b), first) in enumerate(
                 zip(windows, coin_order(len(windows), self._sides[0].settings["seed"]), strict=True)
@@ -352,7 +351,7 @@ class Comparison:
         by_side = {side.label: [s[side.label] for s in samples] for side in self._sides}
         found = difference(*([w["step_time_s"] for w in by_side[label]] for label in "ab"))
         sides = {}
-        for i, side in enumerate(self._sides):
+        for side in self._sides:
             tail = {name: simple.median(w[name] for w in by_side[side.label]) for name in _TIMES}
             at = self._environment(side) or {}
             sides[side.label] = {
@@ -361,7 +360,7 @@ class Comparison:
                 "tail_throughput_tokens_per_s": side.tokens_per_step / tail["step_time_s"],
                 "tail_core_throughput_tokens_per_s": side.tokens_per_step / tail["core_step_time_s"],
                 **{f"tail_{name.removeprefix('phase_')}": value for name, value in tail.items()},
-                "peak_memory_gib": runs.peak_memory_gib([r for pair in windows for r in pair[i]]),
+                "peak_memory_gib": runs.peak_memory_gib(runs.read_records(self._newest_run(side))),
                 "resolved": {k: v for k, v in self._resolved(side).items() if k != "data_folder"},
                 "environment": at,
             }
@@ -400,7 +399,7 @@ def sentence(found: Difference, min_effect: float) -> str:
     interval = f"{100 * found.confidence:.1f}% interval {found.low:+.2f}% to {found.high:+.2f}%, {found.pairs} pairs"
     verdict = found.verdict(min_effect)
     if verdict == "no difference shown":
-        return f"no difference shown: B's throughput is {found.percent:+.2f}% of A's apart ({interval})"
+        return f"no difference shown: B's throughput is {found.percent:+.2f}% against A's ({interval})"
     return f"B is {verdict}: its throughput is {found.percent:+.2f}% against A's ({interval})"
 
 

@@ -66,7 +66,6 @@ class Program:
             )
         return Child(process, log)
 
-
     def ask(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
         """Run it to its end, for what it prints."""
         return subprocess.run(
@@ -147,7 +146,7 @@ def stoppable() -> Iterator[None]:
 
 
 def ending(code: int) -> str:
-    """An exit code as a word: `done`, `crashed`, `out_of_memory`, `not_finite`, `interrupted`, `refused` or `killed`."""
+    """An exit code as a word: done, crashed, out_of_memory, not_finite, interrupted, refused or killed."""
     if code == REFUSED:
         return "refused"
     if code < 0:

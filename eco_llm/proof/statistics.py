@@ -1,11 +1,11 @@
 """Whether B is faster than A: an estimate, an honest interval and a verdict from paired times.
 
-The measure is d = ln(seconds of A / seconds of B) of two adjacent windows, so B's rate is e^d times A's. Which of the two
-windows came first is decided by a coin. So, where A and B do not differ, every d would as likely have been -d, whatever the
-machine did meanwhile (drift, heat, neighbours, noise that remembers): the sign-flip null holds by design and not by
-assumption. The test is Wilcoxon's signed-rank test, whose null is known exactly for any number of pairs, and which a few
-wild pairs cannot move far; the interval is all shifts that the test does not reject, and the estimate (Hodges and
-Lehmann's) is in its middle: the median of the means of all pairs of d.
+The measure is d = ln(seconds of A / seconds of B) of two adjacent windows, so B's rate is e^d times A's. Which of the
+two windows came first is decided by a coin. So, where A and B do not differ, every d would as likely have been -d,
+whatever the machine did meanwhile (drift, heat, neighbours, noise that remembers): the sign-flip null holds by design
+and not by assumption. The test is Wilcoxon's signed-rank test, whose null is known exactly for any number of pairs, and
+which a few wild pairs cannot move far; the interval is all shifts that the test does not reject, and the estimate
+(Hodges and Lehmann's) is in its middle: the median of the means of all pairs of d.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eco_llm.config import FEWEST_PAIRS
 Verdict = Literal["faster", "slower", "no difference shown"]
 
 CONFIDENCE = 0.99
-"""Of every interval here. At 95% a comparison of A with itself would find a difference in 1 of 20; see docs/compare.md."""
+"""Of every interval here. At 95% a comparison of A with itself would find a difference in 1 of 20."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Difference:
     """Ends of the interval, percent."""
     bootstrap_low: float
     bootstrap_high: float
-    """Ends of the paired bootstrap interval of 100 · (median rate of B / median rate of A - 1). For the reader: with few
-    pairs it is too narrow, so no verdict rests on it."""
+    """Ends of the paired bootstrap interval of 100 · (median rate of B / median rate of A - 1). For the reader: its
+    coverage is approximate, so no verdict rests on it."""
     pairs: int
     confidence: float
     """Coverage of [low, high], exact: the smallest at or above CONFIDENCE that the number of pairs allows."""
@@ -78,8 +78,8 @@ def _percent(log_ratio: float) -> float:
 def signed_rank_interval(d: np.ndarray, confidence: float) -> tuple[float, float, float, float]:
     """(estimate, low, high, exact coverage) of the centre of symmetry of `d`, float64 [n], n >= FEWEST_PAIRS.
 
-    The interval's ends are the k-th smallest and k-th largest of the n (n + 1) / 2 means of two values (a value with itself
-    included), where k - 1 is the largest rank sum whose lower tail is within (1 - confidence) / 2.
+    The interval's ends are the k-th smallest and k-th largest of the n (n + 1) / 2 means of two values (a value with
+    itself included), where k - 1 is the largest rank sum whose lower tail is within (1 - confidence) / 2.
     """
     i, j = np.triu_indices(len(d))
     means = np.sort((d[i] + d[j]) / 2)

@@ -267,12 +267,10 @@ class Sweep:
 
 
 def point_config(config: TrainConfig) -> TrainConfig:
-    """What a point is told beside the user's flags: its perf window, the steps for it, and nothing that is not measured."""
+    """The user's settings as a point has them: a perf window, steps for it, and nothing that is not measured."""
     perf = dataclasses.replace(config.perf, perf_profile_enable=True)
     steps = perf.perf_warmup_steps + perf.perf_measure_steps + perf.perf_profiler_steps
-    return dataclasses.replace(
-        config, perf=perf, training=dataclasses.replace(config.training, steps=steps, **QUIET)
-    )
+    return dataclasses.replace(config, perf=perf, training=dataclasses.replace(config.training, steps=steps, **QUIET))
 
 
 QUIET: dict[str, Any] = {"resume": False, "save_interval": 1_000_000_000, "eval_interval": 0, "sample_tokens": 0}

@@ -25,18 +25,20 @@ if behaviour == "slow":
 if behaviour == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if behaviour == "refused":
-    print("eco_train: error: the text is too short", file=sys.stderr)
+    sys.stderr.write("eco_train: error: the text is too short\n")
     sys.exit(2)
 if behaviour in ("out_of_memory", "crashed"):
     (run / "errors").mkdir()
     report = {"kind": behaviour, "exception": "RuntimeError", "message": "no room\nat all"}
     (run / "errors" / "crash_20260101T000000_step1.json").write_text(json.dumps(report))
     sys.exit({"out_of_memory": 3, "crashed": 1}[behaviour])
-(run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 5.0, "step_time_s": 0.5, "memory_peak_gib": 1.5}) + "\n")
+(run / "metrics.jsonl").write_text(
+    json.dumps({"step": 1, "loss": 5.0, "step_time_s": 0.5, "memory_peak_gib": 1.5}) + "\n"
+)
 phases = ("data", "forward", "backward", "opt_step", "zero_grad")
 baseline = {
-    "avg_effective_tokens_per_s": 100.0 * batch if batch < 8 else 10.0, "avg_core_tokens_per_s": 1.0, "avg_step_time_s": 1.0,
-    "avg_core_step_time_s": 1.0, **{f"avg_phase_{p}_s": 0.1 for p in phases}, "avg_gpu_util_percent": None,
+    "avg_effective_tokens_per_s": 100.0 * batch if batch < 8 else 10.0, "avg_core_tokens_per_s": 1.0,
+    "avg_step_time_s": 1.0, "avg_core_step_time_s": 1.0, **{f"avg_phase_{p}_s": 0.1 for p in phases}, "avg_gpu_util_percent": None,
     "tokens_per_step": batch, "environment": {"commit": "abc"},
 }  # fmt: skip
 (run / "perf").mkdir()

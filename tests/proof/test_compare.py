@@ -72,7 +72,9 @@ def test_the_gate(a: tuple[Any, ...], b: tuple[Any, ...], passed: bool) -> None:
 
 
 def test_a_sides_flags_are_one_word() -> None:
-    ours, others = _take(["--a", "--no-torch-compile --lr 1", "--steps", "3", "--b=@x.txt", "--separate", "--pairs", "9"])
+    ours, others = _take(
+        ["--a", "--no-torch-compile --lr 1", "--steps", "3", "--b=@x.txt", "--separate", "--pairs", "9"]
+    )
     assert ours == ["--a=--no-torch-compile --lr 1", "--b=@x.txt", "--separate", "--pairs=9"]
     assert others == ["--steps", "3"]
 
@@ -168,7 +170,9 @@ def test_separate_processes_and_a_revision(tiny_flags: Flags, tmp_path: Path, mo
     assert main(["compare", *flags, "--b-rev", "HEAD", "--separate", "--pairs", "8", "--gate-steps", "2"]) == 0
     found = report(tmp_path / "run")
     assert (found["mode"], found["why_separate"]) == ("separate processes", "--separate")
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert found["b"]["commit"] == head
     assert found["b"]["environment"]["dirty"] is False
     assert found["b"]["environment"]["commit"] == head

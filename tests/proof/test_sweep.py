@@ -187,7 +187,12 @@ def limited(arguments: Sequence[str], gib: float) -> subprocess.CompletedProcess
         resource.setrlimit(resource.RLIMIT_AS, (int(gib * 2**30),) * 2)
 
     return subprocess.run(
-        [sys.executable, "-m", "eco_llm", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=limit
+        [sys.executable, "-m", "eco_llm", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limit,
     )
 
 
