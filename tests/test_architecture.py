@@ -54,8 +54,8 @@ def test_every_layer_has_a_rule() -> None:
     "module",
     [
         "eco_llm", "eco_llm.config", "eco_llm.runtime", "eco_llm.cli.main", "eco_llm.cli.parse", "eco_llm.cli.train",
-        "eco_llm.cli.sweep", "eco_llm.cli.compare",
-        "eco_llm.proof.sweep", "eco_llm.proof.compare", "eco_llm.data.sources", "eco_llm.data.tokenizer", "eco_llm.data.prepare", "eco_llm.training.run_directory",
+        "eco_llm.cli.sweep", "eco_llm.cli.compare", "eco_llm.proof.sweep", "eco_llm.proof.compare",
+        "eco_llm.data.sources", "eco_llm.data.tokenizer", "eco_llm.data.prepare", "eco_llm.training.run_directory",
     ],
 )  # fmt: skip
 def test_instant_modules_do_not_import_torch(module: str) -> None:

@@ -1,8 +1,8 @@
 """`eco_train _turns SIDE FLAGS`: train as one side of a comparison, in turns. Only eco_llm.proof.turns starts it.
 
 One JSON object a line: this process writes `{"protocol": 1, "done": STEP}` to its standard output whenever it waits,
-and reads `{"until": STEP}` (the last step of the next turn) or `{"leave": true}` from its standard input. The end of that
-input, such as the parent's death, means leave. What a run prints goes to standard error.
+and reads `{"until": STEP}` (the last step of the next turn) or `{"leave": true}` from its standard input. The end of
+that input, such as the parent's death, means leave. What a run prints goes to standard error.
 """
 
 from __future__ import annotations

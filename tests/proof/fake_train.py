@@ -38,7 +38,8 @@ if behaviour in ("out_of_memory", "crashed"):
 phases = ("data", "forward", "backward", "opt_step", "zero_grad")
 baseline = {
     "avg_effective_tokens_per_s": 100.0 * batch if batch < 8 else 10.0, "avg_core_tokens_per_s": 1.0,
-    "avg_step_time_s": 1.0, "avg_core_step_time_s": 1.0, **{f"avg_phase_{p}_s": 0.1 for p in phases}, "avg_gpu_util_percent": None,
+    "avg_step_time_s": 1.0, "avg_core_step_time_s": 1.0, "avg_gpu_util_percent": None,
+    **{f"avg_phase_{p}_s": 0.1 for p in phases},
     "tokens_per_step": batch, "environment": {"commit": "abc"},
 }  # fmt: skip
 (run / "perf").mkdir()

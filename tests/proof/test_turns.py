@@ -49,9 +49,9 @@ def test_a_run_whose_parent_is_gone_leaves(tiny_flags: Flags, tmp_path: Path) ->
 
 def test_a_refusal_is_told(tiny_flags: Flags, tmp_path: Path) -> None:
     flags = tiny_flags("--seq-len 1000000")
-    with TurnRun("b", Program.this(), flags, tmp_path / "run", tmp_path / "b.log") as run:
-        with pytest.raises(RunFailed, match="B refused: --seq-len 1000000 is longer") as failure:
-            run.start()
+    run = TurnRun("b", Program.this(), flags, tmp_path / "run", tmp_path / "b.log")
+    with run, pytest.raises(RunFailed, match="B refused: --seq-len 1000000 is longer") as failure:
+        run.start()
     assert (failure.value.ending, failure.value.side) == ("refused", "b")
 
 
