@@ -558,7 +558,8 @@ class CompareConfig:
     b_rev: str = ""
     """Git revision of eco-llm that B runs; empty is the code as it is."""
     pairs: int = 0
-    """Pairs of windows, one of A and one of B each; 0 is 40 in turns, 10 in separate processes."""
+    """Pairs of windows, one of A and one of B each; 0 is 40 in turns, and up to 400 while the interval is wider than
+    ±2%, or 10 in separate processes."""
     window_steps: int = 5
     """Measured steps of a window; in separate processes it is --perf-measure-steps."""
     separate: bool = False

@@ -29,7 +29,7 @@ from eco_llm.perf import environment
 from eco_llm.proof import runs
 from eco_llm.proof.revisions import Revision
 from eco_llm.proof.runs import Program
-from eco_llm.proof.statistics import Difference, coin_order, difference
+from eco_llm.proof.statistics import PRECISION, Difference, coin_order, difference, precise
 from eco_llm.proof.turns import RunFailed, TurnRun
 
 REPORT_FILE = Path("perf") / "latest_bottleneck_fix_report.json"
@@ -37,7 +37,8 @@ REPORT_FILE = Path("perf") / "latest_bottleneck_fix_report.json"
 SETTLE_STEPS = 1
 """Steps at the head of each turn that are not measured: the wait is in their time, and the caches were the other's."""
 
-_PAIRS_IN_TURNS, _PAIRS_SEPARATE = 40, 10
+_PAIRS_IN_TURNS, _MOST_PAIRS_IN_TURNS, _PAIRS_SEPARATE = 40, 400, 10
+_PAIRS_BETWEEN_LOOKS = 20
 _PHASES = ("data", "forward", "backward", "opt_step", "zero_grad")
 _TIMES = ("step_time_s", "core_step_time_s", *(f"phase_{name}_s" for name in _PHASES))
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
@@ -222,9 +223,21 @@ class Comparison:
     def _in_turns(self) -> list[tuple[Records, Records]]:
         self._clear()
         s = self._settings
-        pairs, turn = s.pairs or _PAIRS_IN_TURNS, SETTLE_STEPS + s.window_steps
+        fewest, most = (s.pairs, s.pairs) if s.pairs else (_PAIRS_IN_TURNS, _MOST_PAIRS_IN_TURNS)
+        turn = SETTLE_STEPS + s.window_steps
         warmup = max(self._warmup, s.gate_steps)
-        steps = warmup + pairs * turn + 1  # the last is never done: leaving saves nothing, the end of a run does
+        steps = warmup + most * turn + 1  # the last is never done: leaving saves nothing, the end of a run does
+
+        def window(of: Records, i: int) -> Records:
+            first = warmup + i * turn + SETTLE_STEPS
+            found = of[first : first + s.window_steps]
+            if [r["step"] for r in found] != list(range(first + 1, first + s.window_steps + 1)):
+                raise RuntimeError(f"steps {first + 1} to {first + s.window_steps} are not all in metrics.jsonl")
+            return found
+
+        def windows(records: Sequence[Records], pairs: int) -> list[tuple[Records, Records]]:
+            return [(window(records[0], i), window(records[1], i)) for i in range(pairs)]
+
         with contextlib.ExitStack() as stack:
             live = []
             for side in self._sides:
@@ -236,25 +249,22 @@ class Comparison:
                 live[-1].start()
             for run_ in live:
                 run_.turn(warmup)
-            for i, a_first in enumerate(coin_order(pairs, self._sides[0].settings["seed"])):
+            for i, a_first in enumerate(coin_order(most, self._sides[0].settings["seed"]), 1):
                 for run_ in live if a_first else reversed(live):
-                    run_.turn(warmup + (i + 1) * turn)
+                    run_.turn(warmup + i * turn)
                 self._check_gate([runs.read_records(run_.run) for run_ in live] if self._gate is None else None)
-                self._on_pair(i + 1, pairs)
+                self._on_pair(i, fewest if i <= fewest else most)
+                if fewest <= i < most and i % _PAIRS_BETWEEN_LOOKS == 0:
+                    # The newest window's numbers may still be on the device.
+                    known = windows([runs.read_records(run_.run) for run_ in live], i - 1)
+                    if precise(*([_medians(pair[k])["step_time_s"] for pair in known] for k in (0, 1))):
+                        break
             for run_ in live:
                 run_.leave()
             records = [runs.read_records(run_.run) for run_ in live]
         self._check_gate(records)
         self._check_code()
-
-        def window(of: Records, i: int) -> Records:
-            first = warmup + i * turn + SETTLE_STEPS
-            found = of[first : first + s.window_steps]
-            if [r["step"] for r in found] != list(range(first + 1, first + s.window_steps + 1)):
-                raise RuntimeError(f"steps {first + 1} to {first + s.window_steps} are not all in metrics.jsonl")
-            return found
-
-        return [(window(records[0], i), window(records[1], i)) for i in range(pairs)]
+        return windows(records, i)
 
     def _separately(self) -> list[tuple[Records, Records]]:
         self._clear()
@@ -398,6 +408,11 @@ def sentence(found: Difference, min_effect: float) -> str:
     """The verdict for a person: estimate and interval with it."""
     interval = f"{100 * found.confidence:.1f}% interval {found.low:+.2f}% to {found.high:+.2f}%, {found.pairs} pairs"
     verdict = found.verdict(min_effect)
+    if verdict == "no difference shown" and found.high - found.low > 2 * PRECISION:
+        return (
+            f"no difference shown, nor could a small one be: B's throughput is {found.percent:+.2f}% against A's"
+            f" ({interval}). More --pairs or a quieter machine narrow the interval"
+        )
     if verdict == "no difference shown":
         return f"no difference shown: B's throughput is {found.percent:+.2f}% against A's ({interval})"
     return f"B is {verdict}: its throughput is {found.percent:+.2f}% against A's ({interval})"

@@ -25,6 +25,10 @@ CONFIDENCE = 0.99
 """Of every interval here. At 95% a comparison of A with itself would find a difference in 1 of 20."""
 
 
+PRECISION = 2.0
+"""Half-width in percent at which an interval is narrow enough to stop measuring."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """By how much B's rate differs from A's."""
@@ -69,6 +73,16 @@ def difference(seconds_a: Sequence[float], seconds_b: Sequence[float], *, confid
         bootstrap_low=bootstrap_low, bootstrap_high=bootstrap_high,
         pairs=times.shape[1], confidence=covered,
     )  # fmt: skip
+
+
+def precise(seconds_a: Sequence[float], seconds_b: Sequence[float]) -> bool:
+    """Whether more pairs are not needed: the interval is no wider than ±PRECISION.
+
+    To stop by this is fair: the width depends on the sizes of the differences, hardly on their signs, and on the signs
+    alone the test rests (tests/proof/test_statistics.py counts).
+    """
+    _, low, high, _ = signed_rank_interval(np.log(np.divide(seconds_a, seconds_b)), CONFIDENCE)
+    return _percent(high) - _percent(low) <= 2 * PRECISION
 
 
 def _percent(log_ratio: float) -> float:

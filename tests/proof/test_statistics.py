@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from eco_llm.config import FEWEST_PAIRS
-from eco_llm.proof.statistics import CONFIDENCE, coin_order, difference, signed_rank_interval, signed_rank_null
+from eco_llm.proof.statistics import (
+    CONFIDENCE,
+    coin_order,
+    difference,
+    precise,
+    signed_rank_interval,
+    signed_rank_null,
+)
 
 
 def test_the_null_is_that_of_fair_coins() -> None:
@@ -153,4 +160,22 @@ def test_the_coin_is_what_makes_it_honest() -> None:
 def test_the_coin_is_fair_and_repeats() -> None:
     assert coin_order(40, 7) == coin_order(40, 7)
     assert coin_order(40, 7) != coin_order(40, 8)
+    assert coin_order(400, 7)[:40] == coin_order(40, 7)  # so that a comparison may stop early
     assert 900 < sum(coin_order(2000, 0)) < 1100
+
+
+@pytest.mark.parametrize("kind", ["white", "a neighbour comes and goes", "heats up, with spikes"])
+def test_measuring_until_the_interval_is_narrow_is_fair(kind: str) -> None:
+    """The comparison looks every 20 pairs from 40 to 400 whether it may stop; A against itself still shows nothing."""
+    rng = np.random.default_rng(KINDS.index(kind) + 7)
+    misses, stopped_at = 0, []
+    for _ in range(100):
+        a, b = paired(kind, rng, 400, 0.0)
+        b *= np.exp(0.06 * rng.standard_normal(400))  # noise that 40 pairs do not beat
+        n = next((n for n in range(40, 400, 20) if precise(a[:n], b[:n])), 400)
+        d = np.log(a[:n] / b[:n])
+        _, low, high, _ = signed_rank_interval(d, CONFIDENCE)
+        misses += not low <= 0.0 <= high
+        stopped_at.append(n)
+    assert misses <= 5  # expected: 1; more than 5 has a chance of 0.05%
+    assert len(set(stopped_at)) > 1
