@@ -2,8 +2,8 @@
 
     python benchmarks/compare_verdicts.py [--times N] [FLAGS OF eco_train compare, but for the sides]
 
-N comparisons of A with itself and N with a delay of 5% of every step planted in B, in turn, each in processes of its own.
-The claim: at least 19 of 20 of either kind get the right verdict, and none the opposite one.
+N comparisons of A with itself and N with a delay of 5% of every step planted in B, in turn, each in processes of its
+own. The claim: at least 19 of 20 of either kind get the right verdict, and none the opposite one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from eco_llm.cli.turns import PLANTED_DELAY
 from eco_llm.proof.compare import REPORT_FILE
 from eco_llm.proof.runs import Program
 
-DEFAULT = [
-    *"--d-model 32 --n-layers 3 --mamba-ratio 2 --attention-ratio 1 --n-heads 2 --kv-latent-dim 16".split(),
-    *"--rope-head-dim 8 --mamba-state-dim 16 --vocab-size 300 --batch-size 2 --seq-len 24 --device cpu".split(),
-    *"--no-torch-compile --data eco_llm".split(),
-]
+DEFAULT = (
+    "--d-model 32 --n-layers 3 --mamba-ratio 2 --attention-ratio 1 --n-heads 2 --kv-latent-dim 16 --rope-head-dim 8"
+    " --mamba-state-dim 16 --vocab-size 300 --batch-size 2 --seq-len 24 --device cpu --no-torch-compile --data eco_llm"
+)
 PLANTED = 0.05
 
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> None:
     times = 20
     if argv[:1] == ["--times"]:
         times, argv = int(argv[1]), argv[2:]
-    flags = argv or DEFAULT
+    flags = argv or DEFAULT.split()
     samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(times):
