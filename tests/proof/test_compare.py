@@ -212,7 +212,7 @@ def test_the_program_is_this_code_wherever_it_is_started(tmp_path: Path, monkeyp
 def test_without_room_for_two_each_window_gets_a_process(
     tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The second run dies for lack of memory, as on a small card; the windows of the other way are had by turns here."""
+    """The second run dies for lack of memory, as on a small card; the other way is replaced by turns, for speed."""
     started: list[str] = []
 
     class NoRoom(compare.TurnRun):
