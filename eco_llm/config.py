@@ -651,6 +651,50 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """What `eco_train compare` can be told beside the flags of `eco_train train`, which both sides get."""
+
+    a: str = ""
+    """Flags of side A alone, in quotes."""
+    b: str = ""
+    """Flags of side B alone, in quotes."""
+    a_rev: str = ""
+    """Git revision of eco-llm that A runs; empty is the code as it is."""
+    b_rev: str = ""
+    """Git revision of eco-llm that B runs; empty is the code as it is."""
+    pairs: int = 0
+    """Pairs of windows, one of A and one of B each; 0 is 40 in turns, and up to 400 while the interval is wider than
+    ±2%, or 10 in separate processes."""
+    window_steps: int = 5
+    """Measured steps of a window; in separate processes it is --perf-measure-steps."""
+    separate: bool = False
+    """A fresh process for every window, instead of two live ones that take turns and share the memory."""
+    gate_steps: int = 5
+    """First steps whose losses must agree before any speed is reported."""
+    gate_tolerance: float = 0.0
+    """Largest relative difference of those losses; 0 is 1e-4 in fp32 and 1e-2 in bf16."""
+    min_effect: float = 1.0
+    """Smallest difference in percent that is called faster or slower."""
+
+    def validate(self) -> None:
+        """Raise UserError for counts that cannot give a verdict."""
+        _check_range(
+            self,
+            pairs=(0, 1000),
+            window_steps=(1, 1_000_000),
+            gate_steps=(1, 1000),
+            gate_tolerance=(0.0, 1.0),
+            min_effect=(0.0, 100.0),
+        )
+        if 0 < self.pairs < FEWEST_PAIRS:
+            raise UserError(f"--pairs {self.pairs}: fewer than {FEWEST_PAIRS} pairs cannot give a 99% interval")
+
+
+FEWEST_PAIRS = 8
+"""Seven equal signs in a row still have a probability above 1% (2 / 2^7): no interval could exclude anything."""
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """Everything `eco_train data prepare` and `eco_train data inspect` can be told."""
 

@@ -57,7 +57,8 @@ def test_every_layer_has_a_rule() -> None:
         "eco_llm", "eco_llm.config", "eco_llm.runtime", "eco_llm.cli.main", "eco_llm.cli.parse", "eco_llm.cli.train",
         "eco_llm.cli.plan", "eco_llm.instant.plan.search", "eco_llm.perf.memory",
         "eco_llm.data.sources", "eco_llm.data.tokenizer", "eco_llm.data.prepare", "eco_llm.training.run_directory",
-        "eco_llm.proof.report", "eco_llm.proof.watch",
+        "eco_llm.proof.report", "eco_llm.proof.watch", "eco_llm.cli.sweep", "eco_llm.cli.compare",
+        "eco_llm.proof.sweep", "eco_llm.proof.compare",
     ],
 )  # fmt: skip
 def test_instant_modules_do_not_import_torch(module: str) -> None:

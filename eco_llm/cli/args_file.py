@@ -29,6 +29,11 @@ def expand(tokens: Iterable[str]) -> list[str]:
     return _expand(list(tokens), base=Path(), including=())
 
 
+def expand_line(line: str, what: str) -> list[str]:
+    """The flags written in one line of text, as if it were a line of a file; `what` names it in an error."""
+    return expand(_split(line, what))
+
+
 def _expand(tokens: list[str], base: Path, including: tuple[Path, ...]) -> list[str]:
     expanded: list[str] = []
     waiting = iter(tokens)
@@ -61,10 +66,10 @@ def _read(path: Path, including: tuple[Path, ...]) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UserError(f"arguments file {path} cannot be read: {reason}") from None
-    return [word for number, line in enumerate(text.splitlines(), 1) for word in _split(line, path, number)]
+    return [word for number, line in enumerate(text.splitlines(), 1) for word in _split(line, f"{path}:{number}")]
 
 
-def _split(line: str, path: Path, number: int) -> list[str]:
+def _split(line: str, where: str) -> list[str]:
     words: list[str] = []
     end = 0
     while end < len(line):
@@ -76,6 +81,6 @@ def _split(line: str, path: Path, number: int) -> list[str]:
             match = _WORD.match(line, end)
             end = match.end() if match else end
             if match is None or line[end : end + 1] in ('"', "'"):  # a word stops at a quote only if it never closes
-                raise UserError(f"{path}:{number}: unbalanced quote")
+                raise UserError(f"{where}: unbalanced quote")
             words.append(_QUOTED.sub(lambda m: m.group(1) or m.group(2) or "", match.group()))
     return words

@@ -25,12 +25,18 @@ COMMANDS = {
     "plan": ("eco_llm.cli.plan", "what fits into a GPU's memory, estimated without one"),
     "report": ("eco_llm.cli.report", "PROOF_OF_EVOLUTION.md and report.html from run directories"),
     "watch": ("eco_llm.cli.watch", "the report of a run, live in a browser on this machine"),
+    "sweep": ("eco_llm.cli.sweep", "measure every value of a flag: what fits, what is fastest"),
+    "compare": ("eco_llm.cli.compare", "measure two settings or revisions against each other: faster or not"),
     "doctor": ("eco_llm.cli.doctor", "check that this machine can train, and say what to fix"),
 }
 
+# what commands start of themselves; nobody types them
+INTERNAL = {"_turns": "eco_llm.cli.turns"}
+
 EXIT_CODES = """exit codes:
   0 done    1 crash (see errors/ in the run)    2 bad input    3 out of memory
-  4 stopped: non-finite loss    129, 130, 143 interrupted (what was trained is saved)"""
+  4 stopped: non-finite loss    5 compare: the two sides compute different things, no verdict
+  129, 130, 143 interrupted (what was trained is saved)"""
 
 
 def _overview() -> str:
@@ -77,8 +83,19 @@ def _write_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _bind(argv: Sequence[str], *flags: str) -> list[str]:
+    """`--a VALUE` as `--a=VALUE`, for flags whose value may itself begin with @ or -- (compare's sides)."""
+    bound: list[str] = []
+    for word in argv:
+        if bound and bound[-1] in flags:
+            bound[-1] += f"={word}"
+        else:
+            bound.append(word)
+    return bound
+
+
 def _run(argv: Sequence[str]) -> int:
-    args = expand(argv)
+    args = expand(_bind(argv, "--a", "--b"))
     if args[:1] in (["--help"], ["-h"], ["help"]):
         print(_overview())
         return 0
@@ -88,6 +105,8 @@ def _run(argv: Sequence[str]) -> int:
     command = "train"
     if args and not args[0].startswith("-"):
         command, *args = args
+        if command in INTERNAL:
+            return int(import_module(INTERNAL[command]).run(args))
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
     code: int = import_module(COMMANDS[command][0]).run(args)

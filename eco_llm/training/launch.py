@@ -48,8 +48,11 @@ from eco_llm.training.step import Step, TrainStep
 from eco_llm.training.trained import TrainedModel, continue_text, load, newest_good
 
 
-def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
+def train(config: TrainConfig, command: Sequence[str], hooks: Sequence[Hook] = ()) -> Outcome:
     """Run `eco_train train` with settings that passed `validate`; show progress; return how it ended.
+
+    Args:
+        hooks: further observers, told after the run's own.
 
     Raises:
         UserError: the device, the corpus, the run directory or their combination does not allow it.
@@ -75,7 +78,7 @@ def train(config: TrainConfig, command: Sequence[str]) -> Outcome:
             data = prepare(config.data, config.model.vocab_size, progress=make_progress(), accept=accept)
         if start == "new":  # only now: a refusal by the data must leave no folder behind
             run.open()
-        return _Launch(run, config, resolve_shape(config, data), runtime, data, command).go()
+        return _Launch(run, config, resolve_shape(config, data), runtime, data, command, hooks).go()
     finally:
         run.close()
 
@@ -124,7 +127,9 @@ class _Launch:
         runtime: Runtime,
         data: PreparedData,
         command: Sequence[str],
+        hooks: Sequence[Hook],
     ) -> None:
+        self.further_hooks = hooks
         self.run, self.config, self.shape, self.runtime, self.data = run, config, shape, runtime, data
         self.command = list(command)
         self.graph = False
@@ -208,6 +213,7 @@ class _Launch:
             ),
             *([self.report] if self.report is not None else []),
             self.display,
+            *self.further_hooks,
         ]  # fmt: skip
         trainer = SigmaTrainer(
             training=t, optimizer=self.config.optimizer, runtime=runtime, model=self.model, update=update,

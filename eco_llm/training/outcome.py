@@ -1,27 +1,16 @@
-"""How a run can end, and what the shell is told."""
+"""How a run can end, and what an exception says about it."""
 
 from __future__ import annotations
 
-import enum
 import re
+
+from eco_llm.outcome import Outcome as Outcome  # its home is torch-free and below proof
 
 # What PyTorch says when it runs out without its own exception type: the CPU allocator (Linux and macOS; Windows), the
 # CUDA runtime, driver and Triton, and the workspaces of cuBLAS and cuDNN.
 _OUT_OF_MEMORY = re.compile(
     r"(can't allocate|not enough) memory|out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
-
-
-class Outcome(enum.IntEnum):
-    """Exit codes of `eco_train train` (2 is bad input, and never reaches the trainer)."""
-
-    DONE = 0
-    CRASHED = 1
-    OUT_OF_MEMORY = 3
-    NOT_FINITE = 4
-    HUNG_UP = 129
-    INTERRUPTED = 130
-    TERMINATED = 143
 
 
 class NonFiniteLoss(Exception):

@@ -93,7 +93,7 @@ class RunDirectory:
             present = self._content()
         except OSError as error:  # a name too long, a folder that may not be listed
             raise UserError(f"--output-dir {self.path}: {error.strerror}") from None
-        if not present:
+        if present <= {"perf"}:  # nothing, or what a sweep or a comparison measured here
             return "new"
         if "config.json" not in present:
             if present <= set(_OURS):

@@ -1,0 +1,94 @@
+"""Flags with comma lists become a grid: `--batch-size 2,4 --mamba-chunk 64,128` is four points."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any, get_type_hints
+
+from eco_llm.config import TrainConfig
+from eco_llm.errors import UserError
+
+# Flags whose value is free text or several words, in which a comma is a comma.
+_TEXT = frozenset({"data", "data_cache", "output_dir", "sample_prompt", "text_field"})
+_SWITCH = {"on": True, "off": False}
+
+
+def split(words: Sequence[str], fixed: Sequence[str] = ()) -> tuple[list[str], dict[str, list[str]]]:
+    """(the words without the listed flags, {field name: its values as typed}).
+
+    As everywhere, the last of two equal flags wins, so a list is no list if the flag comes again with one value.
+
+    Args:
+        fixed: fields that the caller sets itself and that cannot be listed.
+
+    Raises:
+        UserError: a list with an empty or repeated value, a flag that cannot be listed, or no list at all.
+    """
+    hints = _fields()
+    last: dict[str, str] = {}  # field → its value as typed, where it has one
+    place: dict[int, str] = {}  # index of a word that belongs to a field's flag → the field
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        field = name[2:].replace("-", "_") if name.startswith("--") else ""
+        if field.startswith("no_") and field[3:] in hints:
+            last.pop(field[3:], None)
+            place[i] = field[3:]
+        if field not in hints:
+            continue
+        place[i] = field
+        if not equals and i + 1 < len(words) and not words[i + 1].startswith("--") and field not in _TEXT:
+            value = words[i + 1]
+            if hints[field] is not bool or "," in value:
+                place[i + 1] = field
+        last[field] = value
+    axes = {field: _values(field, v, hints[field]) for field, v in last.items() if "," in v and field not in _TEXT}
+    for field in axes:
+        if field in fixed:
+            raise UserError(f"{_flag(field)} cannot be a list: each point sets it itself")
+    if not axes:
+        raise UserError("nothing to sweep: give one or more flags a comma list, say --batch-size 2,4,6,8")
+    return [word for i, word in enumerate(words) if place.get(i) not in axes], axes
+
+
+def points(axes: dict[str, list[str]]) -> list[dict[str, str]]:
+    """Every combination of values, the last flag's changing fastest."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def flags(point: dict[str, str]) -> list[str]:
+    """The words that set a point."""
+    hints = _fields()
+    words = []
+    for field, value in point.items():
+        if hints[field] is bool:
+            words.append(_flag(field) if _SWITCH[value] else _flag(f"no_{field}"))
+        else:
+            words += [f"{_flag(field)}={value}"]
+    return words
+
+
+def _values(field: str, text: str, hint: Any) -> list[str]:
+    values = [value.strip() for value in text.split(",")]
+    if "" in values:
+        raise UserError(f"{_flag(field)} {text}: a value of the list is empty")
+    if repeated := [v for i, v in enumerate(values) if v in values[:i]]:
+        raise UserError(f"{_flag(field)} {text}: {repeated[0]} is there twice")
+    if hint is bool and (wrong := [v for v in values if v not in _SWITCH]):
+        raise UserError(f"{_flag(field)} {wrong[0]!r} is not one of on, off")
+    return values
+
+
+def _fields() -> dict[str, Any]:
+    """{field name: type} of everything `eco_train train` can be told."""
+    groups = get_type_hints(TrainConfig)
+    return {
+        f.name: get_type_hints(groups[group.name])[f.name]
+        for group in dataclasses.fields(TrainConfig)
+        for f in dataclasses.fields(groups[group.name])
+    }
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")

@@ -1,0 +1,423 @@
+"""Two settings, or two revisions, against each other: is B faster than A, by how much, and how sure is that.
+
+Both sides train the same tokens from the same seed. First their losses must agree (the gate); then adjacent windows
+of steps are compared in pairs (eco_llm.proof.statistics). Windows come from two live runs that take turns, or, where
+two do not fit in memory, where a revision cannot take turns, or on request, each from a process of its own.
+
+OUT/perf/latest_bottleneck_fix_report.json   the result, raw samples included
+OUT/perf/compare/                            the runs' directories, without checkpoints, and what they printed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import statistics as simple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from eco_llm.config import CompareConfig
+from eco_llm.errors import UserError
+from eco_llm.files import strict, write_json
+from eco_llm.perf import environment
+from eco_llm.proof import runs
+from eco_llm.proof.revisions import Revision
+from eco_llm.proof.runs import Program
+from eco_llm.proof.statistics import PRECISION, Difference, coin_order, difference, precise
+from eco_llm.proof.turns import RunFailed, TurnRun
+
+REPORT_FILE = Path("perf") / "latest_bottleneck_fix_report.json"
+
+SETTLE_STEPS = 1
+"""Steps at the head of each turn that are not measured: the wait is in their time, and the caches were the other's."""
+
+_PAIRS_IN_TURNS, _MOST_PAIRS_IN_TURNS, _PAIRS_SEPARATE = 40, 400, 10
+_PAIRS_BETWEEN_LOOKS = 20
+_PHASES = ("data", "forward", "backward", "opt_step", "zero_grad")
+_TIMES = ("step_time_s", "core_step_time_s", *(f"phase_{name}_s" for name in _PHASES))
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+# What decides which tokens a step sees; two sides that differ in one of these do different work.
+_SAME = ("data", "text_field", "tokenizer", "val_fraction", "vocab_size", "seed", "seq_len")
+
+Records = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A or B, ready to be run."""
+
+    label: str
+    """`a` or `b`."""
+    typed: str
+    """Its own flags, as the user typed them."""
+    flags: tuple[str, ...]
+    """All its flags, those common to both included."""
+    settings: dict[str, Any]
+    """What they come to: {field name: value}, as this side's code reads them."""
+    program: Program
+    revision: Revision | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return int(self.settings["batch_size"] * self.settings["seq_len"] * self.settings["grad_accum"])
+
+
+def check_same_work(a: Side, b: Side) -> None:
+    """Refuse sides whose steps would not see the same tokens.
+
+    Raises:
+        UserError: naming the first setting that makes them differ.
+    """
+    for name in _SAME:
+        if a.settings.get(name) != b.settings.get(name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is {_shown(a.settings.get(name))} in A and {_shown(b.settings.get(name))}"
+                " in B: their steps would not see the same tokens"
+            )
+    if a.tokens_per_step != b.tokens_per_step:
+        raise UserError(
+            f"A has {a.tokens_per_step} tokens a step and B {b.tokens_per_step} (--batch-size × --seq-len ×"
+            " --grad-accum): compare equal work, or measure batch sizes with `eco_train sweep`"
+        )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether the sides compute the same."""
+
+    passed: bool
+    steps: int
+    tolerance: float
+    largest_relative_difference: float
+    losses_a: list[float]
+    losses_b: list[float]
+
+    @staticmethod
+    def judge(a: Records, b: Records, steps: int, tolerance: float) -> Gate:
+        """Compare the losses of steps 1 … `steps`; NaN equals nothing."""
+        losses = [[float(r["loss"]) for r in records[:steps]] for records in (a, b)]
+        apart = [abs(x - y) / abs(x) if x else abs(y) for x, y in zip(*losses, strict=True)]
+        finite = all(math.isfinite(x) for x in apart)
+        worst = max(apart) if finite else math.inf
+        return Gate(worst <= tolerance, steps, tolerance, worst, losses[0], losses[1])
+
+
+class NotComparable(Exception):
+    """The gate is red."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__(
+            f"the losses of the first {gate.steps} steps differ by {gate.largest_relative_difference:.2g} of their"
+            f" value, {gate.tolerance:g} is allowed: A and B do not compute the same, so there is no verdict on speed"
+        )
+        self.gate = gate
+
+
+class Comparison:
+    """One comparison, from two sides to a report.
+
+    Args:
+        out: the output directory that the user named.
+        settings: validated; see CompareConfig.
+        warmup_steps: steps before the first window; separate processes leave out as many.
+        measure_steps: steps of a window in separate processes.
+        why_not_in_turns: what prevents the sides from taking turns, if anything does.
+        command: the command line, for the record.
+        say: shows a person a line.
+        on_pair: told (pairs done, pairs in all) after each pair.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        a: Side,
+        b: Side,
+        settings: CompareConfig,
+        *,
+        warmup_steps: int,
+        measure_steps: int,
+        why_not_in_turns: str | None,
+        command: Sequence[str],
+        say: Callable[[str], None],
+        on_pair: Callable[[int, int], None],
+    ) -> None:
+        runs.check_place(out)
+        self.file = out / REPORT_FILE
+        self.folder = out / "perf" / "compare"
+        self._out, self._sides, self._settings = out, (a, b), settings
+        self._warmup, self._measure = warmup_steps, measure_steps
+        self._why_not_in_turns = why_not_in_turns
+        self._command, self._say, self._on_pair = list(command), say, on_pair
+        self._gate: Gate | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Measure, write the report, return it.
+
+        Raises:
+            NotComparable: the gate is red (the report says so, and has no speeds).
+            RunFailed: a side ended by itself (the report says so).
+            UserError: another comparison works here.
+        """
+        with self._locked(), runs.stoppable():
+            try:
+                windows, mode, why_separate = self._windows()
+                report = self._report(windows, mode, why_separate)
+            except NotComparable as red:
+                write_json(self.file, strict(self._head() | {"verdict": None, "gate": dataclasses.asdict(red.gate)}))
+                raise
+            except RunFailed as failure:
+                write_json(self.file, strict(self._head() | {"verdict": None, "failure": str(failure)}))
+                raise
+        write_json(self.file, strict(report))
+        return report
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = FileLock(self.folder / ".lock")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.folder} is in use by another comparison") from None
+        except OSError as error:
+            raise UserError(f"--output-dir {self._out}: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # -- measuring -----------------------------------------------------------------------------------------
+
+    def _windows(self) -> tuple[list[tuple[Records, Records]], str, str | None]:
+        """(pairs of windows, how they were had, why not in turns if they were not)."""
+        why = self._why_not_in_turns
+        if why is None:
+            try:
+                return self._in_turns(), "in turns", None
+            except RunFailed as failure:
+                if failure.ending not in ("out_of_memory", "killed"):
+                    raise
+                why = f"two live runs do not fit in memory ({failure})"
+        if why != "--separate":
+            self._say(f"{why}: each window gets a process of its own, which takes longer")
+        return self._separately(), "separate processes", why
+
+    def _clear(self) -> None:
+        for entry in self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != ".lock":
+                entry.unlink()
+
+    def _in_turns(self) -> list[tuple[Records, Records]]:
+        self._clear()
+        s = self._settings
+        fewest, most = (s.pairs, s.pairs) if s.pairs else (_PAIRS_IN_TURNS, _MOST_PAIRS_IN_TURNS)
+        turn = SETTLE_STEPS + s.window_steps
+        warmup = max(self._warmup, s.gate_steps)
+        steps = warmup + most * turn + 1  # the last is never done: leaving saves nothing, the end of a run does
+
+        def window(of: Records, i: int) -> Records:
+            first = warmup + i * turn + SETTLE_STEPS
+            found = of[first : first + s.window_steps]
+            if [r["step"] for r in found] != list(range(first + 1, first + s.window_steps + 1)):
+                raise RuntimeError(f"steps {first + 1} to {first + s.window_steps} are not all in metrics.jsonl")
+            return found
+
+        def windows(records: Sequence[Records], pairs: int) -> list[tuple[Records, Records]]:
+            return [(window(records[0], i), window(records[1], i)) for i in range(pairs)]
+
+        with contextlib.ExitStack() as stack:
+            live = []
+            for side in self._sides:
+                run = self.folder / side.label
+                # A schedule as long as the user's: what is measured is a part of that run.
+                flags = self._quiet_flags(side, run, max(steps, side.settings["steps"]), turn)
+                log = self.folder / f"{side.label}.log"
+                live.append(stack.enter_context(TurnRun(side.label, side.program, flags, run, log)))
+                live[-1].start()
+            for run_ in live:
+                run_.turn(warmup)
+            for i, a_first in enumerate(coin_order(most, self._sides[0].settings["seed"]), 1):
+                for run_ in live if a_first else reversed(live):
+                    run_.turn(warmup + i * turn)
+                self._check_gate([runs.read_records(run_.run) for run_ in live] if self._gate is None else None)
+                self._on_pair(i, fewest if i <= fewest else most)
+                if fewest <= i < most and i % _PAIRS_BETWEEN_LOOKS == 0:
+                    # The newest window's numbers may still be on the device.
+                    known = windows([runs.read_records(run_.run) for run_ in live], i - 1)
+                    if precise(*([_medians(pair[k])["step_time_s"] for pair in known] for k in (0, 1))):
+                        break
+            for run_ in live:
+                run_.leave()
+            records = [runs.read_records(run_.run) for run_ in live]
+        self._check_gate(records)
+        self._check_code()
+        return windows(records, i)
+
+    def _separately(self) -> list[tuple[Records, Records]]:
+        self._clear()
+        s = self._settings
+        pairs = s.pairs or _PAIRS_SEPARATE
+        warmup = max(self._warmup, s.gate_steps)
+        steps = warmup + self._measure
+        windows: list[tuple[Records, Records]] = []
+        for i, a_first in enumerate(coin_order(pairs, self._sides[0].settings["seed"])):
+            found: dict[str, Records] = {}
+            for side in self._sides if a_first else reversed(self._sides):
+                run, log = self.folder / f"{side.label}_{i + 1:03d}", self.folder / f"{side.label}_{i + 1:03d}.log"
+                flags = self._quiet_flags(side, run, steps, steps)
+                with side.program.start(["train", *flags], log) as child:
+                    code = child.wait()
+                if code:
+                    raise RunFailed(side.label, code, runs.why(run, log, code))
+                for heavy in ("checkpoints", "tb"):
+                    shutil.rmtree(run / heavy, ignore_errors=True)
+                found[side.label] = runs.read_records(run)
+            if i == 0:
+                self._check_gate([found["a"], found["b"]])
+                self._check_code()
+            windows.append((found["a"][warmup:], found["b"][warmup:]))
+            self._on_pair(i + 1, pairs)
+        return windows
+
+    def _quiet_flags(self, side: Side, run: Path, steps: int, log_interval: int) -> list[str]:
+        return [
+            *side.flags, "--no-resume", "--no-perf-profile-enable", "--save-interval=1000000000", "--eval-interval=0",
+            "--sample-tokens=0", f"--log-interval={log_interval}", f"--steps={steps}", f"--output-dir={run}",
+        ]  # fmt: skip
+
+    def _check_gate(self, records: Sequence[Records] | None) -> None:
+        """Judge once both sides have the steps for it; on a GPU their numbers arrive some steps late."""
+        s = self._settings
+        if records is None or min(map(len, records)) < s.gate_steps:
+            return
+        tolerance = s.gate_tolerance or max(_TOLERANCE[str(self._resolved(x)["compute_dtype"])] for x in self._sides)
+        self._gate = Gate.judge(records[0], records[1], s.gate_steps, tolerance)
+        if not self._gate.passed:
+            raise NotComparable(self._gate)
+
+    def _check_code(self) -> None:
+        """A revision's checkout must be what ran, whatever is installed."""
+        for side in self._sides:
+            ran = (self._environment(side) or {}).get("commit")
+            if side.revision is not None and ran != side.revision.commit:
+                raise RuntimeError(f"{side.label} was to run {side.revision.commit} and ran {ran}")
+
+    # -- the report ----------------------------------------------------------------------------------------
+
+    def _newest_run(self, side: Side) -> Path:
+        return max(p for p in self.folder.iterdir() if p.is_dir() and p.name.partition("_")[0] == side.label)
+
+    def _resolved(self, side: Side) -> dict[str, Any]:
+        content = runs.read_json(self._newest_run(side) / "config.json") or {}
+        return dict(content.get("resolved", {}))
+
+    def _environment(self, side: Side) -> dict[str, Any] | None:
+        content = runs.read_json(self._newest_run(side) / runs.BOTTLENECKS_FILE) or {}
+        found = content.get("environment")
+        return dict(found) if found else None
+
+    def _head(self) -> dict[str, Any]:
+        """What is known before anything is measured."""
+        a, b = self._sides
+        different = {k: [a.settings.get(k), b.settings.get(k)] for k in {**a.settings, **b.settings}}
+        return {
+            "kind": "compare",
+            "command": environment.command_line(self._command),
+            "settings": dataclasses.asdict(self._settings),
+            "changed": {k: v for k, v in different.items() if v[0] != v[1]},
+            "a": self._identity(a),
+            "b": self._identity(b),
+        }
+
+    def _identity(self, side: Side) -> dict[str, Any]:
+        return {
+            "flags": side.typed,
+            "revision": side.revision.name if side.revision else None,
+            "commit": side.revision.commit if side.revision else None,
+            "training_command": environment.command_line(["eco_train", *side.flags]),
+        }
+
+    def _report(self, windows: list[tuple[Records, Records]], mode: str, why_separate: str | None) -> dict[str, Any]:
+        assert self._gate is not None
+        samples: list[dict[str, Any]] = [
+            {"pair": i + 1, "a_first": first, "a": _medians(a), "b": _medians(b)}
+            for i, ((a, b), first) in enumerate(
+                zip(windows, coin_order(len(windows), self._sides[0].settings["seed"]), strict=True)
+            )
+        ]
+        by_side = {side.label: [s[side.label] for s in samples] for side in self._sides}
+        found = difference(*([w["step_time_s"] for w in by_side[label]] for label in "ab"))
+        sides = {}
+        for side in self._sides:
+            tail = {name: simple.median(w[name] for w in by_side[side.label]) for name in _TIMES}
+            at = self._environment(side) or {}
+            sides[side.label] = {
+                **self._identity(side),
+                "commit": at.get("commit"),
+                "tail_throughput_tokens_per_s": side.tokens_per_step / tail["step_time_s"],
+                "tail_core_throughput_tokens_per_s": side.tokens_per_step / tail["core_step_time_s"],
+                **{f"tail_{name.removeprefix('phase_')}": value for name, value in tail.items()},
+                "peak_memory_gib": runs.peak_memory_gib(runs.read_records(self._newest_run(side))),
+                "resolved": {k: v for k, v in self._resolved(side).items() if k != "data_folder"},
+                "environment": at,
+            }
+        a, b = sides["a"], sides["b"]
+        verdict = found.verdict(self._settings.min_effect)
+        memory = [side["peak_memory_gib"] for side in (a, b)]
+        return self._head() | {
+            "verdict": verdict,
+            "sentence": sentence(found, self._settings.min_effect),
+            "tail_throughput_a_tokens_per_s": a["tail_throughput_tokens_per_s"],
+            "tail_throughput_b_tokens_per_s": b["tail_throughput_tokens_per_s"],
+            "throughput_delta_tokens_per_s": b["tail_throughput_tokens_per_s"] - a["tail_throughput_tokens_per_s"],
+            "throughput_delta_percent": 100
+            * (b["tail_throughput_tokens_per_s"] / a["tail_throughput_tokens_per_s"] - 1),
+            **{
+                f"tail_{name}_delta_s": b[f"tail_{name}_s"] - a[f"tail_{name}_s"]
+                for name in ("step_time", "core_step_time", *_PHASES)
+            },
+            "peak_memory_delta_gib": None if None in memory else memory[1] - memory[0],
+            "paired": dataclasses.asdict(found),
+            "gate": dataclasses.asdict(self._gate),
+            "mode": mode,
+            "why_separate": why_separate,
+            "pairs": len(windows),
+            "steps_per_window": len(windows[0][0]),
+            "tokens_per_step": self._sides[0].tokens_per_step,
+            "environment": b["environment"],
+            "a": a,
+            "b": b,
+            "samples": samples,
+        }
+
+
+def sentence(found: Difference, min_effect: float) -> str:
+    """The verdict for a person: estimate and interval with it."""
+    interval = f"{100 * found.confidence:.1f}% interval {found.low:+.2f}% to {found.high:+.2f}%, {found.pairs} pairs"
+    verdict = found.verdict(min_effect)
+    if verdict == "no difference shown" and found.high - found.low > 2 * PRECISION:
+        return (
+            f"no difference shown, nor could a small one be: B's throughput is {found.percent:+.2f}% against A's"
+            f" ({interval}). More --pairs or a quieter machine narrow the interval"
+        )
+    if verdict == "no difference shown":
+        return f"no difference shown: B's throughput is {found.percent:+.2f}% against A's ({interval})"
+    return f"B is {verdict}: its throughput is {found.percent:+.2f}% against A's ({interval})"
+
+
+def _medians(records: Records) -> dict[str, float]:
+    """A window in a few numbers: the median of each time over its steps, seconds."""
+    return {name: simple.median(r[name] for r in records) for name in _TIMES}
