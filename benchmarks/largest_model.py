@@ -13,6 +13,7 @@ Gate: the mean loss of the last ten steps is at least 1 below the first loss, on
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import math
 import statistics
@@ -91,11 +92,11 @@ def main() -> None:
             inner = block.forward
             block.forward = lambda x, f=inner: checkpoint(f, x, use_reentrant=False)
         if importlib.util.find_spec("bitsandbytes"):
-            from bitsandbytes.optim import AdamW8bit as Adam
+            Adam: Any = importlib.import_module("bitsandbytes.optim").AdamW8bit
 
             name = "bitsandbytes AdamW8bit"
         else:
-            from torch.optim import AdamW as Adam
+            Adam = torch.optim.AdamW
 
             name = "torch AdamW, bf16 state"
         for p in model.parameters():
@@ -151,7 +152,8 @@ def main() -> None:
 
     sizes = OURS[arguments.vram_gib]
     if arguments.sizes:
-        sizes = tuple(tuple(int(n) for n in size.split("x")) for size in arguments.sizes.split(","))
+        pairs = (size.split("x") for size in arguments.sizes.split(","))
+        sizes = tuple((int(width), int(layers)) for width, layers in pairs)
     sides = {"SigmaLLM": largest(ours, sizes)}
     if arguments.peer:
         sides["nanoGPT"] = largest(peer, PEER[arguments.vram_gib])

@@ -27,7 +27,7 @@ GATE_REVIEW = 8
 """Steps between looks at the gate: after a trip, at most so many steps are not applied."""
 EARLY_PROBES = (10, 50)
 """Further steps with a probe: much changes at the start, and nothing is saved before the first."""
-MARGIN = 0.25
+MARGIN = 0.5
 """Share of the tolerance that a probe may use up; halved for a block with every trip of the gate."""
 
 

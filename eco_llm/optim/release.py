@@ -18,6 +18,7 @@ What cannot be had this way: docs/gradient_release.md.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -45,6 +46,17 @@ class _Unit:
         """Of each of the optimizer's parameters, in its order, the place among the model's."""
         self.missing: set[int] = set()
         self.stepped = False
+
+
+def _hook(update: weakref.ref[ReleasedUpdate], number: int) -> Callable[[Tensor], None]:
+    """What a parameter of that unit calls. A parameter holds its hooks where Python's collector cannot see them, so a
+    hook that held the update, and with it the parameters, would keep the whole model alive for ever."""
+
+    def arrived(parameter: Tensor) -> None:
+        if (alive := update()) is not None:
+            alive._arrived(number, parameter)
+
+    return arrived
 
 
 class ReleasedUpdate:
@@ -99,10 +111,10 @@ class ReleasedUpdate:
         self._verdict: Tensor | None = None
         """0-dim: finite as long as no unit of this step was refused."""
         self._norms: list[Tensor] = []
-        for unit in self._units:
+        for number, unit in enumerate(self._units):
             for p in unit.params:
                 if p.requires_grad:
-                    p.register_post_accumulate_grad_hook(self._hook_of(unit))
+                    p.register_post_accumulate_grad_hook(_hook(weakref.ref(self), number))
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -141,17 +153,16 @@ class ReleasedUpdate:
         finally:
             self._walking = False
 
-    def _hook_of(self, unit: _Unit) -> Any:
-        def arrived(parameter: Tensor) -> None:
-            if not self._walking:  # somebody else's backward
-                return
-            if unit.stepped:
-                raise RuntimeError("gradient release: a gradient came after its unit was updated; use an ordinary step")
-            unit.missing.discard(id(parameter))
-            if not unit.missing:
-                self._finish(unit)
-
-        return arrived
+    def _arrived(self, number: int, parameter: Tensor) -> None:
+        """A parameter of a unit has its gradient."""
+        unit = self._units[number]
+        if not self._walking:  # somebody else's backward
+            return
+        if unit.stepped:
+            raise RuntimeError("gradient release: a gradient came after its unit was updated; use an ordinary step")
+        unit.missing.discard(id(parameter))
+        if not unit.missing:
+            self._finish(unit)
 
     def _finish(self, unit: _Unit) -> None:
         """Step one unit, unless the step is refused already, and free its gradients."""

@@ -6,7 +6,7 @@ import gzip
 import json
 import signal
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,17 @@ def train(tiny_flags: Flags, tmp_path: Path) -> Callable[..., list[dict[str, Any
         return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
     return run
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The attention kernels' backward adds in no fixed order otherwise: eager steps would not equal themselves."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(False)
 
 
 def learned(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -83,7 +94,9 @@ def with_hook(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
         "--instant-mode coupled --gradient-release --grad-clip 0 --weights-dtype bf16",
     ],
 )
-def test_losses_are_those_of_the_eager_step(flags: str, train: Callable[..., Any], tmp_path: Path) -> None:
+def test_losses_are_those_of_the_eager_step(
+    flags: str, train: Callable[..., Any], tmp_path: Path, deterministic: None
+) -> None:
     off = train("off", f"--cuda-graph off {flags}")
     again = train("again", f"--cuda-graph off {flags}")
     assert learned(again) == learned(off), "the eager step does not repeat itself, so nothing can equal it"
