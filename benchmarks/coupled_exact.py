@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from typing import Any
 
 from common import GateError, interleave, seconds_of, write_evidence
@@ -33,7 +34,24 @@ def main() -> None:
     from steps import Batches, Ours, Text, clean
 
     from eco_llm.config import InstantConfig, OptimizerConfig, RuntimeConfig, SigmaConfig
+    from eco_llm.instant.coupled import start
+    from eco_llm.model.sigma_llm import SigmaLLM
+    from eco_llm.ops.grid import RANGE, advance
+    from eco_llm.optim.update import Update
     from eco_llm.runtime import Runtime
+
+    @torch.no_grad()
+    def largest(model: SigmaLLM, ids: torch.Tensor) -> list[float]:
+        """The largest magnitude in the streams before each block and after the last."""
+        found = []
+        with runtime.autocast():
+            a, b = start(model.embedding(ids))
+            for block in model._blocks():
+                found.append(b.abs().max())
+                for f in (block.mix, block.feed):
+                    a, b = b, advance(a, f(b))[0]
+            found.append(b.abs().max())
+        return torch.stack(found).tolist()
 
     runtime = Runtime.detect(RuntimeConfig(device=arguments.device))
     device = runtime.device
@@ -41,20 +59,29 @@ def main() -> None:
     summary: dict[str, Any] = {}
 
     # 1 ---- exactness -------------------------------------------------------------------------------------------
-    model = Ours(
-        SigmaConfig(), Text(4, 512, device).cycle(), runtime, instant=coupled, settings=OptimizerConfig(lr=1e-3)
-    )
+    text = Text(4, 512, device)
+    model = Ours(SigmaConfig(), text.cycle(), runtime, instant=coupled, settings=OptimizerConfig(lr=1e-3))
     trips = torch.zeros((), device=device)
     refused = torch.zeros((), device=device)
-    losses = []
+    losses, refusals, verdicts = [], [], []
     for _ in range(arguments.steps):
         losses.append(model.step().clone())
         names, values = model.output.names, model.output.values
         trips += values[names.index("instant_tripped_blocks")]
         refused += 1 - values[names.index("applied")]
+        refusals.append(refused.clone())
+        verdicts.append(values[names.index("instant_tripped_block_0") :].clone())
     first, last = float(losses[0]), float(torch.stack(losses[-20:]).mean())
     summary |= {"steps": arguments.steps, "trips": float(trips), "refused": float(refused), "losses": [first, last]}
     summary["how"] = model.how
+    counts = torch.stack(refusals).tolist()
+    summary["refused_steps"] = [i for i, (a, b) in enumerate(zip([0.0, *counts], counts, strict=False), 1) if a != b][
+        :50
+    ]
+    if summary["refused_steps"]:
+        summary["tripped_blocks_first"] = verdicts[summary["refused_steps"][0] - 1].tolist()
+    summary["largest_values"] = largest(model.model, text.to_device(text.cycle()).inputs)
+    summary["range"] = RANGE
     print(summary, flush=True)
     if not last < first:
         raise GateError(f"the loss went from {first:.4f} to {last:.4f}: nothing was trained, so nothing is proven")
@@ -74,9 +101,9 @@ def main() -> None:
         torch.cuda.synchronize()
         peaks[layers] = torch.cuda.max_memory_allocated(device) - before
         weights = sum(p.nbytes for p in model.model.parameters())
-        state = sum(
-            v.nbytes for s in model.update.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)
-        )  # type: ignore[union-attr]
+        assert isinstance(model.update, Update)
+        states = [v for s in model.update.optimizer.state.values() for v in s.values()]
+        state = sum(v.nbytes for v in states if isinstance(v, torch.Tensor))
         counted[layers] = 2 * weights + state  # a gradient is as large as its weight
         del model
     grown, explained = peaks[48] - peaks[12], counted[48] - counted[12]
@@ -96,7 +123,15 @@ def main() -> None:
             raise GateError(f"{side.how}: first loss {loss:.4f} is not near ln V")
         side.step()
     wait = torch.cuda.synchronize
-    a, b = (seconds_of(lambda s=s: [s.step() for _ in range(2)], wait) for s in sides)
+
+    def two(side: Ours) -> Callable[[], float]:
+        def work() -> None:
+            side.step()
+            side.step()
+
+        return seconds_of(work, wait)
+
+    a, b = two(sides[0]), two(sides[1])
     result = interleave(a, b, arguments.rounds)
     summary |= {f"time_{k}": v for k, v in result.summary().items()}
     print(f"coupled / recompute: {result.ratio:.4f} ({result.ratio_low:.4f} – {result.ratio_high:.4f})")
