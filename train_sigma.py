@@ -1,8 +1,15 @@
-"""Thin entry point: `python train_sigma.py @train_sigma_args.txt` is `eco_train @train_sigma_args.txt`."""
+"""Thin entry point: `python train_sigma.py @train_sigma_args.txt` is `eco_train @train_sigma_args.txt`.
+
+The frozen executable starts here too, and is asked first whether it was started in Python's place (eco_llm/frozen.py).
+"""
 
 import sys
 
 from eco_llm.cli.main import main
 
 if __name__ == "__main__":
+    if getattr(sys, "frozen", False):
+        from eco_llm.frozen import stand_in_for_python
+
+        stand_in_for_python()
     sys.exit(main())
