@@ -6,10 +6,9 @@ The frozen executable starts here too, and is asked first whether it was started
 import sys
 
 from eco_llm.cli.main import main
+from eco_llm.frozen import is_frozen, stand_in_for_python
 
 if __name__ == "__main__":
-    if getattr(sys, "frozen", False):
-        from eco_llm.frozen import stand_in_for_python
-
+    if is_frozen():
         stand_in_for_python()
     sys.exit(main())

@@ -13,11 +13,8 @@ Anything else is a command of eco_train, none of which begins with one of these.
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
-import runpy
 import sys
-import sysconfig
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +33,18 @@ class Program(NamedTuple):
     """Code, a module's name, or a path."""
     arguments: list[str]
     unbuffered: bool
+
+
+def is_frozen() -> bool:
+    """Whether this process is the executable that `make exe` builds."""
+    return bool(getattr(sys, "frozen", False))
+
+
+def installing(command: str) -> str:
+    """How to have a package that is missing: `command`; into an executable nothing can be installed."""
+    if is_frozen():
+        return f"this executable was built without it; use eco_train from Python, and there {command}"
+    return command
 
 
 def interpreter_call(words: Sequence[str]) -> Program | None:
@@ -62,6 +71,8 @@ def interpreter_call(words: Sequence[str]) -> Program | None:
 def stand_in_for_python() -> None:
     """Return if the executable was started as eco_train; run the program and exit if it was started as Python."""
     _clean_environment()
+    import multiprocessing  # here and below, not above: `eco_train --help` is instant
+
     multiprocessing.freeze_support()  # children of multiprocessing end here
     program = interpreter_call(sys.argv[1:])
     if program is not None:
@@ -88,6 +99,9 @@ def _clean_environment() -> None:
 
 def _run(program: Program) -> None:
     """Run it as `__main__`, as the interpreter would."""
+    import runpy
+    import sysconfig
+
     # Modules of the standard library that nothing in the build imports, but a user's file may.
     sys.path.append(sysconfig.get_path("stdlib"))
     if program.unbuffered:

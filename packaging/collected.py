@@ -21,9 +21,11 @@ EXCLUDED = [
     # Parts of dependencies that serve what we do not: `tokenizers`' downloads, TensorBoard's web server and images,
     # graphical windows.
     "PIL", "grpc", "hf_xet", "httpx", "huggingface_hub", "tensorboard_data_server", "tkinter", "werkzeug",
-    # torch's own tests.
+    # torch's own tests. What is left of torch.testing is imported by torch itself.
     "torch.testing._internal.codegen", "torch.testing._internal.common_methods_invocations",
-    "torch.testing._internal.distributed", "torch.testing._internal.generated", "torch.testing._internal.opinfo",
+    "torch.testing._internal.distributed._shard", "torch.testing._internal.distributed._tensor",
+    "torch.testing._internal.distributed.distributed_test", "torch.testing._internal.distributed.nn",
+    "torch.testing._internal.distributed.rpc", "torch.testing._internal.generated", "torch.testing._internal.opinfo",
 ]  # fmt: skip
 
 _METADATA = (
@@ -54,7 +56,7 @@ def data_files(root: Path, work: Path) -> list[Data]:
 
 
 def _stdlib_sources() -> list[Data]:
-    """What `--data stdlib` reads, found as it finds them and put where it looks for them, so that the text is the same."""
+    """What `--data stdlib` reads, found as it finds them and put where it looks for them: its text stays the same."""
     from eco_llm.config import DataConfig
     from eco_llm.data.skips import Skips
     from eco_llm.data.sources import sources

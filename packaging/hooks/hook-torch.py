@@ -23,8 +23,11 @@ warn_on_missing_hiddenimports = False
 # ATen/ops declares every operator in 7,000 small files that only ahead-of-time compilation reads.
 datas = collect_data_files(
     "torch",
-    excludes=["bin/**", "test/**", "share/**", "include/ATen/ops/**", "**/*.pyi", "**/*.cmake", "lib/**/*.lib", "**/*.a"],
+    excludes=["bin/**", "lib/**", "share/**", "test/**", "include/ATen/ops/**", "**/*.pyi", "**/*.cmake"],
 )
+# On Windows TorchInductor links what it compiles to these; the other .lib are static, large, and torch's own.
+_LINKED = ("c10*.lib", "torch.lib", "torch_cpu.lib", "torch_cuda.lib", "torch_python.lib", "sleef.lib")
+datas += [(str(library), "torch/lib") for pattern in _LINKED for library in (PACKAGE / "lib").glob(pattern)]
 _TEST_LIBRARIES = ("torchbind_test", "jitbackend_test", "backend_with_compiler", "aoti_custom_ops")
 binaries = [
     (library, folder)
