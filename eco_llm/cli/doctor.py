@@ -32,6 +32,7 @@ from eco_llm.cli.parse import parse
 from eco_llm.frozen import installing, is_frozen
 from eco_llm.perf import environment
 from eco_llm.perf.nvml import NvmlDevice, NvmlUnavailableError
+from eco_llm.runtime import without_openssl
 from eco_llm.version import __version__
 
 if TYPE_CHECKING:
@@ -319,11 +320,21 @@ def _compile(torch: ModuleType) -> Iterator[Check]:
             return
     else:
         yield Check("C++ compiler", "ok", _compiler_version(compiler))
+    if device == "cpu" and (spaced := _paths_with_spaces(torch)):
+        advice = f"Move it to a path without a space, or set TORCHINDUCTOR_CACHE_DIR to one; until then {_NO_COMPILE}."
+        yield Check("compiler paths", "warn", f"TorchInductor's C++ cannot have a space in {spaced[0]}", advice)
     problem = _probe(_COMPILE_PROBE, device)
     if problem is None:
         yield Check("torch.compile", "ok", f"a function and its gradient compiled and ran on {device}")
     else:
         yield Check("torch.compile", "warn", problem, f"Mend the compiler above, or {_NO_COMPILE}.")
+
+
+def _paths_with_spaces(torch: ModuleType) -> list[str]:
+    """Folders that TorchInductor puts on the compiler's command line without quotes (found with torch 2.13)."""
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(Path.cwd() / ".runtime_cache")
+    installed = str(Path(torch.__file__).parent)
+    return [path for path in (cache, installed) if len(path.split()) > 1]
 
 
 def _cpp_compiler() -> str | None:
@@ -362,7 +373,7 @@ def _probe(program: str, *arguments: str, seconds: float = PROBE_SECONDS) -> str
         script = Path(folder) / "probe.py"
         script.write_text(program, encoding="utf-8")
         # One compile thread: no worker pool that would outlive a killed child.
-        env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), folder)} | {
+        env = {**os.environ, **without_openssl(), **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), folder)} | {
             "TRITON_CACHE_DIR": str(Path(folder) / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor"),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",

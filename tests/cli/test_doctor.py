@@ -240,11 +240,27 @@ def test_no_compiler_warns_and_is_not_tried_on_cpu(monkeypatch: pytest.MonkeyPat
     assert "Build Tools" in doctor._compiler_advice()
 
 
+def test_a_space_in_a_path_of_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr(doctor, "_compiler_version", lambda name: "g++ 12")
+    monkeypatch.setattr(doctor, "_probe", lambda *a: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch = fake_torch(None, available=False)
+    torch.__file__ = "/opt/torch/__init__.py"
+    assert [check.status for check in doctor._compile(torch)] == ["ok", "ok"]
+    torch.__file__ = "/opt/my programs/torch/__init__.py"
+    assert "/opt/my programs/torch" in named(list(doctor._compile(torch)), "compiler paths").found
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a b"))
+    assert str(tmp_path / "a b") in named(list(doctor._compile(torch)), "compiler paths").found
+
+
 def test_failed_compilation_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_cpp_compiler", lambda: "g++")
     monkeypatch.setattr(doctor, "_compiler_version", lambda name: "g++ 12")
     monkeypatch.setattr(doctor, "_probe", lambda *a: "CppCompileError: no header")
-    check = named(list(doctor._compile(fake_torch(None, available=False))), "torch.compile")
+    torch = fake_torch(None, available=False)
+    torch.__file__ = "/opt/torch/__init__.py"
+    check = named(list(doctor._compile(torch)), "torch.compile")
     assert (check.status, check.found) == ("warn", "CppCompileError: no header")
 
 
