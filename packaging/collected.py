@@ -35,6 +35,8 @@ _METADATA = (
 )  # fmt: skip
 """Distributions whose metadata is kept: their versions (`doctor`, evidence files), entry points and licences."""
 
+_CODE = ("eco_llm", "packaging", "presets", "train_sigma.py", "train_sigma_args.txt", "constraints.txt")
+
 Data = tuple[str, str]
 """(file or folder, folder inside the build)."""
 
@@ -104,7 +106,7 @@ def _commit(root: Path, work: Path) -> list[Data]:
             return None
         return done.stdout.strip()
 
-    head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *_CODE)
     if head is None or changes != "":
         return []
     work.mkdir(parents=True, exist_ok=True)
