@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS   ?=
 
-.PHONY: train test check gpu-test clean
+.PHONY: train test check gpu-test exe exe-test clean
 
 train: $(VENV)/.installed
 	$(BIN)/eco_train @presets/quickstart_cpu.txt $(ARGS)
@@ -24,6 +24,13 @@ check: $(VENV)/.installed-check
 gpu-test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+# The program in one folder, without Python: docs/executable.md.
+exe: $(VENV)/.installed-exe
+	$(BIN)/python -m PyInstaller --noconfirm --log-level WARN --distpath dist --workpath build/exe packaging/eco_train.spec
+
+exe-test: $(VENV)/.installed-exe
+	ECO_TRAIN_EXE=dist/eco_train $(BIN)/python -m pytest tests/packaging $(ARGS)
+
 clean:
 	rm -rf .runtime_cache .data_cache build *.egg-info
 
@@ -37,6 +44,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-exe: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e '.[exe,test]'
 	touch $@
 
 $(VENV)/.installed-check: pyproject.toml constraints.txt | $(VENV)/bin/python

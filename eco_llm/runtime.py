@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,16 @@ def set_cache_dirs(root: Path | None = None) -> None:
     base = (root or Path.cwd()) / ".runtime_cache"
     os.environ.setdefault("TRITON_CACHE_DIR", str(base / "triton"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+    os.environ.update(without_openssl())
+
+
+def without_openssl() -> dict[str, str]:
+    """Environment in which torch.compile needs no `openssl`, on a machine that has none; else empty.
+
+    TorchInductor starts that program to hash the headers that it compiles beforehand, and fails without.
+    """
+    name = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"
+    return {} if shutil.which("openssl") or name in os.environ else {name: "0"}
 
 
 def torch_dtype(name: Literal["fp32", "bf16"]) -> torch.dtype:

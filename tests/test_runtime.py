@@ -13,7 +13,7 @@ import torch
 from eco_llm import runtime as runtime_module
 from eco_llm.config import RuntimeConfig
 from eco_llm.errors import UserError
-from eco_llm.runtime import COMPILE_PAYS, Runtime, set_cache_dirs
+from eco_llm.runtime import COMPILE_PAYS, Runtime, set_cache_dirs, without_openssl
 
 CPU = RuntimeConfig(device="cpu")
 
@@ -154,6 +154,20 @@ def test_cache_folders_are_set_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []  # naming a folder does not make it
     set_cache_dirs(tmp_path / "elsewhere")
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / ".runtime_cache" / "triton")
+
+
+def test_compiling_does_without_openssl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert without_openssl() == {name: "0"}
+    monkeypatch.setenv(name, "1")  # the user's word stands
+    assert without_openssl() == {}
+    monkeypatch.delenv(name)
+    program = tmp_path / ("openssl.exe" if sys.platform == "win32" else "openssl")
+    program.touch(mode=0o755)
+    assert without_openssl() == {}
 
 
 def test_the_usual_variables_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

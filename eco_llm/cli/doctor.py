@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,8 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from eco_llm.cli.parse import parse
+from eco_llm.frozen import installing, is_frozen
 from eco_llm.perf import environment
 from eco_llm.perf.nvml import NvmlDevice, NvmlUnavailableError
+from eco_llm.runtime import without_openssl
+from eco_llm.version import __version__
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -84,28 +86,30 @@ class Check:
     """One sentence; empty when all is well."""
 
 
-def diagnose(progress: Callable[[str], None] = lambda name: None) -> list[Check]:
-    """Look at everything, in the order a user can mend it. `progress` hears the name of each part first.
+def diagnose(progress: Callable[[str], None] = lambda name: None) -> Iterator[Check]:
+    """Look at everything, in the order a user can mend it; each finding comes as soon as it is known. `progress` hears
+    the name of each part first.
 
     Takes a few seconds without a compiler to try, up to a minute or two with.
     """
-    checks: list[Check] = []
-
-    def look(name: str, part: Callable[[], Iterator[Check]]) -> None:
-        progress(name)
-        checks.extend(part())
-
-    look("system", _system)
-    look("folders", _folders)
-    look("packages", _packages)
+    progress("system")
+    yield from _system()
+    progress("folders")
+    yield from _folders()
+    progress("packages")
+    yield from _packages()
     progress("torch")
-    torch = _import_torch(checks)
-    if torch is not None:
-        look("GPU", lambda: _gpu(torch))
-        if torch.cuda.is_available():
-            look("Triton (compiling a kernel)", _triton)
-        look("torch.compile (compiling a function)", lambda: _compile(torch))
-    return checks
+    torch, check = _import_torch()
+    yield check
+    if torch is None:
+        return
+    progress("GPU")
+    yield from _gpu(torch)
+    if torch.cuda.is_available():
+        progress("Triton (compiling a kernel)")
+        yield from _triton()
+    progress("torch.compile (compiling a function)")
+    yield from _compile(torch)
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def run(args: Sequence[str]) -> int:
 def show(json: bool) -> int:
     """Print the diagnosis as a table, or as JSON. Returns 0 if this machine can train, 1 if it cannot."""
     if json:
-        checks = diagnose()
+        checks = list(diagnose())
         trainable = all(check.status != "fail" for check in checks)
         device = "cuda" if _has_cuda() else "cpu"
         report = {
@@ -135,13 +139,16 @@ def show(json: bool) -> int:
         print(jsonlib.dumps(report, indent=2))
         return 0 if trainable else 1
     console = Console()
-    with console.status("looking …") if console.is_terminal else nullcontext() as status:
-        checks = diagnose((lambda name: status.update(f"{name} …")) if status is not None else lambda name: None)
     if console.is_terminal:
+        with console.status("looking …") as status:
+            checks = list(diagnose(lambda name: status.update(f"{name} …")))
         _print_table(console, checks)
-    else:
-        for check in checks:
-            print(f"{check.status:4}  {check.name}: {check.found}" + (f" -> {check.advice}" if check.advice else ""))
+    else:  # line by line as they come: a log shows what a slow check is about
+        checks = []
+        for check in diagnose():
+            checks.append(check)
+            advice = f" -> {check.advice}" if check.advice else ""
+            print(f"{check.status:4}  {check.name}: {check.found}{advice}", flush=True)
     failed = [check.name for check in checks if check.status == "fail"]
     verdict = f"cannot train yet: {', '.join(failed)}" if failed else "ready to train"
     print(f"eco_train doctor: {verdict}")
@@ -160,6 +167,7 @@ def _print_table(console: Console, checks: list[Check]) -> None:
 
 
 def _system() -> Iterator[Check]:
+    yield Check("eco-llm", "ok", __version__ + (", the executable" if is_frozen() else ""))
     version = platform.python_version()
     if sys.version_info[:2] < PYTHON_MIN:
         yield Check("Python", "fail", version, "Install Python 3.11 or newer and make the environment again.")
@@ -206,10 +214,17 @@ def _writable(name: str, folder: Path, advice: str) -> Check:
 
 def _packages() -> Iterator[Check]:
     for name in ("numpy", "tokenizers", "safetensors", "tyro"):
-        yield _package(name, "fail", f"Run `pip install {name}`: training needs it.")
-    yield _package("tensorboard", "warn", "Run `pip install tensorboard` to see curves in a browser.")
-    yield _package("pyarrow", "warn", 'Run `pip install "eco-llm[parquet]"` if your data is .parquet or .zst.')
-    yield _package("datasets", "warn", 'Run `pip install "eco-llm[hf]"` if you want --data hf:NAME.')
+        yield _package(name, "fail", _install(f"pip install {name}", "which training needs"))
+    yield _package("tensorboard", "warn", _install("pip install tensorboard", "to see curves in a browser"))
+    parquet = _install('pip install "eco-llm[parquet]"', "if your data is .parquet or .zst")
+    yield _package("pyarrow", "warn", parquet)
+    hub = _install('pip install "eco-llm[hf]"', "if you want --data hf:NAME")
+    yield _package("datasets", "warn", hub)
+
+
+def _install(command: str, why: str) -> str:
+    how = installing(f"`{command}`")
+    return f"{how[0].upper()}{how[1:]}, {why}." if is_frozen() else f"Run {how}, {why}."
 
 
 def _package(name: str, missing: Status, advice: str) -> Check:
@@ -217,29 +232,26 @@ def _package(name: str, missing: Status, advice: str) -> Check:
         return Check(name, missing, "not installed", advice)
     try:
         return Check(name, "ok", importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:  # importable without metadata, as in a frozen build
+    except importlib.metadata.PackageNotFoundError:  # importable without metadata
         return Check(name, "ok", "installed")
 
 
-def _import_torch(checks: list[Check]) -> ModuleType | None:
+def _import_torch() -> tuple[ModuleType | None, Check]:
     """Import torch and judge its version; None when it cannot be imported."""
     wanted = f"torch >= {TORCH_MIN[0]}.{TORCH_MIN[1]}, < {TORCH_BELOW[0]}.{TORCH_BELOW[1]}"
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a missing or broken shared library
-        checks.append(Check("torch", "fail", _last_line(str(error)), f"Install {wanted}."))
-        return None
+        return None, Check("torch", "fail", _last_line(str(error)), f"Install {wanted}.")
     version = str(torch.__version__)
     numbers = re.match(r"(\d+)\.(\d+)", version)
     assert numbers is not None
     pair = (int(numbers[1]), int(numbers[2]))
     if pair < TORCH_MIN:
-        checks.append(Check("torch", "fail", version, f"Install {wanted}."))
-    elif pair >= TORCH_BELOW:
-        checks.append(Check("torch", "warn", version, f"Newer than what is tested ({wanted}); it may not work."))
-    else:
-        checks.append(Check("torch", "ok", version))
-    return torch
+        return torch, Check("torch", "fail", version, f"Install {wanted}.")
+    if pair >= TORCH_BELOW:
+        return torch, Check("torch", "warn", version, f"Newer than what is tested ({wanted}); it may not work.")
+    return torch, Check("torch", "ok", version)
 
 
 def _gpu(torch: ModuleType) -> Iterator[Check]:
@@ -261,7 +273,7 @@ def _gpu(torch: ModuleType) -> Iterator[Check]:
                 gpu.sample()
                 yield Check(f"NVML cuda:{index}", "ok", f"driver {gpu.driver}")
         except NvmlUnavailableError as error:
-            advice = "Run `pip install nvidia-ml-py`; without it GPU utilisation stays unknown."
+            advice = _install("pip install nvidia-ml-py", "without which GPU utilisation stays unknown")
             yield Check(f"NVML cuda:{index}", "warn", str(error), advice)
     if torch.cuda.is_bf16_supported(including_emulation=False):
         yield Check("bf16", "ok", "supported by the GPU")
@@ -287,7 +299,7 @@ def _no_gpu(torch: ModuleType) -> Check:
 def _triton() -> Iterator[Check]:
     package = "triton-windows" if sys.platform == "win32" else "triton"
     if importlib.util.find_spec("triton") is None:
-        advice = f"Run `pip install {package}`, or train without the fast kernels and {_NO_COMPILE}."
+        advice = _install(f"pip install {package}", f"or train without the fast kernels and {_NO_COMPILE}")
         yield Check("Triton", "warn", "not installed", advice)
         return
     version = _package("triton", "warn", "").found
@@ -307,12 +319,22 @@ def _compile(torch: ModuleType) -> Iterator[Check]:
         if device == "cpu":  # without one the compilation below can only fail
             return
     else:
-        yield Check("C++ compiler", "ok", compiler)
+        yield Check("C++ compiler", "ok", _compiler_version(compiler))
+    if device == "cpu" and (spaced := _paths_with_spaces(torch)):
+        advice = f"Move it to a path without a space, or set TORCHINDUCTOR_CACHE_DIR to one; until then {_NO_COMPILE}."
+        yield Check("compiler paths", "warn", f"TorchInductor's C++ cannot have a space in {spaced[0]}", advice)
     problem = _probe(_COMPILE_PROBE, device)
     if problem is None:
         yield Check("torch.compile", "ok", f"a function and its gradient compiled and ran on {device}")
     else:
         yield Check("torch.compile", "warn", problem, f"Mend the compiler above, or {_NO_COMPILE}.")
+
+
+def _paths_with_spaces(torch: ModuleType) -> list[str]:
+    """Folders that TorchInductor puts on the compiler's command line without quotes (found with torch 2.13)."""
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(Path.cwd() / ".runtime_cache")
+    installed = str(Path(torch.__file__).parent)
+    return [path for path in (cache, installed) if len(path.split()) > 1]
 
 
 def _cpp_compiler() -> str | None:
@@ -323,6 +345,16 @@ def _cpp_compiler() -> str | None:
         if shutil.which(name):
             return Path(name).name
     return None
+
+
+def _compiler_version(name: str) -> str:
+    """What the compiler says of itself, or its name where it says nothing (Microsoft's cl knows no --version)."""
+    try:
+        done = subprocess.run([os.environ.get("CXX") or name, "--version"], capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return name
+    said = done.stdout.decode(errors="replace").strip()
+    return said.splitlines()[0] if said else name
 
 
 def _compiler_advice() -> str:
@@ -337,13 +369,11 @@ def _compiler_advice() -> str:
 
 def _probe(program: str, *arguments: str, seconds: float = PROBE_SECONDS) -> str | None:
     """Run `program` in a fresh interpreter with empty compiler caches; None if it ended well, else why not."""
-    if getattr(sys, "frozen", False):
-        return "not tried: the frozen build has no interpreter to try it in"
     with tempfile.TemporaryDirectory(prefix="eco-doctor-", ignore_cleanup_errors=True) as folder:
         script = Path(folder) / "probe.py"
         script.write_text(program, encoding="utf-8")
         # One compile thread: no worker pool that would outlive a killed child.
-        env = os.environ | {
+        env = {**os.environ, **without_openssl(), **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), folder)} | {
             "TRITON_CACHE_DIR": str(Path(folder) / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor"),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",

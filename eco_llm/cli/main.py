@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             code = _run(sys.argv[1:] if argv is None else argv)
-        except SystemExit as end:  # a command's --help was printed
-            code = int(end.code or 0)
+        except SystemExit as end:  # a command's --help was printed, or rich found that the reader has left
+            code = 0 if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
         sys.stdout.flush()  # here, where a reader that has left can still be noticed in peace
         return code
     except UserError as error:

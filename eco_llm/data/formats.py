@@ -18,6 +18,7 @@ from eco_llm.data import skips as reason
 from eco_llm.data.documents import Document, cut
 from eco_llm.data.skips import Skips
 from eco_llm.errors import UserError
+from eco_llm.frozen import installing
 
 TEXT = (".txt", ".md", ".py")
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -52,7 +53,8 @@ def extension(path: Path) -> str | None:
 def require_reader(path: Path) -> None:
     """Raise UserError when the package that reads `path` is not installed."""
     if extension(path) in (".parquet", ".jsonl.zst") and importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f'--data {path} needs pyarrow: pip install "eco-llm[parquet]"')
+        how = installing('pip install "eco-llm[parquet]"')
+        raise UserError(f"--data {path} needs pyarrow: {how}")
 
 
 def read_documents(file: SourceFile, text_field: str, skips: Skips) -> Iterator[Document]:

@@ -40,6 +40,7 @@ from eco_llm.data.formats import (
 from eco_llm.data.skips import Skips
 from eco_llm.data.tokenizer import TRAIN, Tokenizer
 from eco_llm.errors import UserError
+from eco_llm.frozen import installing, is_frozen
 
 KEYWORDS = ("stdlib", "python-env")
 _CACHES = frozenset({"__pycache__"})
@@ -285,6 +286,10 @@ def _walk(root: Path, keep: Callable[[str], bool], *, strict: bool) -> Iterator[
 def _python_files(keyword: str, skips: Skips) -> Iterator[SourceFile]:
     """.py files of this interpreter. One that cannot be read is skipped: nobody named it."""
     everything = keyword == "python-env"
+    if everything and is_frozen():
+        raise UserError(
+            "--data python-env: the executable carries no installed packages' sources; use stdlib, or a folder"
+        )
     roots = [("stdlib", Path(sysconfig.get_path("stdlib")))]
     if everything:
         roots += [("site-packages", root) for root in _site_packages()]
@@ -333,7 +338,8 @@ def parse_hf(entry: str) -> HfSource:
 
 def _check_hf(source: HfSource) -> None:
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f'--data {source.entry} needs the datasets package: pip install "eco-llm[hf]"')
+        how = installing('pip install "eco-llm[hf]"')
+        raise UserError(f"--data {source.entry} needs the datasets package: {how}")
     looks_local = source.name.startswith((".", "/", "~", "\\")) or Path(source.name).is_absolute()
     if looks_local and not Path(source.name).expanduser().exists():
         raise UserError(f"--data {source.entry}: no such folder {source.name}")

@@ -60,13 +60,21 @@ def collect(device: str = "cpu", argv: Sequence[str] | None = None) -> dict[str,
 def command_line(argv: Sequence[str]) -> str:
     """`argv` as one shell line: the program by its name, home and working directory as `~` and `.`."""
     words = [Path(argv[0]).name if argv else ""]
-    here, home = str(Path.cwd()), str(Path.home())
+    here, home = str(Path.cwd()), _home()
     for word in argv[1:]:
         for prefix, short in ((here, "."), (home, "~")):
             if len(prefix) > 1:
                 word = re.sub(rf"(?<![^=@,]){re.escape(prefix)}(?=$|[/\\])", short, word)
         words.append(word)
     return shlex.join(words)
+
+
+def _home() -> str:
+    """The user's home; empty for a user without one, as an unnamed one in a container."""
+    try:
+        return str(Path.home())
+    except RuntimeError:
+        return ""
 
 
 def source_digest(package: Path = _PACKAGE) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -43,7 +45,7 @@ def test_torch_range_is_the_packages() -> None:
 @pytest.mark.usefixtures("no_probes")
 def test_this_machine_can_train_and_every_problem_has_one_sentence_of_advice() -> None:
     heard: list[str] = []
-    checks = doctor.diagnose(heard.append)
+    checks = list(doctor.diagnose(heard.append))
     assert all(check.status != "fail" for check in checks)
     assert all(bool(check.advice) == (check.status != "ok") for check in checks)
     assert all(check.advice.endswith(".") for check in checks if check.advice)
@@ -70,7 +72,7 @@ def test_a_failure_gives_exit_code_1_in_both_forms(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checks = [Check("disk", "fail", "0.1 GiB [free]", "Free some."), Check("GPU", "warn", "none", "Buy one.")]
-    monkeypatch.setattr(doctor, "diagnose", lambda progress=None: checks)
+    monkeypatch.setattr(doctor, "diagnose", lambda: iter(checks))
     assert doctor.show(json=True) == 1
     assert json.loads(capsys.readouterr().out)["trainable"] is False
     assert doctor.show(json=False) == 1
@@ -84,11 +86,52 @@ def test_a_failure_gives_exit_code_1_in_both_forms(
 
 def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(doctor, "diagnose", lambda progress: [Check("disk", "ok", "5 [GiB]")])
+    monkeypatch.setattr(doctor, "diagnose", lambda progress: iter([Check("disk", "ok", "5 [GiB]")]))
     assert doctor.show(json=False) == 0
     out = capsys.readouterr().out
     assert "\x1b[" in out
     assert "5 [GiB]" in out
+
+
+class Pipe(io.StringIO):
+    """A stream that is no terminal and keeps what has been flushed."""
+
+    flushed = ""
+
+    def flush(self) -> None:
+        self.flushed = self.getvalue()
+
+
+def test_each_finding_is_printed_when_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off a terminal too: the line before a slow check must not wait for it."""
+    pipe = Pipe()
+    seen: list[str] = []
+
+    def slow() -> Iterator[Check]:
+        yield Check("disk", "ok", "5 GiB")
+        seen.append(pipe.flushed)
+        yield Check("torch.compile", "warn", "slow", "Wait.")
+
+    monkeypatch.setattr(sys, "stdout", pipe)
+    monkeypatch.setattr(doctor, "diagnose", slow)
+    assert doctor.show(json=False) == 0
+    assert seen == ["ok    disk: 5 GiB\n"]
+
+
+def test_the_executable_is_told_that_nothing_can_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    advice = "This executable was built without it; use eco_train from Python, and there `pip install tensorboard`"
+    assert named(list(doctor._packages()), "tensorboard").advice.startswith("Run `pip install tensorboard`")
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert named(list(doctor._packages()), "tensorboard").advice.startswith(advice)
+    assert named(list(doctor._system()), "eco-llm").found.endswith("the executable")
+
+
+def test_the_compilers_own_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", sys.executable)
+    assert doctor._compiler_version("python") == f"Python {platform.python_version()}"
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    assert doctor._compiler_version("cl") == "cl"
 
 
 def test_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,16 +169,16 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_torch_version(monkeypatch: pytest.MonkeyPatch, version: str, status: str) -> None:
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__=version))
-    checks: list[Check] = []
-    assert doctor._import_torch(checks) is not None
-    assert checks[0].status == status
+    torch_found, check = doctor._import_torch()
+    assert torch_found is not None
+    assert check.status == status
 
 
 def test_no_torch_is_a_failure_and_ends_the_torch_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    checks = doctor.diagnose()
-    assert checks[-1].name == "torch"
-    assert checks[-1].status == "fail"
+    *_, last = doctor.diagnose()
+    assert last.name == "torch"
+    assert last.status == "fail"
 
 
 def fake_torch(cuda: str | None, available: bool, major: int = 9, bf16: bool = True) -> Any:
@@ -197,10 +240,27 @@ def test_no_compiler_warns_and_is_not_tried_on_cpu(monkeypatch: pytest.MonkeyPat
     assert "Build Tools" in doctor._compiler_advice()
 
 
+def test_a_space_in_a_path_of_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr(doctor, "_compiler_version", lambda name: "g++ 12")
+    monkeypatch.setattr(doctor, "_probe", lambda *a: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch = fake_torch(None, available=False)
+    torch.__file__ = "/opt/torch/__init__.py"
+    assert [check.status for check in doctor._compile(torch)] == ["ok", "ok"]
+    torch.__file__ = "/opt/my programs/torch/__init__.py"
+    assert "/opt/my programs/torch" in named(list(doctor._compile(torch)), "compiler paths").found
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a b"))
+    assert str(tmp_path / "a b") in named(list(doctor._compile(torch)), "compiler paths").found
+
+
 def test_failed_compilation_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr(doctor, "_compiler_version", lambda name: "g++ 12")
     monkeypatch.setattr(doctor, "_probe", lambda *a: "CppCompileError: no header")
-    check = named(list(doctor._compile(fake_torch(None, available=False))), "torch.compile")
+    torch = fake_torch(None, available=False)
+    torch.__file__ = "/opt/torch/__init__.py"
+    check = named(list(doctor._compile(torch)), "torch.compile")
     assert (check.status, check.found) == ("warn", "CppCompileError: no header")
 
 
@@ -213,6 +273,7 @@ def test_missing_triton_on_windows_names_its_package(monkeypatch: pytest.MonkeyP
 
 def test_probe_reports_success_error_and_time_out() -> None:
     assert doctor._probe("import os; assert 'eco-doctor-' in os.environ['TRITON_CACHE_DIR']") is None
+    assert doctor._probe("import tempfile; assert 'eco-doctor-' in tempfile.gettempdir()") is None
     problem = doctor._probe("raise RuntimeError('no compiler here')")
     assert problem == "RuntimeError: no compiler here"
     assert doctor._probe("import sys; sys.exit(7)") == "exit code 7"

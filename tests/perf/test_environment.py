@@ -96,3 +96,13 @@ def test_gpu_is_described() -> None:
     assert gpu["name"] == torch.cuda.get_device_name()
     assert gpu["driver"]
     assert gpu["compute_capability"] == "{}.{}".format(*torch.cuda.get_device_capability())
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that was started with a bare user number."""
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    assert environment.command_line(["/bin/eco_train", "--steps", "3"]) == "eco_train --steps 3"
