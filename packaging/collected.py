@@ -53,8 +53,8 @@ def _module(path: Path, root: Path) -> str:
 
 
 def data_files(root: Path, work: Path) -> list[Data]:
-    """The standard library's sources, Python's headers, metadata of packages, and the commit this is built from."""
-    return [*_stdlib_sources(), *_python_headers(), *_metadata(), *_commit(root, work)]
+    """The standard library's sources, Python's headers, metadata of packages, the report's page, and the commit."""
+    return [*_stdlib_sources(), *_python_headers(), *_metadata(), *_page(root), *_commit(root, work)]
 
 
 def _stdlib_sources() -> list[Data]:
@@ -65,6 +65,12 @@ def _stdlib_sources() -> list[Data]:
 
     files = [str(source.path) for source in sources(DataConfig(data=("stdlib",)), Skips())]
     return [(name, _inside(Path(name).parent)) for name in files]
+
+
+def _page(root: Path) -> list[Data]:
+    """Template, style and script of report.html, which the package reads from beside its code."""
+    folder = Path("eco_llm/proof/report/page")
+    return [(str(path), str(folder)) for path in sorted((root / folder).iterdir())]
 
 
 def _python_headers() -> list[Data]:

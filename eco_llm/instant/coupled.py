@@ -8,7 +8,7 @@ One evaluation of f in backward serves both the inverse and the vector-Jacobian 
 that backward reconstructs is that of forward. Kept: the two last states, whatever the depth, and of every other state
 its checksums (8 bytes for 4096 numbers), compared before a block's last gradient is made.
 
-Rounding to the grid has derivative 1 here (a straight-through estimate, half a step of the grid at most from the truth).
+Rounding to the grid, by half a step at most, has derivative 1 here (a straight-through estimate).
 """
 
 from __future__ import annotations
