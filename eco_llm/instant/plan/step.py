@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from eco_llm.instant.plan.layers import F32, Buffer, Kind, Parts, Tape
-from eco_llm.instant.plan.sizes import STATE_ROW, Job
+from eco_llm.instant.plan.sizes import STATE_ROW, TILE, Job
 
 GIB = 2**30
 CUBLAS_WORKSPACE = 32 * 2**20
 """Of one (thread, stream) on Hopper; other cards take 8.1 MiB. Forward and backward run on threads of their own."""
-CONTEXT = GIB // 2
-"""What the CUDA context, libraries and loaded kernels take outside the allocator: assumed."""
+CONTEXT, GRAPH = round(0.76 * GIB), round(0.07 * GIB)
+"""What a process takes outside the allocator: CUDA context, libraries, kernels; and a CUDA graph. An H200's."""
 INVERSIONS = 3
 """Iterations of `fixed-point`, which the run chooses by itself: assumed."""
 FORWARDS = {"none": 0.0, "compress": 0.0, "recompute": 1.0, "coupled": 1.0, "fixed-point": INVERSIONS + 1.0}
@@ -30,6 +30,8 @@ class Estimate:
     """What the allocator holds once validation has run too (`torch.cuda.max_memory_reserved`)."""
     extra_forwards: float
     """Forward passes over the whole stack that backward adds."""
+    context: int = CONTEXT
+    """Outside the allocator."""
 
     @property
     def peak(self) -> int:
@@ -39,7 +41,7 @@ class Estimate:
     @property
     def total(self) -> int:
         """What must be free on the card."""
-        return self.reserved + CONTEXT
+        return self.reserved + self.context
 
     @property
     def reserve(self) -> int:
@@ -79,7 +81,7 @@ def estimate(job: Job) -> Estimate:
     worst = max(steps, key=lambda step: step.tape.peak)
     reserved = max(step.tape.allocator.reserved for step in steps)
     extra = sum(FORWARDS[mode] for mode in job.modes) / len(job.modes)
-    return Estimate(worst.tape.at_peak, reserved, extra)
+    return Estimate(worst.tape.at_peak, reserved, extra, CONTEXT + (GRAPH if job.graph else 0))
 
 
 class _Step:
@@ -90,17 +92,19 @@ class _Step:
         self.parts = Parts(job, self.tape)
         self.mixers = job.model.mixer_pattern
         self.outer: list[Buffer] = []  # the head's gradient, to which a tied table's is added at the very end
+        self.finished: list[Buffer] = []  # gradients that wait for the optimizer
 
     def play(self) -> None:
         """Everything a process does until it has trained and validated once."""
         self._set_up()
         self.tape.pool = "graph" if self.job.graph else ""
         if self.job.grad_accum > 1:  # the last micro-step finds the gradients of those before
-            for size in self._weights():
-                self.tape.take(size, "gradients")
+            self.finished = [self.tape.take(size, "gradients") for size in self._weights()]
             self.parts.transient = True
         self._train()
         self.tape.pool = ""
+        if not self.job.graph:  # a graph's own gradients stay where its replays write them
+            self.tape.give(*self.finished)
         if self.job.evaluates:
             self._validate()
         self._probe()
@@ -188,9 +192,14 @@ class _Step:
         """A block's vectors get their gradients; what becomes of all of them when backward leaves it."""
         for length in self.parts.shapes.vectors(mixer) if mixer else []:
             self.parts.gradient(length, F32)
-        if self.parts.transient or self.job.release:
-            self.tape.give(*self.parts.gradients)
+        self._finish(self.parts.gradients)
         self.parts.gradients = []
+
+    def _finish(self, gradients: list[Buffer]) -> None:
+        if self.parts.transient or self.job.release:
+            self.tape.give(*gradients)
+        else:
+            self.finished += gradients
 
     def _head(self, x: Buffer, *, owned: bool) -> Buffer:
         """Final norm, product and loss, which makes its gradients in forward; then their backward. Frees x if owned."""
@@ -226,8 +235,7 @@ class _Step:
         tape.give(sort, dx, *rows)
         parts.gradient(parts.D, F32)  # of the final norm
         self._settle("")
-        if self.parts.transient or self.job.release:
-            tape.give(*self.outer)
+        self._finish(self.outer)
 
     # -- blocks of the plain residual form --
 
@@ -355,43 +363,40 @@ class _Step:
     def _coupled(self, x: Buffer) -> Buffer:
         """The whole stack: two streams forward; backward from the two last states."""
         parts, tape = self.parts, self.tape
+        checksums = 8 * -(-parts.M * parts.D // TILE)
+        passing = parts.wide()
         a = b = parts.wide("activations")  # snapped; both streams at first
+        tape.give(passing)
+        sums = [tape.take(checksums, "activations")]
         for mixer in self.mixers:
             for part in (mixer, "mlp"):
                 out, kept = parts.sub_forward(part, "temporaries")
+                tape.give(*kept)
                 new = parts.wide("activations")
-                tape.give(out, *kept, *([a] if a is not b else []))
+                sums.append(tape.take(checksums, "activations"))
+                tape.give(out, *([a] if a is not b else []))
                 a, b = b, new
+        tape.give(*sums[-2:])  # of the states that are kept
         total = parts.wide("activations")
         dy = self._head(total, owned=True)
         tape.give(x)  # the caller of the stack held it
-        held = {id(a), id(b), id(dy)}  # what forward saved and autograd handed in: freed with the whole
-        end = (a, b)
-        da = db = dy
+        da = db = dy  # which autograd holds until the whole is done
         c: Buffer | None = None
-
-        def drop(buffer: Buffer | None) -> None:
-            if buffer is not None and id(buffer) not in held:
-                tape.give(buffer)
-
         for mixer in reversed(self.mixers):
             for part in ("mlp", mixer):
-                drop(c)
+                if c is not None:
+                    tape.give(c)
                 b, c = a, b
                 out, kept = parts.sub_forward(part, "temporaries")
                 a = parts.wide()
+                rebuilt = tape.take(checksums)
                 grad = parts.sub_backward(part, kept)
-                tape.give(out)
                 total = parts.wide()
-                tape.give(grad)
-                before, da, db = da, db, total
-                if before is not da:
-                    drop(before)
+                tape.give(grad, out, rebuilt, *([da] if da is not dy else []))
+                da, db = db, total
             self._settle(mixer)
         dx = parts.wide()
-        for buffer in {id(x): x for x in (c, a, b, da, db) if x is not None}.values():
-            drop(buffer)
-        tape.give(*end, dy)
+        tape.give(a, b, *sums[:-2], *{id(x): x for x in (c, da, db) if x is not None and x is not dy}.values(), dy)
         return dx
 
     # -- between steps --
