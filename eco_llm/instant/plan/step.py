@@ -1,4 +1,4 @@
-"""One training step as a sequence of allocations, and the peak that it comes to. Modes: eco_llm/instant/*.py."""
+"""Training steps as a sequence of allocations, and the peak that it comes to. Modes: eco_llm/instant/*.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from eco_llm.instant.plan.sizes import STATE_ROW, TILE, Job
 
 GIB = 2**30
 CUBLAS_WORKSPACE = 32 * 2**20
-"""Of one (thread, stream) on Hopper; other cards take 8.1 MiB. Forward and backward run on threads of their own."""
+"""Of one (thread, stream) on Hopper; other cards take 8.1 MiB. Forward and backward run on threads of their own, a
+captured step on a stream of its own."""
 CONTEXT, GRAPH = round(0.76 * GIB), round(0.07 * GIB)
 """What a process takes outside the allocator: CUDA context, libraries, kernels; and a CUDA graph. An H200's."""
+WARM_UPS = 2
+"""Steps played on one allocator, for the first finds no gaps that an earlier one left; as many go before a graph."""
 INVERSIONS = 3
 """Iterations of `fixed-point`, which the run chooses by itself: assumed."""
 FORWARDS = {"none": 0.0, "compress": 0.0, "recompute": 1.0, "coupled": 1.0, "fixed-point": INVERSIONS + 1.0}
@@ -30,7 +33,7 @@ class Estimate:
     """What the allocator holds once validation has run too (`torch.cuda.max_memory_reserved`)."""
     extra_forwards: float
     """Forward passes over the whole stack that backward adds."""
-    context: int = CONTEXT
+    context: int
     """Outside the allocator."""
 
     @property
@@ -67,7 +70,7 @@ class Kept:
 
 
 def estimate(job: Job) -> Estimate:
-    """Play one step of `job`.
+    """Play steps of `job`.
 
     Raises:
         UserError: a shape that the kernels planned for do not take.
@@ -81,7 +84,12 @@ def estimate(job: Job) -> Estimate:
     worst = max(steps, key=lambda step: step.tape.peak)
     reserved = max(step.tape.allocator.reserved for step in steps)
     extra = sum(FORWARDS[mode] for mode in job.modes) / len(job.modes)
-    return Estimate(worst.tape.at_peak, reserved, extra, CONTEXT + (GRAPH if job.graph else 0))
+    return Estimate(worst.tape.at_peak, reserved, extra, context_of(job))
+
+
+def context_of(job: Job) -> int:
+    """What the process takes outside the allocator."""
+    return CONTEXT + (GRAPH if job.graph else 0)
 
 
 class _Step:
@@ -93,18 +101,21 @@ class _Step:
         self.mixers = job.model.mixer_pattern
         self.outer: list[Buffer] = []  # the head's gradient, to which a tied table's is added at the very end
         self.finished: list[Buffer] = []  # gradients that wait for the optimizer
+        self.workspaces: set[str] = set()  # threads that have one
 
     def play(self) -> None:
         """Everything a process does until it has trained and validated once."""
+        tape = self.tape
         self._set_up()
-        self.tape.pool = "graph" if self.job.graph else ""
-        if self.job.grad_accum > 1:  # the last micro-step finds the gradients of those before
-            self.finished = [self.tape.take(size, "gradients") for size in self._weights()]
-            self.parts.transient = True
-        self._train()
-        self.tape.pool = ""
-        if not self.job.graph:  # a graph's own gradients stay where its replays write them
-            self.tape.give(*self.finished)
+        for _ in range(WARM_UPS):
+            self._train()
+            tape.give(*self.finished)
+        if self.job.graph:
+            tape.allocator.empty_cache()
+            tape.pool = "graph"
+            self._train()  # whose gradients stay where replays write them
+            tape.pool = ""
+            self.workspaces = set()  # those were of another stream
         if self.job.evaluates:
             self._validate()
         self._probe()
@@ -144,14 +155,23 @@ class _Step:
             if job.error_bytes and arena[0][1]:
                 tape.take(numbers * job.error_bytes, "optimizer")
         tape.take(2 * 8 * job.tokens * job.grad_accum)
-        for _ in range(2):
-            tape.take(CUBLAS_WORKSPACE)
+
+    def _workspace(self, thread: str) -> None:
+        """What cuBLAS takes at a thread's first product on a stream, and keeps."""
+        if thread not in self.workspaces:
+            self.workspaces.add(thread)
+            self.tape.take(CUBLAS_WORKSPACE)
 
     # -- training --
 
     def _train(self) -> None:
         """One micro-step: forward, loss, backward. The update works in place."""
+        self.finished = []
+        if self.job.grad_accum > 1:  # the last micro-step finds the gradients of those before
+            self.finished = [self.tape.take(size, "gradients") for size in self._weights()]
+            self.parts.transient = True
         x = self.parts.wide("activations")
+        self._workspace("forward")
         dx = self._coupled(x) if self.job.coupled else self._plain(x)
         self._embedding(dx)
 
@@ -170,6 +190,7 @@ class _Step:
             x = y
             saved.append(kept)
         dx = self._head(x, owned=x not in ends)
+        self._workspace("backward")
         if modes[0] not in ("none", "recompute"):  # the caller of the stack held it
             tape.give(embedded)
         y = handed_in = x
@@ -379,6 +400,7 @@ class _Step:
         tape.give(*sums[-2:])  # of the states that are kept
         total = parts.wide("activations")
         dy = self._head(total, owned=True)
+        self._workspace("backward")
         tape.give(x)  # the caller of the stack held it
         da = db = dy  # which autograd holds until the whole is done
         c: Buffer | None = None
@@ -417,6 +439,7 @@ class _Step:
         """A forward pass in which nothing is kept, beside a graph's private memory if there is a graph."""
         parts, tape, m = self.parts, self.tape, self.job.model
         tokens = tape.take(2 * 8 * parts.M)
+        self._workspace("forward")
         streams = [parts.wide()] + ([parts.wide()] if self.job.coupled else [])
         cached: list[Buffer] = []  # autocast's casts, until its context ends; compiled blocks cast for themselves
         for mixer in self.mixers:
@@ -428,7 +451,9 @@ class _Step:
             tape.give(fed, *kept, middle, streams.pop())
             streams.append(after)
             if not self.job.compiled:
-                cached += [b for w in parts.shapes.mlp().values() for b in parts.cast(w.numbers, "temporaries")]
+                shapes = [parts.shapes.mlp()] + ([parts.shapes.mla()] if mixer == "mla" else [])
+                weights = [w.numbers for matrices in shapes for w in matrices.values()]
+                cached += [b for numbers in weights for b in parts.cast(numbers, "temporaries")]
         hidden = parts.wide()
         casts = ([] if parts.c == F32 else [parts.narrow()]) + parts.cast(m.vocab_size * parts.D, "temporaries")
         logits = tape.take(F32 * min(m.loss_chunk_tokens, parts.M) * m.vocab_size)
