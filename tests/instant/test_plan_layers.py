@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eco_llm.config import SigmaConfig
 from eco_llm.instant.plan.layers import Parts, Tape
-from eco_llm.instant.plan.sizes import MAX_CHANNELS, TILE, Job, Shapes
+from eco_llm.instant.plan.sizes import MAX_CHANNELS, MOST_HEADS, PROGRAMS, TILE, Job, Shapes
 from eco_llm.model.block import Block
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.ops import grid
@@ -210,8 +210,10 @@ def planned_peak(parts: Parts, work: Callable[[], Any]) -> int:
 @pytest.mark.parametrize(("batch", "time"), [(4, 512), (16, 1024), (1, 8192)])
 def test_temporaries_inside_operators(model: SigmaConfig, batch: int, time: int, no_launches: None) -> None:
     from eco_llm.ops.mamba_mixer.triton import Kept, mixer_backward, mixer_forward
+    from eco_llm.ops.ssd.triton import _PROGRAMS, MOST_HEADS_GRADIENT
     from eco_llm.ops.swiglu.triton import mlp_backward, mlp_forward
 
+    assert (MOST_HEADS, PROGRAMS) == (MOST_HEADS_GRADIENT, _PROGRAMS)
     inputs = mixer_inputs(model, batch, time, torch.float32)
     parts = parts_of(model, batch, time)
     assert planned_peak(parts, lambda: parts.mamba_forward("activations")) == pytest.approx(
