@@ -3,9 +3,11 @@
     python benchmarks/plan_accuracy.py [--only REGEX] [--limit-s SECONDS]      (on a machine with an NVIDIA GPU)
 
 Every configuration is built as `eco_train` builds it, trained for three steps on random tokens (and validated once, if
-it validates), and measured: `torch.cuda.max_memory_allocated` over the steps against the estimate. Beside it: what the
+it validates), and measured: `torch.cuda.max_memory_allocated` over all that against the estimate. Beside it: what the
 allocator reserved, and what the process holds on the GPU outside the allocator (context, libraries, kernels). Of
 fixed-point both forms run: recomputed, as it begins, and inverted by three iterations.
+Gate: before each configuration nothing of those before is allocated. One that finds more is not measured, for its
+figures would be too high by that, and the run ends with an error that names it.
 
 Uncompiled configurations come first, for compiling takes most of the time; no configuration is begun after `--limit-s`.
 The evidence is written anew after each, so a run that is cut off leaves what it had.
@@ -23,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import write_evidence
+from common import GateError, write_evidence
 
 from eco_llm.cli.parse import parse
 from eco_llm.config import TrainConfig
@@ -77,6 +79,12 @@ CONFIGURATIONS = {
 }
 STEPS = 3
 ITERATIONS = (3, 3)
+LEFT_OVER = 2**20
+"""Bytes that may be allocated before a configuration: PyTorch's own small tensors, such as a generator's state."""
+
+
+class LeftOverError(Exception):
+    """An earlier configuration's memory is still allocated."""
 
 
 def settings_of(flags: str) -> TrainConfig:
@@ -103,6 +111,7 @@ def main(argv: list[str]) -> Path | None:
     if not torch.cuda.is_available():
         sys.exit("plan_accuracy: needs a CUDA device")
     started, samples, path = time.monotonic(), list[dict[str, Any]](), None
+    refused: list[str] = []
     for name, flags in CONFIGURATIONS.items():
         if not re.search(arguments.only, name):
             continue
@@ -111,7 +120,12 @@ def main(argv: list[str]) -> Path | None:
             continue
         begun = time.monotonic()
         config = settings_of(flags)
-        sample = {"name": name, "flags": flags, **measure(config)}
+        try:
+            sample = {"name": name, "flags": flags, **measure(config)}
+        except LeftOverError as error:
+            refused.append(name)
+            print(f"{name:<48} not measured: {error}", flush=True)
+            continue
         job = job_of(config)
         found = estimate(job)
         sample |= {
@@ -133,6 +147,8 @@ def main(argv: list[str]) -> Path | None:
             flush=True,
         )
         path = write_evidence("plan_accuracy", payload_of(samples), device="cuda")
+    if refused:
+        raise GateError(f"memory of earlier configurations was still allocated before: {'; '.join(refused)}")
     return path
 
 
@@ -158,7 +174,7 @@ def payload_of(samples: list[dict[str, Any]]) -> dict[str, Any]:
         for s in samples
     ]  # fmt: skip
     return {
-        "what": "peak of torch.cuda.max_memory_allocated over three steps against `eco_train plan`",
+        "what": "torch.cuda.max_memory_allocated over three steps and a validation against `eco_train plan`",
         "summary": {
             "configurations": len(samples),
             "worst_error": max(errors),
@@ -172,7 +188,11 @@ def payload_of(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(config: TrainConfig) -> dict[str, Any]:
-    """Train the configuration for a few steps; what it took, bytes."""
+    """Train the configuration for a few steps; what it took, bytes.
+
+    Raises:
+        LeftOverError: not measured.
+    """
     import torch
     from steps import clean
 
@@ -184,9 +204,12 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     torch._C._cuda_clearCublasWorkspaces()  # one for each stream there ever was
     clean(runtime.device)
     before = torch.cuda.memory_allocated(runtime.device)
+    if before > LEFT_OVER:
+        raise LeftOverError(f"{before / GIB:.3f} GiB of earlier configurations are still allocated")
     torch.cuda.reset_peak_memory_stats(runtime.device)
-    parameters, peak = _train(config, runtime)
+    parameters, steps_peak = _train(config, runtime)
     torch.cuda.synchronize(runtime.device)
+    peak = torch.cuda.max_memory_allocated(runtime.device)
     reserved = torch.cuda.max_memory_reserved(runtime.device)
     free, total = torch.cuda.mem_get_info(runtime.device)
     outside = total - free - torch.cuda.memory_reserved(runtime.device)
@@ -194,13 +217,14 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         "parameters": parameters,
         "allocated_before": before,
         "measured_peak": peak,
+        "measured_peak_of_steps": steps_peak,
         "measured_reserved": reserved,
         "outside": outside,
     }
 
 
 def _train(config: TrainConfig, runtime: Any) -> tuple[int, int]:
-    """(parameters, peak over the steps). What it builds is gone when it returns, but for reserved memory."""
+    """(parameters, peak over the steps alone). What it builds is gone when it returns, but for reserved memory."""
     import torch
 
     from eco_llm.data.loader import Batch

@@ -63,6 +63,22 @@ def test_a_private_pool_shares_nothing() -> None:
     assert a.reserved == 40 * MIB
 
 
+@pytest.mark.parametrize("expandable", [False, True])
+def test_emptying_the_cache_leaves_what_is_in_use(expandable: bool) -> None:
+    a = CachingAllocator(expandable)
+    parts = [a.take(20 * MIB) for _ in range(3)]
+    for part in parts:
+        a.give(part)
+    kept = a.take(12 * MIB)  # the rest of its segment, 8 MiB, stays with it unless segments grow
+    a.empty_cache()
+    assert a.reserved == 60 * MIB  # at most, ever
+    a.take(40 * MIB)
+    assert a.reserved == 60 * MIB
+    a.take(8 * MIB)
+    assert a.reserved == (72 if expandable else 60) * MIB
+    a.give(kept)
+
+
 def test_freeing_twice_is_an_error() -> None:
     a = CachingAllocator()
     block = a.take(512)

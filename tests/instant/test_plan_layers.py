@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eco_llm.config import SigmaConfig
 from eco_llm.instant.plan.layers import Parts, Tape
-from eco_llm.instant.plan.sizes import MAX_CHANNELS, Job, Shapes
+from eco_llm.instant.plan.sizes import MAX_CHANNELS, MOST_HEADS, PROGRAMS, TILE, Job, Shapes
 from eco_llm.model.block import Block
 from eco_llm.model.sigma_llm import SigmaLLM
+from eco_llm.ops import grid
 from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.mamba_mixer import _mixer, _mixer_backward, unsupported
 from eco_llm.ops.swiglu import _mlp
@@ -88,6 +89,7 @@ def test_parameters_are_the_models(model: SigmaConfig) -> None:
 
 def test_the_plan_knows_which_shapes_the_kernels_take() -> None:
     assert MAX_CHANNELS == MAX_TRITON_CHANNELS
+    assert grid.TILE == TILE
     for head, state, width in ((64, 128, 768), (32, 128, 768), (64, 48, 768), (128, 16, 1024), (64, 128, 4160)):
         model = SigmaConfig(d_model=width, n_heads=width // 64, n_layers=6, mamba_head_dim=head, mamba_state_dim=state)
         refused = unsupported(torch.bfloat16, model.mamba_inner_dim, head, state) is not None
@@ -208,8 +210,10 @@ def planned_peak(parts: Parts, work: Callable[[], Any]) -> int:
 @pytest.mark.parametrize(("batch", "time"), [(4, 512), (16, 1024), (1, 8192)])
 def test_temporaries_inside_operators(model: SigmaConfig, batch: int, time: int, no_launches: None) -> None:
     from eco_llm.ops.mamba_mixer.triton import Kept, mixer_backward, mixer_forward
+    from eco_llm.ops.ssd.triton import _PROGRAMS, MOST_HEADS_GRADIENT
     from eco_llm.ops.swiglu.triton import mlp_backward, mlp_forward
 
+    assert (MOST_HEADS, PROGRAMS) == (MOST_HEADS_GRADIENT, _PROGRAMS)
     inputs = mixer_inputs(model, batch, time, torch.float32)
     parts = parts_of(model, batch, time)
     assert planned_peak(parts, lambda: parts.mamba_forward("activations")) == pytest.approx(

@@ -33,7 +33,7 @@ from eco_llm.instant.plan.search import (
     scaled,
 )
 from eco_llm.instant.plan.sizes import Job, Shapes
-from eco_llm.instant.plan.step import GIB, estimate
+from eco_llm.instant.plan.step import GIB, context_of, estimate
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 DEFAULT = SigmaConfig()
@@ -78,7 +78,10 @@ def test_what_holds_of_every_estimate(mode: str, compiled: bool) -> None:
     assert estimate(one.replace(batch=16)).peak > found.peak
     assert estimate(one.replace(state_bytes=2.0625)).peak < found.peak - 5 * Shapes(DEFAULT).parameters()
     assert estimate(one.replace(weight_bytes=2)).peak < found.peak
-    assert estimate(one.replace(release=True)).peak <= found.peak
+    # Released gradients leave other gaps, whose rests may be a little larger.
+    released = estimate(one.replace(release=True))
+    assert released.peak <= 1.001 * found.peak
+    assert released.by_kind["gradients"] <= found.by_kind["gradients"]
     # A micro-step that finds gradients holds them all from the start.
     assert estimate(one.replace(grad_accum=2)).by_kind["gradients"] >= 0.99 * weights
 
@@ -100,6 +103,18 @@ def test_coupled_activations_do_not_grow_with_depth() -> None:
         return found.by_kind["activations"] + found.by_kind["temporaries"]
 
     assert beside_parameters(48) == pytest.approx(beside_parameters(12), rel=0.02)
+
+
+def test_gradients_are_gone_when_validation_runs_unless_a_graph_keeps_them() -> None:
+    """36 layers at one sequence: all gradients, or all casts that autocast caches in validation, but not both."""
+    model = SigmaConfig(d_model=1536, n_heads=24, n_layers=36)
+    one = job(model, "coupled", batch=1, seq_len=1024, compiled=False, graph=False)
+    eager, trained = estimate(one), estimate(one.replace(evaluates=False))
+    assert eager.peak == trained.peak
+    assert eager.reserved == trained.reserved
+    casts = 2 * 36 * 3 * 1536 * model.mlp_dim
+    graph = one.replace(graph=True)
+    assert estimate(graph).peak - estimate(graph.replace(evaluates=False)).peak > 0.8 * casts
 
 
 def test_released_gradients_are_never_all_there() -> None:
@@ -173,9 +188,13 @@ def config(**changes: Any) -> TrainConfig:
     }
     return TrainConfig(
         training=TrainingConfig(batch_size=changes.get("batch_size", 4), seq_len=1024),
-        runtime=RuntimeConfig(device=changes.get("device", "auto")),
+        runtime=RuntimeConfig(device=changes.get("device", "auto"), weights_dtype=changes.get("weights", "fp32")),
         optimizer=OptimizerConfig(optimizer=changes.get("optimizer", "c3o")),
-        c3o=C3OConfig(c3o_credit_gain=changes.get("credit", 0.0), c3o_state_dtype=changes.get("state", "fp32")),
+        c3o=C3OConfig(
+            c3o_credit_gain=changes.get("credit", 0.0),
+            c3o_state_dtype=changes.get("state", "fp32"),
+            c3o_error_bits=changes.get("error_bits", 0),
+        ),
         instant=InstantConfig(**instant),
     )
 
@@ -187,6 +206,20 @@ def test_settings_become_a_job() -> None:
     assert found.graph
     assert set(found.modes) == {"compress"}
     assert job_of(config(optimizer="adamw", state="bf16")).state_bytes == 8.0
+
+
+def test_error_bits_are_a_byte_for_every_number_of_a_matrix() -> None:
+    plain, exact = (estimate(job_of(config(state="int4", weights="bf16", error_bits=n))) for n in (0, 8))
+    numbers = Shapes(DEFAULT).parameters()
+    assert exact.by_kind["optimizer"] - plain.by_kind["optimizer"] == pytest.approx(numbers, rel=0.005)
+
+
+def test_a_graph_takes_more_outside_the_allocator() -> None:
+    one = job()
+    for each in (one, one.replace(graph=False)):
+        found = estimate(each)
+        assert found.total - found.reserved == context_of(each)
+    assert context_of(one) > context_of(one.replace(graph=False)) > 0.7 * GIB
 
 
 @pytest.mark.parametrize(

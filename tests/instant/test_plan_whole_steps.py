@@ -162,4 +162,4 @@ def test_the_plan_of_a_step(
     if mode == "fixed-point":  # planned as recompute, if that takes more
         assert planned >= 0.97 * real
     else:
-        assert planned == pytest.approx(real, rel=0.04)
+        assert planned == pytest.approx(real, rel=0.04 if mode == "compress" else 0.02)

@@ -4,8 +4,8 @@ Requests are rounded up to 512 bytes. Those up to 1 MiB are cut from segments of
 segments of 20 MiB, larger ones get segments of their own in steps of 2 MiB. The smallest free block that fits is taken,
 and split unless what would be left is at most 1 MiB (in the small pool: under 512 bytes); neighbours that are free are
 merged. What `torch.cuda.memory_allocated` counts is blocks, rests that were not split off included, so a step of a
-small model takes several percent more than its tensors' bytes. Segments are what `memory_reserved` counts; here nothing
-gives them back.
+small model takes several percent more than its tensors' bytes. Segments are what `memory_reserved` counts; only
+`empty_cache` gives them back here (the real one also does so before it fails for want of memory).
 
 A CUDA graph's private pool is another `pool` of the same allocator. With `expandable_segments:True` in
 `PYTORCH_CUDA_ALLOC_CONF` a pool is one segment that grows at its end (20 MiB at a time; small blocks 2), and every rest
@@ -40,7 +40,10 @@ class CachingAllocator:
         self._expandable = expandable
         self._tails: dict[int, Block] = {}  # of growing segments, by the identity of their free list
         self.allocated = 0
+        """Bytes of blocks, now."""
+        self._held = 0
         self.reserved = 0
+        """Bytes of segments, at most."""
         self._free: dict[tuple[str, bool], list[tuple[int, int, Block]]] = {}
         self._end = 0  # addresses ascend; only their order matters
 
@@ -73,6 +76,15 @@ class CachingAllocator:
                 self._join(block, neighbour)
         self._keep(block)
 
+    def empty_cache(self) -> None:
+        """Give back segments of which nothing is in use; of growing ones every free piece, never to be used again."""
+        for home in self._free.values():
+            gone = [x for x in home if self._expandable or (x[2].before is None and x[2].after is None)]
+            for entry in gone:
+                home.remove(entry)
+                entry[2].free = False
+                self._held -= entry[0]
+
     def _segment(self, home: list[tuple[int, int, Block]], size: int) -> Block:
         if self._expandable:
             return self._grown(home, size)
@@ -82,7 +94,8 @@ class CachingAllocator:
             length = 20 * _MIB
         else:
             length = -(-size // (2 * _MIB)) * 2 * _MIB
-        self.reserved += length
+        self._held += length
+        self.reserved = max(self.reserved, self._held)
         block = Block(home, self._end, length)
         self._end += length
         return block
@@ -101,7 +114,8 @@ class CachingAllocator:
         step = 2 * _MIB if size <= _SMALL else 20 * _MIB
         length = -(-(size - tail.size) // step) * step
         tail.size += length
-        self.reserved += length
+        self._held += length
+        self.reserved = max(self.reserved, self._held)
         return tail
 
     def _split(self, block: Block, size: int) -> None:

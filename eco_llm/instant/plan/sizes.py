@@ -17,6 +17,9 @@ STATE_BYTES = {"fp32": 8.0, "bf16": 4.0, "int8": 2.0625, "int4": 1.0625}
 """C3O's two moments, bytes a parameter, scales included."""
 STATE_ROW = 4096
 """Numbers of a tensor's moments are whole rows of so many."""
+MOST_HEADS, PROGRAMS = 12, 512  # as ops.ssd.triton.MOST_HEADS_GRADIENT and _PROGRAMS
+TILE = 4096
+"""Numbers of a coupled state that have one checksum: as ops.grid.TILE, which a test compares too."""
 MAX_CHANNELS = 8192  # as ops.gated_norm.MAX_TRITON_CHANNELS; a test compares, for that module imports torch
 
 
@@ -195,8 +198,8 @@ class Scan:
         slices = m.mamba_inner_dim // (32 if self.job.compute_bytes == 4 else 64)
         tiles = self.padded(self.block) // self.block
         best = 1
-        for count in range(2, min(8, slices) + 1):
-            if slices % count == 0 and 3 * self.job.batch * tiles * (slices // count) >= 512:
+        for count in range(2, min(MOST_HEADS, slices) + 1):
+            if slices % count == 0 and 4 * self.job.batch * tiles * (slices // count) >= PROGRAMS:
                 best = count
         return slices // best
 

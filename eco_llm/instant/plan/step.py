@@ -1,17 +1,20 @@
-"""One training step as a sequence of allocations, and the peak that it comes to. Modes: eco_llm/instant/*.py."""
+"""Training steps as a sequence of allocations, and the peak that it comes to. Modes: eco_llm/instant/*.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from eco_llm.instant.plan.layers import F32, Buffer, Kind, Parts, Tape
-from eco_llm.instant.plan.sizes import STATE_ROW, Job
+from eco_llm.instant.plan.sizes import STATE_ROW, TILE, Job
 
 GIB = 2**30
 CUBLAS_WORKSPACE = 32 * 2**20
-"""Of one (thread, stream) on Hopper; other cards take 8.1 MiB. Forward and backward run on threads of their own."""
-CONTEXT = GIB // 2
-"""What the CUDA context, libraries and loaded kernels take outside the allocator: assumed."""
+"""Of one (thread, stream) on Hopper; other cards take 8.1 MiB. Forward and backward run on threads of their own, a
+captured step on a stream of its own."""
+CONTEXT, GRAPH = round(0.76 * GIB), round(0.07 * GIB)
+"""What a process takes outside the allocator: CUDA context, libraries, kernels; and a CUDA graph. An H200's."""
+WARM_UPS = 2
+"""Steps played on one allocator, for the first finds no gaps that an earlier one left; as many go before a graph."""
 INVERSIONS = 3
 """Iterations of `fixed-point`, which the run chooses by itself: assumed."""
 FORWARDS = {"none": 0.0, "compress": 0.0, "recompute": 1.0, "coupled": 1.0, "fixed-point": INVERSIONS + 1.0}
@@ -30,6 +33,8 @@ class Estimate:
     """What the allocator holds once validation has run too (`torch.cuda.max_memory_reserved`)."""
     extra_forwards: float
     """Forward passes over the whole stack that backward adds."""
+    context: int
+    """Outside the allocator."""
 
     @property
     def peak(self) -> int:
@@ -39,7 +44,7 @@ class Estimate:
     @property
     def total(self) -> int:
         """What must be free on the card."""
-        return self.reserved + CONTEXT
+        return self.reserved + self.context
 
     @property
     def reserve(self) -> int:
@@ -65,7 +70,7 @@ class Kept:
 
 
 def estimate(job: Job) -> Estimate:
-    """Play one step of `job`.
+    """Play steps of `job`.
 
     Raises:
         UserError: a shape that the kernels planned for do not take.
@@ -79,7 +84,12 @@ def estimate(job: Job) -> Estimate:
     worst = max(steps, key=lambda step: step.tape.peak)
     reserved = max(step.tape.allocator.reserved for step in steps)
     extra = sum(FORWARDS[mode] for mode in job.modes) / len(job.modes)
-    return Estimate(worst.tape.at_peak, reserved, extra)
+    return Estimate(worst.tape.at_peak, reserved, extra, context_of(job))
+
+
+def context_of(job: Job) -> int:
+    """What the process takes outside the allocator."""
+    return CONTEXT + (GRAPH if job.graph else 0)
 
 
 class _Step:
@@ -90,17 +100,22 @@ class _Step:
         self.parts = Parts(job, self.tape)
         self.mixers = job.model.mixer_pattern
         self.outer: list[Buffer] = []  # the head's gradient, to which a tied table's is added at the very end
+        self.finished: list[Buffer] = []  # gradients that wait for the optimizer
+        self.workspaces: set[str] = set()  # threads that have one
 
     def play(self) -> None:
         """Everything a process does until it has trained and validated once."""
+        tape = self.tape
         self._set_up()
-        self.tape.pool = "graph" if self.job.graph else ""
-        if self.job.grad_accum > 1:  # the last micro-step finds the gradients of those before
-            for size in self._weights():
-                self.tape.take(size, "gradients")
-            self.parts.transient = True
-        self._train()
-        self.tape.pool = ""
+        for _ in range(WARM_UPS):
+            self._train()
+            tape.give(*self.finished)
+        if self.job.graph:
+            tape.allocator.empty_cache()
+            tape.pool = "graph"
+            self._train()  # whose gradients stay where replays write them
+            tape.pool = ""
+            self.workspaces = set()  # those were of another stream
         if self.job.evaluates:
             self._validate()
         self._probe()
@@ -140,14 +155,23 @@ class _Step:
             if job.error_bytes and arena[0][1]:
                 tape.take(numbers * job.error_bytes, "optimizer")
         tape.take(2 * 8 * job.tokens * job.grad_accum)
-        for _ in range(2):
-            tape.take(CUBLAS_WORKSPACE)
+
+    def _workspace(self, thread: str) -> None:
+        """What cuBLAS takes at a thread's first product on a stream, and keeps."""
+        if thread not in self.workspaces:
+            self.workspaces.add(thread)
+            self.tape.take(CUBLAS_WORKSPACE)
 
     # -- training --
 
     def _train(self) -> None:
         """One micro-step: forward, loss, backward. The update works in place."""
+        self.finished = []
+        if self.job.grad_accum > 1:  # the last micro-step finds the gradients of those before
+            self.finished = [self.tape.take(size, "gradients") for size in self._weights()]
+            self.parts.transient = True
         x = self.parts.wide("activations")
+        self._workspace("forward")
         dx = self._coupled(x) if self.job.coupled else self._plain(x)
         self._embedding(dx)
 
@@ -166,6 +190,7 @@ class _Step:
             x = y
             saved.append(kept)
         dx = self._head(x, owned=x not in ends)
+        self._workspace("backward")
         if modes[0] not in ("none", "recompute"):  # the caller of the stack held it
             tape.give(embedded)
         y = handed_in = x
@@ -188,9 +213,14 @@ class _Step:
         """A block's vectors get their gradients; what becomes of all of them when backward leaves it."""
         for length in self.parts.shapes.vectors(mixer) if mixer else []:
             self.parts.gradient(length, F32)
-        if self.parts.transient or self.job.release:
-            self.tape.give(*self.parts.gradients)
+        self._finish(self.parts.gradients)
         self.parts.gradients = []
+
+    def _finish(self, gradients: list[Buffer]) -> None:
+        if self.parts.transient or self.job.release:
+            self.tape.give(*gradients)
+        else:
+            self.finished += gradients
 
     def _head(self, x: Buffer, *, owned: bool) -> Buffer:
         """Final norm, product and loss, which makes its gradients in forward; then their backward. Frees x if owned."""
@@ -226,8 +256,7 @@ class _Step:
         tape.give(sort, dx, *rows)
         parts.gradient(parts.D, F32)  # of the final norm
         self._settle("")
-        if self.parts.transient or self.job.release:
-            tape.give(*self.outer)
+        self._finish(self.outer)
 
     # -- blocks of the plain residual form --
 
@@ -355,43 +384,41 @@ class _Step:
     def _coupled(self, x: Buffer) -> Buffer:
         """The whole stack: two streams forward; backward from the two last states."""
         parts, tape = self.parts, self.tape
+        checksums = 8 * -(-parts.M * parts.D // TILE)
+        passing = parts.wide()
         a = b = parts.wide("activations")  # snapped; both streams at first
+        tape.give(passing)
+        sums = [tape.take(checksums, "activations")]
         for mixer in self.mixers:
             for part in (mixer, "mlp"):
                 out, kept = parts.sub_forward(part, "temporaries")
+                tape.give(*kept)
                 new = parts.wide("activations")
-                tape.give(out, *kept, *([a] if a is not b else []))
+                sums.append(tape.take(checksums, "activations"))
+                tape.give(out, *([a] if a is not b else []))
                 a, b = b, new
+        tape.give(*sums[-2:])  # of the states that are kept
         total = parts.wide("activations")
         dy = self._head(total, owned=True)
+        self._workspace("backward")
         tape.give(x)  # the caller of the stack held it
-        held = {id(a), id(b), id(dy)}  # what forward saved and autograd handed in: freed with the whole
-        end = (a, b)
-        da = db = dy
+        da = db = dy  # which autograd holds until the whole is done
         c: Buffer | None = None
-
-        def drop(buffer: Buffer | None) -> None:
-            if buffer is not None and id(buffer) not in held:
-                tape.give(buffer)
-
         for mixer in reversed(self.mixers):
             for part in ("mlp", mixer):
-                drop(c)
+                if c is not None:
+                    tape.give(c)
                 b, c = a, b
                 out, kept = parts.sub_forward(part, "temporaries")
                 a = parts.wide()
+                rebuilt = tape.take(checksums)
                 grad = parts.sub_backward(part, kept)
-                tape.give(out)
                 total = parts.wide()
-                tape.give(grad)
-                before, da, db = da, db, total
-                if before is not da:
-                    drop(before)
+                tape.give(grad, out, rebuilt, *([da] if da is not dy else []))
+                da, db = db, total
             self._settle(mixer)
         dx = parts.wide()
-        for buffer in {id(x): x for x in (c, a, b, da, db) if x is not None}.values():
-            drop(buffer)
-        tape.give(*end, dy)
+        tape.give(a, b, *sums[:-2], *{id(x): x for x in (c, da, db) if x is not None and x is not dy}.values(), dy)
         return dx
 
     # -- between steps --
@@ -412,6 +439,7 @@ class _Step:
         """A forward pass in which nothing is kept, beside a graph's private memory if there is a graph."""
         parts, tape, m = self.parts, self.tape, self.job.model
         tokens = tape.take(2 * 8 * parts.M)
+        self._workspace("forward")
         streams = [parts.wide()] + ([parts.wide()] if self.job.coupled else [])
         cached: list[Buffer] = []  # autocast's casts, until its context ends; compiled blocks cast for themselves
         for mixer in self.mixers:
@@ -423,7 +451,9 @@ class _Step:
             tape.give(fed, *kept, middle, streams.pop())
             streams.append(after)
             if not self.job.compiled:
-                cached += [b for w in parts.shapes.mlp().values() for b in parts.cast(w.numbers, "temporaries")]
+                shapes = [parts.shapes.mlp()] + ([parts.shapes.mla()] if mixer == "mla" else [])
+                weights = [w.numbers for matrices in shapes for w in matrices.values()]
+                cached += [b for numbers in weights for b in parts.cast(numbers, "temporaries")]
         hidden = parts.wide()
         casts = ([] if parts.c == F32 else [parts.narrow()]) + parts.cast(m.vocab_size * parts.D, "temporaries")
         logits = tape.take(F32 * min(m.loss_chunk_tokens, parts.M) * m.vocab_size)

@@ -6,7 +6,7 @@ from typing import Any
 
 from eco_llm.instant.plan.search import Candidate, Plan, mode_text
 from eco_llm.instant.plan.sizes import Shapes
-from eco_llm.instant.plan.step import GIB
+from eco_llm.instant.plan.step import GIB, context_of
 
 _HEADER = ("mode", "batch", "weights", "grads", "optim", "activ", "temp", "peak", "reserve", "total", "fits", "cost")
 
@@ -20,7 +20,8 @@ def as_text(plan: Plan) -> str:
         *_table(plan),
         "",
         "  peak     torch.cuda.max_memory_allocated, the sum of the five before it",
-        "  reserve  the allocator's gaps, validation beside a CUDA graph, the CUDA context (0.5, assumed)",
+        "  reserve  the allocator's gaps, validation beside a CUDA graph, and what is outside the allocator: the CUDA",
+        f"           context, libraries and kernels ({context_of(job) / GIB:.2f}, an H200's)",
         "  cost     time of a step against one that keeps everything, by its forward work",
         "  none, recompute and coupled give exact gradients, compress and fixed-point approximate ones; coupled is",
         "  another function of the same weights; fixed-point begins as recompute, whose memory it therefore needs",
