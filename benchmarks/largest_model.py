@@ -18,7 +18,7 @@ import importlib.util
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def main() -> None:
                 print(tried[-1], flush=True)
         raise GateError("no size of the list fits")
 
-    sizes = OURS[arguments.vram_gib]
+    sizes: Sequence[tuple[int, int]] = OURS[arguments.vram_gib]
     if arguments.sizes:
         pairs = (size.split("x") for size in arguments.sizes.split(","))
         sizes = tuple((int(width), int(layers)) for width, layers in pairs)

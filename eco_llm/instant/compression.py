@@ -42,7 +42,7 @@ class Bytes:
 
     @property
     def ratio(self) -> float:
-        """before / after; 1 if nothing was packed."""
+        """before / after, with what was taken for a weight; 1 if there was nothing."""
         return self.before / self.after if self.after else 1.0
 
 
@@ -54,7 +54,7 @@ class Packing:
         draw: 0-dim integer tensor on the device, another value in every forward: the random numbers' counter.
         block: the block's number, so that blocks draw different numbers.
         tokens: (B, T) of the block's input.
-        weights: shapes of the block's parameters; a matrix of such a shape is taken for the cast of one.
+        weights: shapes of the block's parameters; a matrix of such a shape may be the cast of one and stays whole.
         sizes: adds up what was packed.
     """
 
@@ -78,8 +78,15 @@ class Packing:
         self._seen.clear()
 
     def _pack(self, x: Tensor) -> Tensor | Packed:
+        if is_activation(x, self._tokens, self._weights):
+            return self.pack(x)
+        if is_activation(
+            x, self._tokens, set()
+        ):  # of a weight's shape: may be its cast, so it stays; the ratio shows it
+            self._sizes.before += 2 * x.numel()
+            self._sizes.after += x.nbytes
         # Detached: kept with its graph, what an op saves of its own output would keep that op alive, and itself.
-        return self.pack(x) if is_activation(x, self._tokens, self._weights) else x.detach()
+        return x.detach()
 
     def pack(self, x: Tensor) -> Packed:
         """Store a dense tensor."""
@@ -159,8 +166,9 @@ class _RecomputeFromPacked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        x = _unpack(ctx.packed)
-        ctx.packed = None
+        if ctx.packed is None:
+            raise RuntimeError("compress: backward ran before, and the input it started from is gone")
+        x, ctx.packed = _unpack(ctx.packed), None
         leaf, y = ctx.setting.record(ctx.f, x)
         return back_propagate(leaf, y, gradients[0]), None, None, None
 

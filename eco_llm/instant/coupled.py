@@ -44,7 +44,7 @@ def coupled_values(blocks: Sequence[Layer], x: Tensor) -> Tensor:
     a, b = start(x)
     for block in blocks:
         for f in block.sub_layers:
-            a, b = b, advance(a, f(b))[0]
+            a, b = b, a + snap(f(b))
     return a + b
 
 

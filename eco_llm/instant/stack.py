@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -28,7 +29,11 @@ GATE_REVIEW = 8
 EARLY_PROBES = (10, 50)
 """Further steps with a probe: much changes at the start, and nothing is saved before the first."""
 MARGIN = 0.5
-"""Share of the tolerance that a probe may use up; halved for a block with every trip of the gate."""
+"""Share of the tolerance that a probe may use up; halved for a block with every review that found it tripped."""
+MOST_STRIKES = 4
+"""Reviews after which it is not halved again: under bf16 an inversion has a floor."""
+HYSTERESIS = 0.9
+"""Share of the error threshold under which a block goes to 4 bits; it comes back above the whole."""
 
 
 class Block(Layer, Protocol):
@@ -51,8 +56,14 @@ class _Decisions:
     """compress: of what is kept."""
     trips: list[int]
     """Steps in which the block's gate tripped."""
+    strikes: list[int]
+    """Reviews that found it tripped."""
     fallback: bool = False
     """coupled: every state is kept."""
+    retry_at: int = 0
+    """coupled: the step from which states are rebuilt again after a fallback."""
+    probed: bool = False
+    """Whether there was a probe."""
     reviewed: int = 0
     """The last step after which a review was held."""
 
@@ -65,7 +76,7 @@ class Stack:
         self.modes = config.block_modes(self._mixers)
         count = len(self.modes)
         bits = 4 if config.instant_bits == "4" else 8
-        self._decided = _Decisions([None] * count, [bits] * count, [0] * count)
+        self._decided = _Decisions([None] * count, [bits] * count, [0] * count, [0] * count)
         self._gate: Gate | None = None
         self._draw: Tensor | None = None
         self._new_trips: set[int] = set()
@@ -150,11 +161,13 @@ class Stack:
         assert self._draw is not None
         shapes = [p.shape for p in block.parameters()]
         bits = self._decided.bits[index]
-        with Packing(bits, self._draw, index, (x.shape[0], x.shape[1]), shapes, self.sizes) as packing:
-            if self._mixers[index] == "mamba":
+        packing = Packing(bits, self._draw, index, (x.shape[0], x.shape[1]), shapes, self.sizes)
+        if self._mixers[index] == "mamba":
+            with packing:
                 return block(x)
-            mix, feed = block.sub_layers
-            x = x + recompute_from_packed(mix, x, packing)
+        mix, feed = block.sub_layers
+        x = x + recompute_from_packed(mix, x, packing)  # outside: what attention keeps of itself is dropped, not packed
+        with packing:
             return x + feed(x)
 
     @contextlib.contextmanager
@@ -197,7 +210,8 @@ class Stack:
 
     def observe(self, values: dict[str, float]) -> dict[str, float]:
         """Take in a finished step's values; return those that belong in the record (not single blocks' verdicts)."""
-        for index in range(len(self.modes)):
+        # Where the loss is not finite nothing can be rebuilt, and that says nothing of the reconstruction.
+        for index in range(len(self.modes) if math.isfinite(values.get("loss", 0.0)) else 0):
             if values.get(block_name(index)):
                 self._new_trips.add(index)
                 self._decided.trips[index] += 1
@@ -212,7 +226,8 @@ class Stack:
 
     def _probe_due(self, step: int) -> bool:
         interval = self._config.instant_int4_probe_interval
-        return self.probed and (step % interval == 0 or (step in EARLY_PROBES and step < interval))
+        late = not self._decided.probed and step > EARLY_PROBES[0] and step % GATE_REVIEW == 0  # the mode came later
+        return self.probed and (step % interval == 0 or (step in EARLY_PROBES and step < interval) or late)
 
     def review(self, step: int, blocks: Sequence[Block], embed: Callable[[], Tensor]) -> list[str]:
         """Decide from what was observed, and from a probe if one is due.
@@ -229,16 +244,21 @@ class Stack:
         decided.reviewed = step
         before = dataclasses.replace(decided, iterations=list(decided.iterations), bits=list(decided.bits))
         said = []
-        for index in sorted(self._new_trips):
-            said.append(
-                f"the gate tripped at block {index} ({self.modes[index]}): the steps concerned were not applied;"
-                " it is recomputed from now on" + (", as every block" if self._config.coupled else "")
-            )
-            decided.iterations[index] = None
-            decided.fallback |= self._config.coupled
-        self._new_trips.clear()
+        if decided.fallback and step >= decided.retry_at:
+            decided.fallback = False
+            said.append("states are rebuilt again")
+        if self._new_trips:
+            said.append(self._trips_so_far() + self._consequence())
+            for index in self._new_trips:
+                decided.iterations[index] = None
+                decided.strikes[index] = min(decided.strikes[index] + 1, MOST_STRIKES)
+            if self._config.coupled:
+                decided.fallback = True
+                decided.retry_at = step + self._config.instant_int4_probe_interval * 2 ** max(decided.strikes)
+            self._new_trips.clear()
         if self._probe_due(step):
             self._probe(blocks, embed())
+            decided.probed = True
         if decided.iterations != before.iterations and not said:
             counts = [n for pair in decided.iterations if pair is not None for n in pair]
             said.append(
@@ -248,6 +268,21 @@ class Stack:
         if decided.bits != before.bits:
             said.append(f"{decided.bits.count(4)} of {self.modes.count('compress')} blocks are kept in 4 bits")
         return said
+
+    def unsaid(self) -> list[str]:
+        """What a run that ends now should still say."""
+        return [self._trips_so_far()] if self._new_trips else []
+
+    def _trips_so_far(self) -> str:
+        return (
+            f"the gate tripped at block {', '.join(map(str, sorted(self._new_trips)))}: the steps concerned were not"
+            " applied (under gradient release, not from there on)"
+        )
+
+    def _consequence(self) -> str:
+        if self._config.coupled:
+            return "; every state is kept for now, which takes more memory than recompute"
+        return "; recomputed until a stricter probe lets it in"
 
     def _probe(self, blocks: Sequence[Block], x: Tensor) -> None:
         """Measure on one batch what each mode needs; reads the device once."""
@@ -274,9 +309,10 @@ class Stack:
         for (index, _), size in zip(found, sizes, strict=True):
             mine, numbers = numbers[:size], numbers[size:]
             if self.modes[index] == "compress":
-                self._decided.bits[index] = 4 if mine[0] <= config.instant_error_threshold else 8
+                share = 1.0 if self._decided.bits[index] == 4 else HYSTERESIS
+                self._decided.bits[index] = 4 if mine[0] <= share * config.instant_error_threshold else 8
                 continue
-            allowed = limit * MARGIN / 2 ** self._decided.trips[index]
+            allowed = limit * MARGIN / 2 ** self._decided.strikes[index]
             mixing, feeding = (iterations_needed(curve, allowed) for curve in (mine[: size // 2], mine[size // 2 :]))
             self._decided.iterations[index] = None if mixing is None or feeding is None else (mixing, feeding)
 
@@ -301,24 +337,29 @@ class Stack:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: decisions, and the counter of random draws (read from the device)."""
         draw = 0 if self._draw is None else int(self._draw)
-        return {**dataclasses.asdict(self._decided), "draw": draw, "new_trips": sorted(self._new_trips)}
+        return {
+            **dataclasses.asdict(self._decided), "draw": draw, "new_trips": sorted(self._new_trips),
+            "settings": self._settings(),
+        }  # fmt: skip
+
+    def _settings(self) -> list[Any]:
+        """What decisions rest on."""
+        config = self._config
+        return [
+            list(self.modes), config.instant_bits, config.instant_reversible_tol, config.instant_max_iters,
+            config.instant_error_threshold,
+        ]  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with saved decisions, as far as they concern the modes that are now set."""
-        if len(state["bits"]) != len(self.modes):
-            return
-        decided = _Decisions(**{f.name: state[f.name] for f in dataclasses.fields(_Decisions)})
-        decided.iterations = [
-            tuple(pair) if pair is not None and mode == "fixed-point" else None  # type: ignore[misc]
-            for pair, mode in zip(decided.iterations, self.modes, strict=True)
-        ]
-        if self._config.instant_bits != "auto":
-            decided.bits = [int(self._config.instant_bits)] * len(self.modes)
-        decided.fallback = decided.fallback and self._config.coupled
-        self._decided = decided
-        self._new_trips = set(state["new_trips"])
+        """Go on with saved decisions, if they were taken under the settings of now; else begin anew."""
         if self._draw is not None:
             self._draw.fill_(state["draw"])
+        if state["settings"] != self._settings():
+            self._decided.reviewed = state["reviewed"]
+            return
+        self._decided = _Decisions(**{f.name: state[f.name] for f in dataclasses.fields(_Decisions)})
+        self._decided.iterations = [None if pair is None else (pair[0], pair[1]) for pair in state["iterations"]]
+        self._new_trips = set(state["new_trips"])
 
 
 def _plain(blocks: Sequence[Block], x: Tensor) -> Tensor:

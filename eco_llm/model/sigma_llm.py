@@ -30,7 +30,7 @@ from eco_llm.model.mamba import Mamba
 from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.cross_entropy import linear_cross_entropy
 from eco_llm.ops.embedding import embed, tie
-from eco_llm.ops.grid import advance
+from eco_llm.ops.grid import snap
 from eco_llm.ops.products import linear
 from eco_llm.ops.ssd import choose_chunk
 
@@ -135,8 +135,8 @@ class SigmaLLM(nn.Module):
         if self.stack.coupled:
             a, b = start(x)
             for block, layer in zip(self._blocks(), cache.layers, strict=True):
-                a, b = b, advance(a, block.extend_mix(b, layer))[0]
-                a, b = b, advance(a, block.feed(b))[0]
+                a, b = b, a + snap(block.extend_mix(b, layer))
+                a, b = b, a + snap(block.feed(b))
             x = a + b
         else:
             for block, layer in zip(self._blocks(), cache.layers, strict=True):

@@ -191,7 +191,7 @@ class GraphedStep:
         if self._prepared:
             return
         self._prepared = True
-        self._step.prepare()
+        self._step.prepare(again=True)
         for _ in range(WARM_UPS):
             self._graph.warm_up(lambda: self._step.forward_and_backward(self._inputs[0]))
             self._drop_gradients()

@@ -92,6 +92,7 @@ class SigmaTrainer:
                     self._turn(self.step + 1)
                 self._drain()
                 self._review()
+                self._announce(self._model.stack.unsaid())
                 if self._saved_step != self.step:
                     self._save()
         except BaseException as error:
@@ -147,9 +148,12 @@ class SigmaTrainer:
         if not self._model.stack.review_due(self.step):
             return
         self._drain()
-        for said in self._step.review(self.step):
+        self._announce(self._step.review(self.step))
+
+    def _announce(self, texts: list[str]) -> None:
+        for text in texts:
             for hook in self._hooks:
-                hook.on_message(f"step {self.step}: {said}")
+                hook.on_message(f"step {self.step}: {text}")
 
     def _is_save_due(self) -> bool:
         return self.step != self._saved_step and self.step > 0 and self.step % self._training.save_interval == 0

@@ -65,9 +65,12 @@ class TrainStep:
         self._last: Batch | None = None
         model.stack.prepare(runtime.device)
 
-    def prepare(self) -> None:
-        """Bring the optimizer into the form that a graph needs, also where none is used: same kernels, same losses."""
-        if not self._prepared and self.device.type == "cuda" and self.update.capturable:
+    def prepare(self, *, again: bool = False) -> None:
+        """Bring the optimizer into the form that a graph needs, also where none is used: same kernels, same losses.
+
+        Called again before each capture: a capture uses up memory that the optimizer then makes anew.
+        """
+        if (again or not self._prepared) and self.device.type == "cuda" and self.update.capturable:
             self.update.make_capturable()
         self._prepared = True
 

@@ -90,6 +90,32 @@ def test_layout_survives(mode: str, device: torch.device) -> None:
     assert ((kept - leaf).norm() / leaf.norm()).item() < 0.2
 
 
+def test_what_attention_keeps_of_itself_is_not_packed(
+    build: Build, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an MLA mixer one tensor is stored, its input; what its forward keeps is dropped: packing it would be waste."""
+    from eco_llm.instant import compression
+
+    shapes: list[int] = []
+    real = compression.quantize
+
+    def spy(x: Tensor, *args: object, **kwargs: object) -> object:
+        shapes.append(x.numel())
+        return real(x, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compression, "quantize", spy)
+    model = build("compress", instant_bits="8")
+    block, x = model._blocks()[2], torch.randn(2, 63, 64, device=batch[0].device, requires_grad=True)
+    model.stack.prepare(x.device)
+    packing = Packing(8, model.stack._draw, 2, (2, 63), [], Bytes())  # type: ignore[arg-type]
+    compression.recompute_from_packed(block.mix, x, packing)
+    assert shapes == [x.numel()]
+    shapes.clear()
+    model.stack._compressed(block, 2, x)
+    assert shapes.count(x.numel()) >= 1
+    assert sum(shapes) == model.stack.sizes.before // 2
+
+
 def test_non_finite_numbers_are_not_hidden(build: Build, batch: tuple[Tensor, Tensor]) -> None:
     model = build("compress", instant_bits="8")
     with torch.no_grad():

@@ -155,6 +155,38 @@ def test_the_stored_form_of_fallback_has_the_same_bits(build: Build, batch: tupl
     assert [name for name, want in expected.items() if not torch.equal(ours[name], want)] == []
 
 
+def test_a_loss_that_is_not_finite_is_no_trip(build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    """Nothing can be rebuilt from NaN; the step is refused, and the next good one is as if nothing had been."""
+    model = build("coupled")
+    weight = model._blocks()[2].mlp.down.weight
+    good = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    found = loss_and_gradients(model, batch)
+    assert model.stack.guard(found["loss"]).isnan()
+    names, values = model.stack.metrics_tensor()
+    assert values is not None
+    record = model.stack.observe({"loss": float("nan"), **dict(zip(names, values.tolist(), strict=True))})
+    assert record["instant_gate_trips"] == 0
+    assert model.review_memory(8, batch[0]) == []
+    with torch.no_grad():
+        weight.copy_(good)
+    assert model.stack.guard(loss_and_gradients(model, batch)["loss"]).isfinite()
+    assert model.stack.figures() == {}
+
+
+def test_coupled_rebuilds_again_some_time_after_a_trip(build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    model = build("coupled")
+    model.stack.observe({"loss": 1.0, "instant_tripped_block_4": 1.0})
+    assert model.stack.unsaid()
+    assert "every state is kept" in model.review_memory(8, batch[0])[0]
+    assert model.stack.figures() == {"instant_fallback": 1}
+    assert not model.stack.unsaid()
+    assert model.review_memory(400, batch[0]) == []
+    assert model.review_memory(408, batch[0]) == ["states are rebuilt again"]
+    assert model.stack.figures() == {}
+
+
 @pytest.mark.parametrize("mode", ["recompute", "coupled"])
 def test_a_frozen_embedding_hides_no_gradient(mode: str, build: Build, batch: tuple[Tensor, Tensor]) -> None:
     shape = dataclasses.replace(SHAPE, tie_embeddings=False)

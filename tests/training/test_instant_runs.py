@@ -206,6 +206,14 @@ def test_a_decision_makes_the_graph_anew() -> None:
         made.append(Discarding(p.parameters(), p.update.optimizer))
         return made[-1]
 
+    asked: list[bool] = []
+    prepare = p.step.prepare
+
+    def counted(*, again: bool = False) -> None:
+        asked.append(again)
+        prepare(again=again)
+
+    p.step.prepare = counted  # type: ignore[method-assign]
     step = GraphedStep(p.step, SHAPE, fall_back=None, make_graph=make)  # type: ignore[arg-type]
     train(p, step, 2)
     p.step.review = lambda number: []  # type: ignore[method-assign]
@@ -217,4 +225,5 @@ def test_a_decision_makes_the_graph_anew() -> None:
     assert made[0].discarded
     values = train(p, step, 2)
     assert [m.replays for m in made] == [3, 2]
+    assert asked == [True, True]  # the optimizer makes anew, before each capture, what a capture uses up
     assert all(v == v for row in values for v in row)

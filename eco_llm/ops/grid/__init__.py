@@ -18,8 +18,8 @@ __all__ = ["RANGE", "STEP", "TILE", "advance", "checksums", "retreat", "snap"]
 STEP = 2.0**-9
 """Distance of neighbouring values of a stream."""
 RANGE = STEP * 2**24
-"""32768: streams of float32 are exact while all values stay below it in magnitude. Trained streams have outliers: of the
-default profile's, a range of 1024 was left after 337 steps and one of 8192 after 909 (docs/LOG.md)."""
+"""32768: streams of float32 are exact while all values stay below it in magnitude. Trained streams have outliers: those
+of the default profile left a range of 1024 after 337 steps and one of 8192 after 909 (docs/LOG.md)."""
 TILE = 4096
 """Elements that a checksum is over."""
 
