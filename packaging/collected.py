@@ -17,7 +17,8 @@ AS_FILES = ("eco_llm", "torch", "torchgen", "functorch", "triton")
 EXCLUDED = [
     # Extras and tools that may be installed where the build runs, and are no part of the product.
     "IPython", "_pytest", "datasets", "hypothesis", "matplotlib", "mypy", "numba", "onnx", "onnxruntime", "pandas",
-    "pip", "pyarrow", "pytest", "ruff", "scipy", "tensorflow", "torchaudio", "torchvision", "transformers",
+    "pip", "pyarrow", "pydantic", "pydantic_core", "pytest", "ruff", "scipy", "tensorflow", "torchaudio", "torchvision",
+    "transformers",
     # Parts of dependencies that serve what we do not: `tokenizers`' downloads, TensorBoard's web server and images,
     # graphical windows.
     "PIL", "grpc", "hf_xet", "httpx", "huggingface_hub", "tensorboard_data_server", "tkinter", "werkzeug",

@@ -333,7 +333,7 @@ def _compile(torch: ModuleType) -> Iterator[Check]:
 def _paths_with_spaces(torch: ModuleType) -> list[str]:
     """Folders that TorchInductor puts on the compiler's command line without quotes (found with torch 2.13)."""
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(Path.cwd() / ".runtime_cache")
-    installed = str(Path(str(torch.__file__)).parent)
+    installed = str(Path(torch.__file__ or "").parent)
     return [path for path in (cache, installed) if len(path.split()) > 1]
 
 

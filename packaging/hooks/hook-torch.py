@@ -36,5 +36,7 @@ binaries = [
 ]
 # `import torch` looks for it (not on Windows, which has none).
 binaries += [(str(program), "torch/bin") for program in (PACKAGE / "bin").glob("torch_shm_manager")]
+# A CUDA build for Linux has its libraries in packages of NVIDIA's, from whose folders torch loads them.
+binaries += [(str(library), str(library.parent.relative_to(BASE))) for library in (BASE / "nvidia").rglob("lib*.so*")]
 # A second copy of a library beside the program confuses torch about where the others are.
-bindepend_symlink_suppression = ["**/torch/lib/*.so*"]
+bindepend_symlink_suppression = ["**/torch/lib/*.so*", "**/nvidia/**/*.so*"]
