@@ -179,7 +179,7 @@ def test_a_gate_does_not_hide_a_loss_that_is_not_finite(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["recompute", "coupled", "compress", "fixed-point"])
+@pytest.mark.parametrize("mode", ["coupled", "compress"])  # one of halves of blocks, one of whole blocks under hooks
 def test_compiled_modes_train_to_the_same_losses(mode: str, tiny_flags: Flags, tmp_path: Path) -> None:
     settings = f"--steps 3 {STEADY} --instant-mode {mode} --instant-bits 8"
     assert main(tiny_flags(settings, run="eager")) == 0
