@@ -247,9 +247,7 @@ def test_a_side_that_dies_gives_no_verdict(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("planted", "verdict"), [("", "no difference shown"), ("b:0.3", "slower")]
-)
+@pytest.mark.parametrize(("planted", "verdict"), [("", "no difference shown"), ("b:0.3", "slower")])
 def test_verdicts_of_live_runs(
     planted: str, verdict: str, tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
