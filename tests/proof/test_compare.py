@@ -247,11 +247,14 @@ def test_a_side_that_dies_gives_no_verdict(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("planted", "verdict"), [("", "no difference shown"), ("b:0.3", "slower")])
+@pytest.mark.parametrize(("planted", "verdict"), [("b:0.3", "slower")])
 def test_verdicts_of_live_runs(
     planted: str, verdict: str, tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slowdown that is found even beside other tests; benchmarks/compare_verdicts.py does it 20 times with 5%."""
+    """A slowdown that is found even beside other tests; benchmarks/compare_verdicts.py does it 20 times with 5%.
+
+    Two equal sides are compared there too, on a quiet machine: beside other tests one process may have the better core
+    for a minute, and the verdict is then wrong (docs/compare.md)."""
     monkeypatch.setenv(PLANTED_DELAY, planted)
     assert main(["compare", *tiny_flags(), "--a", "", "--b", "", "--pairs", "60", "--window-steps", "3"]) == 0
     assert report(tmp_path / "run")["verdict"] == verdict
