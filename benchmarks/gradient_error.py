@@ -42,6 +42,7 @@ def main() -> None:
     from steps import Ours, Text, clean
 
     from eco_llm.config import InstantConfig, OptimizerConfig, RuntimeConfig, SigmaConfig
+    from eco_llm.instant.verification import BLOCK_PREFIX
     from eco_llm.runtime import Runtime
 
     runtime = Runtime.detect(RuntimeConfig(device=arguments.device))
@@ -108,7 +109,7 @@ def main() -> None:
             arguments.rounds,
         )
         figures = side.model.stack.figures()
-        kept = {k: v for k, v in verdicts.items() if not k.startswith("instant_tripped_block_")}
+        kept = {k: v for k, v in verdicts.items() if not k.startswith(BLOCK_PREFIX)}
         summary[name] = {
             "gradient_error": wrong,
             "loss_difference": loss - exact_loss,

@@ -11,12 +11,12 @@ what is stored, since rounding is stochastic.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from eco_llm.instant.replay import Setting, SubLayer, back_propagate
 from eco_llm.ops.quantize import Quantized, dequantize, quantization_error, quantize
@@ -46,7 +46,7 @@ class Bytes:
         return self.before / self.after if self.after else 1.0
 
 
-class Packing:
+class Packing(saved_tensors_hooks):
     """A context in which one block's forward runs: what its ops keep is packed.
 
     Args:
@@ -61,29 +61,21 @@ class Packing:
     def __init__(
         self, bits: int, draw: Tensor, block: int, tokens: tuple[int, int], weights: Iterable[torch.Size], sizes: Bytes
     ) -> None:
+        super().__init__(self._pack, _unpack)
         self._bits, self._draw, self._stream = bits, draw, block * _STREAMS_A_BLOCK
         self._tokens, self._weights, self._sizes = tokens, {tuple(shape) for shape in weights}, sizes
         # What was packed, with the tensors themselves: while they live no other tensor can have their address.
         self._seen: dict[tuple[Any, ...], tuple[Tensor, Quantized]] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
-    def __enter__(self) -> Packing:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self._seen.clear()
 
     def _pack(self, x: Tensor) -> Tensor | Packed:
-        if is_activation(x, self._tokens, self._weights):
-            return self.pack(x)
-        if is_activation(
-            x, self._tokens, set()
-        ):  # of a weight's shape: may be its cast, so it stays; the ratio shows it
-            self._sizes.before += 2 * x.numel()
+        if grows_with_the_batch(x, self._tokens):
+            if not has_a_weights_shape(x, self._weights):
+                return self.pack(x)
+            self._sizes.before += 2 * x.numel()  # it may be the weight's cast, so it stays; the ratio shows it
             self._sizes.after += x.nbytes
         # Detached: kept with its graph, what an op saves of its own output would keep that op alive, and itself.
         return x.detach()
@@ -92,8 +84,7 @@ class Packing:
         """Store a dense tensor."""
         key = (x.data_ptr(), x.numel(), x.dtype, x._version)
         if key not in self._seen:
-            flat = x.detach().as_strided((x.numel(),), (1,))
-            numbers = quantize(flat, self._bits, step=self._draw, stream=self._stream)
+            numbers = quantize(_as_it_lies(x), self._bits, step=self._draw, stream=self._stream)
             self._stream += 1
             self._seen[key] = x.detach(), numbers
             self._sizes.before += 2 * x.numel()
@@ -107,38 +98,41 @@ def _unpack(kept: Tensor | Packed) -> Tensor:
     return dequantize(kept.numbers).as_strided(kept.shape, kept.stride)
 
 
+def _as_it_lies(x: Tensor) -> Tensor:
+    """The numbers of a dense tensor in the order of memory, [n]; no copy."""
+    return x.detach().as_strided((x.numel(),), (1,))
+
+
 def is_activation(x: Tensor, tokens: tuple[int, int], weights: set[tuple[int, ...]]) -> bool:
-    """Whether a kept tensor is one that grows with the batch and is worth packing."""
+    """Whether a kept tensor is packed."""
+    return grows_with_the_batch(x, tokens) and not has_a_weights_shape(x, weights)
+
+
+def has_a_weights_shape(x: Tensor, weights: set[tuple[int, ...]]) -> bool:
+    """Whether x may be the cast of a weight, or of its transpose."""
+    return tuple(x.shape) in weights or tuple(reversed(x.shape)) in weights
+
+
+def grows_with_the_batch(x: Tensor, tokens: tuple[int, int]) -> bool:
+    """Whether a kept tensor is dense, of B·T rows by its shape, and large enough to be worth packing."""
     if not x.is_floating_point() or x.numel() < _SMALL or isinstance(x, torch.nn.Parameter):
         return False
     batch, time = tokens
     leads = x.ndim >= 3 and x.shape[:2] == (batch, time)
     heads = x.ndim == 4 and (x.shape[0], x.shape[2]) == (batch, time)
     rows = x.ndim == 2 and x.shape[0] == batch * time
-    if not (leads or heads or rows) or tuple(x.shape) in weights or tuple(reversed(x.shape)) in weights:
+    if not (leads or heads or rows):
         return False
     return cast(bool, torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
-class Errors:
-    """A context like `Packing` that stores nothing but measures what storing would lose."""
+class FourBitError(saved_tensors_hooks):
+    """A context like `Packing` that stores nothing but measures what 4 bits would lose."""
 
-    def __init__(
-        self, bits: Iterable[int], draw: Tensor, tokens: tuple[int, int], weights: Iterable[torch.Size]
-    ) -> None:
+    def __init__(self, draw: Tensor, tokens: tuple[int, int], weights: Iterable[torch.Size]) -> None:
+        super().__init__(self._measure, lambda x: x)
         self._tokens, self._weights, self._draw = tokens, {tuple(shape) for shape in weights}, draw
-        zero = torch.zeros(2, dtype=torch.float32, device=draw.device)
-        self._sums = {b: zero.clone() for b in bits}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._measure, lambda x: x)
-
-    def __enter__(self) -> Errors:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.__exit__(kind, error, trace)
+        self._sums = torch.zeros(2, dtype=torch.float32, device=draw.device)
 
     def _measure(self, x: Tensor) -> Tensor:
         if is_activation(x, self._tokens, self._weights):
@@ -147,13 +141,11 @@ class Errors:
 
     def add(self, x: Tensor) -> None:
         """Take a tensor in."""
-        flat = x.detach().as_strided((x.numel(),), (1,))
-        for bits, total in self._sums.items():
-            total += torch.stack(quantization_error(flat, bits, step=self._draw, stream=0))
+        self._sums += torch.stack(quantization_error(_as_it_lies(x), 4, step=self._draw, stream=0))
 
     def relative(self) -> Tensor:
-        """|what would be stored − what is| / |what is| over all tensors taken in, one value for each of `bits`."""
-        return torch.stack([(total[0] / total[1].clamp(min=1e-30)).sqrt() for total in self._sums.values()])
+        """|what would be stored − what is| / |what is| over all tensors taken in, 0-dim."""
+        return (self._sums[0] / self._sums[1].clamp(min=1e-30)).sqrt()
 
 
 class _RecomputeFromPacked(torch.autograd.Function):

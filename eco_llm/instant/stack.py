@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from eco_llm.config import InstantConfig
-from eco_llm.instant.compression import Bytes, Errors, Packing, recompute_from_packed
+from eco_llm.instant.compression import Bytes, FourBitError, Packing, recompute_from_packed
 from eco_llm.instant.coupled import Layer, coupled, coupled_stored, coupled_values
 from eco_llm.instant.fixed_point import Run, errors_by_iteration, fixed_point, iterations_needed
 from eco_llm.instant.recompute import recompute
 from eco_llm.instant.replay import Setting
-from eco_llm.instant.verification import NAMES, Gate, block_name
+from eco_llm.instant.verification import BLOCK_PREFIX, NAMES, Gate, block_name
 
 GATE_REVIEW = 8
 """Steps between looks at the gate: after a trip, at most so many steps are not applied."""
@@ -66,6 +66,11 @@ class _Decisions:
     """Whether there was a probe."""
     reviewed: int = 0
     """The last step after which a review was held."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Iterations of every sub-layer that is inverted, two a block."""
+        return [n for pair in self.iterations if pair is not None for n in pair]
 
 
 class Stack:
@@ -196,7 +201,7 @@ class Stack:
         """What the host knows of the step without asking: for the record."""
         found: dict[str, float] = {}
         if "fixed-point" in self.modes:
-            counts = [n for pair in self._decided.iterations if pair is not None for n in pair]
+            counts = self._decided.counts
             found["instant_inverted_blocks"] = len(counts) // 2
             if counts:
                 found["instant_inversion_iters"] = sum(counts) / len(counts)
@@ -215,7 +220,7 @@ class Stack:
             if values.get(block_name(index)):
                 self._new_trips.add(index)
                 self._decided.trips[index] += 1
-        kept = {k: v for k, v in values.items() if not k.startswith("instant_tripped_block_")}
+        kept = {k: v for k, v in values.items() if not k.startswith(BLOCK_PREFIX)}
         return {**kept, "instant_gate_trips": sum(self._decided.trips)} if self.gated else kept
 
     def review_due(self, step: int) -> bool:
@@ -260,7 +265,7 @@ class Stack:
             self._probe(blocks, embed())
             decided.probed = True
         if decided.iterations != before.iterations and not said:
-            counts = [n for pair in decided.iterations if pair is not None for n in pair]
+            counts = decided.counts
             said.append(
                 f"{len(counts) // 2} of {self.modes.count('fixed-point')} blocks are inverted"
                 + (f", by {sum(counts) / len(counts):.1f} iterations on average" if counts else "")
@@ -318,7 +323,7 @@ class Stack:
 
     def _four_bit_error(self, block: Block, index: int, x: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
         assert self._draw is not None
-        measured = Errors([4], self._draw, (x.shape[0], x.shape[1]), [p.shape for p in block.parameters()])
+        measured = FourBitError(self._draw, (x.shape[0], x.shape[1]), [p.shape for p in block.parameters()])
         with setting.restored():
             leaf = x.detach().requires_grad_()
             if self._mixers[index] == "mamba":

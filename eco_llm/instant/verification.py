@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 NAMES = ("instant_tripped_blocks", "instant_inversion_rel_residual", "instant_reconstruction_error")
+BLOCK_PREFIX = "instant_tripped_block_"
+"""Of the names of single blocks' verdicts."""
 
 
 class Gate:
@@ -34,8 +36,7 @@ class Gate:
     def expect_equal(self, block: int, seen: Tensor, rebuilt: Tensor) -> None:
         """Trip unless all checksums, int64 [tiles], agree."""
         wrong = (seen != rebuilt).any().to(torch.float32)
-        torch.maximum(self._tripped[block], wrong, out=self._tripped[block])
-        torch.maximum(self._worst[1], wrong, out=self._worst[1])
+        self._record(block, wrong, 1, wrong)
 
     def expect_residual(self, block: int, residual: Tensor, limit: float) -> None:
         """Trip unless a 0-dim relative residual is at most `limit`; NaN trips."""
@@ -46,9 +47,11 @@ class Gate:
         self._expect(block, error, limit, 1)
 
     def _expect(self, block: int, value: Tensor, limit: float, kind: int) -> None:
-        wrong = torch.logical_not(value <= limit).to(torch.float32)
+        self._record(block, torch.logical_not(value <= limit).to(torch.float32), kind, value.to(torch.float32))
+
+    def _record(self, block: int, wrong: Tensor, kind: int, value: Tensor) -> None:
         torch.maximum(self._tripped[block], wrong, out=self._tripped[block])
-        torch.maximum(self._worst[kind], value.to(torch.float32), out=self._worst[kind])  # NaN stays
+        torch.maximum(self._worst[kind], value, out=self._worst[kind])  # NaN stays
 
     def guard(self, loss: Tensor) -> Tensor:
         """The loss, or NaN where a verdict is bad: what the optimizer's guard is given. 0-dim."""
@@ -61,4 +64,4 @@ class Gate:
 
 def block_name(block: int) -> str:
     """The name of one block's verdict among a step's values."""
-    return f"instant_tripped_block_{block}"
+    return f"{BLOCK_PREFIX}{block}"

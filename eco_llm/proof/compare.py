@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from eco_llm.config import CompareConfig
 from eco_llm.errors import UserError
 from eco_llm.files import strict, write_json
+from eco_llm.locks import lock_folder
 from eco_llm.perf import environment
 from eco_llm.proof import runs
 from eco_llm.proof.revisions import Revision
@@ -184,14 +183,7 @@ class Comparison:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        lock = FileLock(self.folder / ".lock")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.folder} is in use by another comparison") from None
-        except OSError as error:
-            raise UserError(f"--output-dir {self._out}: {error.strerror}") from None
+        lock = lock_folder(self.folder, output_dir=self._out, in_use="another comparison")
         try:
             yield
         finally:

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from eco_llm.config import TrainConfig, flatten
 from eco_llm.errors import UserError
 from eco_llm.files import strict, write_json
+from eco_llm.locks import lock_folder
 from eco_llm.perf import environment
 from eco_llm.proof import runs
 from eco_llm.proof.runs import Program
@@ -104,14 +103,8 @@ class Sweep:
         Raises:
             UserError: another sweep works here.
         """
-        lock = FileLock(self.folder / ".lock")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.folder} is in use by another sweep; wait for it or name another folder") from None
-        except OSError as error:
-            raise UserError(f"--output-dir {self._out}: {error.strerror}") from None
+        in_use = "another sweep; wait for it or name another folder"
+        lock = lock_folder(self.folder, output_dir=self._out, in_use=in_use)
         try:
             if self._fresh:
                 self._set_aside()

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from eco_llm.config import TrainConfig, differences, from_dict
 from eco_llm.errors import UserError
 from eco_llm.files import fsync_dir, replacing, write_json
+from eco_llm.locks import lock_folder
 
 FORMAT = 1
 _OURS = (
@@ -139,15 +140,8 @@ class RunDirectory:
         Raises:
             UserError: another trainer works here, or the folder cannot be made.
         """
-        lock = FileLock(self.path / ".lock")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.path} is in use by another eco_train; wait for it or name another folder") from None
-        except OSError as error:
-            raise UserError(f"--output-dir {self.path}: {error.strerror}") from None
-        self._lock = lock
+        in_use = "another eco_train; wait for it or name another folder"
+        self._lock = lock_folder(self.path, output_dir=self.path, in_use=in_use)
 
     def close(self) -> None:
         """Drop the lock."""

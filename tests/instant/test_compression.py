@@ -56,7 +56,8 @@ def test_a_tensor_that_two_ops_keep_is_stored_once(device: torch.device) -> None
 def test_a_tensor_that_changed_in_place_is_stored_anew(device: torch.device) -> None:
     sizes, draw = Bytes(), torch.zeros((), dtype=torch.int64, device=device)
     x = torch.randn(2, 63, 64, device=device)
-    with Packing(8, draw, 0, (2, 63), [], sizes) as packing:
+    packing = Packing(8, draw, 0, (2, 63), [], sizes)
+    with packing:
         packing.pack(x)
         packing.pack(x)
         assert sizes.before == 2 * x.numel()
