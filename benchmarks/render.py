@@ -24,7 +24,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -342,7 +342,7 @@ def _label(value: float) -> str:
 # --- memory against speed ---------------------------------------------------------------------------------------
 
 _PANEL, _PANEL_TOP, _PANEL_GAP, _NOTE = 300, 78, 62, 16
-_CHARACTER, _LINE = 6.6, 15.0  # of the 12px text, on the generous side: nothing can be measured here
+_CHARACTER, _LINE = 7.2, 15.0  # of the 12px text, on the generous side: nothing can be measured here
 _MARK = 5.0
 
 _PLOT_STYLE = """
@@ -408,6 +408,7 @@ def _panel(length: int, samples: list[dict[str, Any]], cap_gib: float, top: int)
         return f"{text}, {sample['shape'].replace('x', ' × ')}" if several else str(text)
 
     heading = f"T = {length}" + ("" if several else f", {shapes[0].replace('x', ' × ')} tokens a step")
+    heading += f"; dashed: the cap of {cap_gib:g} GiB" if cap_gib else ""
     bottom, right = top + _PANEL, _WIDTH - _RIGHT
     parts = [f'<text class="ink head" x="{_LEFT}" y="{top - 10}">{heading}</text>']
     boxes: list[Box] = []
@@ -425,7 +426,8 @@ def _panel(length: int, samples: list[dict[str, Any]], cap_gib: float, top: int)
 
         for y in y_ticks:
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
-            parts.append(f'<text class="soft" x="{_LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{_label(y)}</text>')
+            at = f'x="{_LEFT - 8}" y="{py(y) + 4:.1f}"'
+            parts.append(f'<text class="soft" {at} text-anchor="end">{_label(y / 1e3)}</text>')
         for x in x_ticks:
             parts.append(
                 f'<text class="soft" x="{px(x):.1f}" y="{bottom + 18}" text-anchor="middle">{_label(x)}</text>'
@@ -437,58 +439,80 @@ def _panel(length: int, samples: list[dict[str, Any]], cap_gib: float, top: int)
         boxes = [(x - _MARK, y - _MARK, x + _MARK, y + _MARK) for x, y in places]
         frame = (float(_LEFT), float(top), float(right), float(bottom))
         for sample, (x, y) in sorted(zip(points, places, strict=True), key=lambda pair: (pair[1], name(pair[0]))):
-            box, led = _place(name(sample), x, y, boxes, frame)
-            boxes.append(box)
-            if led:
-                end = box[0] if box[0] > x else box[2]
-                middle = (box[1] + box[3]) / 2
-                parts.append(f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{middle:.1f}"/>')
+            spot = _place(name(sample), x, y, boxes, frame)
+            boxes += [spot.box, *spot.dots]
+            if spot.dots:
+                parts.append(
+                    f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{spot.at:.1f}" y2="{spot.box[3] - 7.5:.1f}"/>'
+                )
             if sample["row"].startswith("nanoGPT"):
                 parts.append(f'<rect class="peer" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>')
             else:
                 parts.append(f'<circle class="ours" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-            parts.append(f'<text class="ink" x="{box[0]:.1f}" y="{box[3] - 4:.1f}">{escape(name(sample))}</text>')
+            parts.append(
+                f'<text class="ink" x="{spot.at:.1f}" y="{spot.box[3] - 4:.1f}" text-anchor="{spot.anchor}">'
+                f"{escape(name(sample))}</text>"
+            )
         middle = (_LEFT + right) / 2
         parts.append(f'<text class="soft" x="{middle}" y="{bottom + 36}" text-anchor="middle">peak memory, GiB</text>')
         half = (top + bottom) / 2
         parts.append(
-            f'<text class="soft" x="14" y="{half}" text-anchor="middle" transform="rotate(-90 14 {half})">'
-            "tokens a second</text>"
+            f'<text class="soft" x="18" y="{half}" text-anchor="middle" transform="rotate(-90 18 {half})">'
+            "thousand tokens a second</text>"
         )
     else:
         bottom = top
-    y = bottom + 36
+    y = bottom + 42
     if missing:
         for words in _wrapped("does not fit: " + "; ".join(map(name, missing)), right - _LEFT):
             y += _NOTE
             parts.append(f'<text class="soft" x="{_LEFT}" y="{y}">{escape(words)}</text>')
-    return parts, y + _PANEL_GAP - 6
+    return parts, y + _PANEL_GAP - 12
 
 
-def _place(text: str, x: float, y: float, taken: list[Box], frame: Box) -> tuple[Box, bool]:
-    """Where the name of the point at (x, y) goes, and whether a line must lead to it: the first place, going outwards,
-    that covers nothing; if there is none, that which covers least."""
-    width = len(text) * _CHARACTER
-    found: list[tuple[Box, bool]] = []
+class _Spot(NamedTuple):
+    """A place for a name."""
 
-    def add(left: float, middle: float, led: bool) -> None:
-        found.append(((left, middle - _LINE / 2, left + width, middle + _LINE / 2), led))
+    at: float
+    """The text's x, at its `anchor`."""
+    anchor: str
+    box: Box
+    dots: list[Box]
+    """Along the line that leads to it; empty: it is right beside its point."""
 
-    add(x + 9, y, False)
-    add(x - 9 - width, y, False)
-    add(x - width / 2, y - 14, False)
-    add(x - width / 2, y + 14, False)
+
+def _place(text: str, x: float, y: float, taken: list[Box], frame: Box) -> _Spot:
+    """Where the name of the point at (x, y) goes.
+
+    The first place, going outwards, at which neither the name nor the line that leads to it covers anything; if there
+    is none, that which covers least.
+    """
+    width, half = len(text) * _CHARACTER, _LINE / 2
+    found: list[_Spot] = []
+
+    def add(at: float, anchor: str, middle: float, led: bool) -> None:
+        left = at - {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * width
+        dots: list[Box] = []
+        if led:
+            shares = [0.4 + 0.05 * i for i in range(12)]  # from outside its own mark on
+            along = [(x + share * (at - x), y + share * (middle - y)) for share in shares]
+            dots = [(a - 1, b - 1, a + 1, b + 1) for a, b in along]
+        found.append(_Spot(at, anchor, (left, middle - half, left + width, middle + half), dots))
+
+    add(x + 9, "start", y, False)
+    add(x - 9, "end", y, False)
+    add(x, "middle", y - 14, False)
+    add(x, "middle", y + 14, False)
     for ring in range(1, 20):
         for rise in (-ring * _LINE, ring * _LINE):
-            add(x + 18, y + rise, True)
-            add(x - 18 - width, y + rise, True)
+            add(x + 18, "start", y + rise, True)
+            add(x - 18, "end", y + rise, True)
 
-    def covered(candidate: tuple[Box, bool]) -> float:
-        box = candidate[0]
-        outside = width * _LINE - _overlap(box, frame)
-        return 100.0 * outside + sum(_overlap(box, other) for other in taken)
+    def covered(spot: _Spot) -> float:
+        outside = width * _LINE - _overlap(spot.box, frame)
+        return 100.0 * outside + sum(_overlap(mine, other) for mine in (spot.box, *spot.dots) for other in taken)
 
-    return min(found, key=lambda candidate: round(covered(candidate), 3))
+    return min(found, key=lambda spot: round(covered(spot), 3))
 
 
 def _overlap(a: Box, b: Box) -> float:
