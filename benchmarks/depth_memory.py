@@ -9,7 +9,8 @@ alive together (all of them; with gradient release, whose updates are made insid
 What of the growth from 12 to 48 layers these do not explain is reported as a share of it; the bar is 2% either way, for
 coupled with and without release. `recompute`, which keeps an input a block, is measured beside them: its share says
 what the measurement would show if something did grow.
-Gate: the first loss is within 5% of ln V, the last finite; after each model, nothing of it is left.
+A small model goes before and is not counted: what libraries take once and keep would be the first model's alone.
+Gate: the first loss is within 5% of ln V, the last finite; after each pair of models nothing of them is left.
 """
 
 from __future__ import annotations
@@ -127,12 +128,13 @@ def main() -> None:
     samples: list[dict[str, Any]] = []
     summary: dict[str, Any] = {"bar": BAR}
     rows: list[list[str]] = []
+    measure("coupled", 6, release=False)  # compiles the kernels, and makes cuBLAS take the workspaces that it keeps
     clean(device)
     base = torch.cuda.memory_allocated(device)
     for name, (mode, release, bar) in ROWS.items():
         pair = [measure(mode, layers, release=release) for layers in DEPTHS]
         clean(device)
-        if (left := torch.cuda.memory_allocated(device) - base) > 2**26:  # cuBLAS' workspaces stay: 33 MiB
+        if (left := torch.cuda.memory_allocated(device) - base) > 2**24:  # a fifth of what the bar lets pass
             raise GateError(f"{name}: {left / 2**20:.0f} MiB are left of a model that is gone")
         samples += [{"row": name, **found} for found in pair]
         counts = [found["parameters"] + found["gradients"] + found["optimizer_state"] for found in pair]

@@ -285,11 +285,9 @@ def main() -> None:
 
         return step, {}
 
-    def ours(row: Row, batches: Batches) -> Any:
-        instant = planned(shape, row, cap, graph=graph) if row.name == "auto" else row.instant()
+    def ours(instant: InstantConfig, batches: Batches) -> Any:
         model = Ours(shape, batches.cycle(), runtime, graph=graph, instant=instant)
-        notes: dict[str, Any] = {"modes": instant.instant_mode} if row.name == "auto" else {}
-        notes["how"] = model.how
+        notes: dict[str, Any] = {"how": model.how}
         if instant.instant_mode == "fixed-point":
             for _ in range(60):  # at initialisation hardly a block contracts
                 model.step()
@@ -328,10 +326,18 @@ def main() -> None:
         clean(device)
         torch._dynamo.reset()
         before = torch.cuda.memory_allocated(device)
-        found: dict[str, Any] = {"shape": row.shape, "row": row.name}
+        held = torch.cuda.memory_reserved(device) / 2**30  # by what rows before it left; counts under the cap
+        found: dict[str, Any] = {"shape": row.shape, "row": row.name, "reserved_before_gib": held}
         start = time.perf_counter()
         try:
-            step, notes = (peer if row.is_peer else ours)(row, sources[row.shape])
+            if row.is_peer:
+                step, notes = peer(row, sources[row.shape])
+            else:
+                instant = row.instant()
+                if row.name == "auto":
+                    instant = planned(shape, row, cap, graph=graph)
+                    found["modes"] = instant.instant_mode
+                step, notes = ours(instant, sources[row.shape])
             first = float(step())
             step()
             torch.cuda.synchronize()
