@@ -93,7 +93,7 @@ def test_no_sync_and_the_same_bits_in_a_cuda_graph() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [1, 63, 256, 768])
-@pytest.mark.parametrize("rows", [1, 31, 32, 33, 1000])
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 96, 97, 1000])
 def test_rows_are_added_as_a_loop_adds_them(rows: int, width: int, dtype: torch.dtype) -> None:
     from eco_llm.ops.embedding.triton import add_rows
 
