@@ -36,7 +36,7 @@ from quality_queue import Queue
 from quality_tables import collect
 
 from eco_llm.cli.parse import parse
-from eco_llm.config import TrainConfig
+from eco_llm.config import C3OConfig, TrainConfig
 from eco_llm.data.prepare import prepare
 from eco_llm.data.shards import PreparedData
 from eco_llm.errors import UserError
@@ -123,6 +123,7 @@ def study_of(
             lr, _, decay = pair.partition(":")
             chosen("best", optimizer, OPTIMIZERS)
             best[optimizer] = (float(lr), float(decay))
+        given["c3o"] = tuple(_c3o_setting(text) for text in arguments.c3o)
     except ValueError as error:
         raise UserError(f"quality: {error}") from None
     numbers = ("search_tokens", "final_tokens", "ablate_tokens", "storage_steps", "extensions")
@@ -138,6 +139,19 @@ def study_of(
         best=best,
         **(settings | given),
     )
+
+
+def _c3o_setting(text: str) -> tuple[str, Any]:
+    """`trust_radius=0` as a field of C3OConfig and its value, of the field's type.
+
+    Raises:
+        UserError: there is no such field.
+    """
+    name, _, value = text.partition("=")
+    known: dict[str, Any] = {f.removeprefix("c3o_"): v for f, v in dataclasses.asdict(C3OConfig()).items()}
+    if name not in known:
+        raise UserError(f"--c3o {text!r}: {name!r} is not one of {', '.join(known)}")
+    return f"c3o_{name}", type(known[name])(value)
 
 
 def _portable(flag: str) -> str:
@@ -260,15 +274,14 @@ def pull(
 
 def seconds_needed(spec: Spec, results: Results, trainer: Trainer, study: Study) -> float:
     """What a run will take, from earlier runs of its kind, else from all, else assumed."""
-    done = [r for r in results.values() if r["status"] == "done" and r.get("setup_s") is not None]
+    done = [r for r in results.values() if r["status"] == "done" and r.get("tokens_per_s")]
     on_cuda = trainer.runtime.device.type == "cuda"
 
-    def rates(records: list[Any]) -> list[float]:
-        return [r["tokens"] / max(1e-9, r["wall_s"] - r["setup_s"]) for r in records]
-
-    same = rates([r for r in done if Spec(**_tuples(r["spec"])).kind == spec.kind])
-    rate = min(same) if same else 0.5 * min(rates(done), default=2 * (CUDA_RATE if on_cuda else CPU_RATE))
-    setups = [r["setup_s"] for r in done if not r["graphs_compiled"]]
+    same = [r["tokens_per_s"] for r in done if Spec(**_tuples(r["spec"])).kind == spec.kind]
+    every = [r["tokens_per_s"] for r in done]
+    rate = min(same) if same else 0.5 * min(every, default=2 * (CUDA_RATE if on_cuda else CPU_RATE))
+    # Capture, validation and whatever else is not a step; where nothing was compiled, which is told apart.
+    setups = [r["wall_s"] - r["tokens"] / r["tokens_per_s"] for r in done if not r["graphs_compiled"]]
     setup = statistics.median(setups) if setups else (CUDA_SETUP_S if on_cuda else 0.1)
     if on_cuda and not trainer.has(spec):
         setup += CUDA_COMPILE_S
@@ -353,6 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", help="of all stages but the search")
     parser.add_argument("--learning-rates", help="the search's grid")
     parser.add_argument("--weight-decays", help="the search's grid")
+    parser.add_argument("--c3o", action="append", default=[], metavar="NAME=VALUE", help="of every C3O: trust_radius=0")
     parser.add_argument("--best", action="append", default=[], metavar="OPTIMIZER=LR:WD", help="instead of a search")
     return parser
 

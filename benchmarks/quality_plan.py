@@ -98,7 +98,7 @@ class Study:
     optimizers: tuple[str, ...] = OPTIMIZERS
     search_tokens: int = 15_000_000
     final_tokens: int = 61_000_000
-    ablate_tokens: int = 30_000_000
+    ablate_tokens: int = 32_768_000  # 1,000 steps of the preset: its base is also that of the storages
     storage_steps: int = 1000
     seeds: tuple[int, ...] = (1, 2)
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
@@ -106,6 +106,8 @@ class Study:
     extensions: int = 2
     """Most points that a search may add beyond the edges of its grid."""
     instant: tuple[str, ...] = tuple(INSTANT)
+    c3o: Settings = ()
+    """What every C3O of the study has, unless a stage says otherwise."""
     best: dict[str, tuple[float, float]] = field(default_factory=dict)
     """(lr, weight decay) of optimizers whose search is not asked."""
 
@@ -116,7 +118,8 @@ class Study:
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> Study:
         """What `dataclasses.asdict` and JSON made of one."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        values["c3o"] = tuple((name, value) for name, value in raw["c3o"])
         values["best"] = {name: (pair[0], pair[1]) for name, pair in raw["best"].items()}
         return Study(**values)
 
@@ -152,8 +155,9 @@ def search_of(study: Study, optimizer: str, results: Results) -> Search:
     """The grid, and beyond the edge on which its best point lies, as far as `extensions` go."""
 
     def point(lr: float, decay: float) -> Spec:
-        steps = study.steps(study.search_tokens)
-        return Spec(" ".join(study.flags), optimizer, float(f"{lr:.4g}"), float(f"{decay:.4g}"), steps, seed=0)
+        lr, decay = float(f"{lr:.4g}"), float(f"{decay:.4g}")
+        c3o = tuple(sorted(study.c3o)) if optimizer == "c3o" else ()
+        return Spec(" ".join(study.flags), optimizer, lr, decay, study.steps(study.search_tokens), seed=0, c3o=c3o)
 
     points = [point(lr, decay) for lr in study.learning_rates for decay in study.weight_decays]
     for _ in range(study.extensions + 1):
@@ -202,10 +206,11 @@ def plan(study: Study, results: Results) -> tuple[list[Item], list[str]]:
             why = "has no point that was trained to the end" if search.complete else "is not complete"
             waiting.append(f"the search of {optimizer} {why}")
 
-    def runs(stage: str, label: str, optimizer: str, steps: int, seed: int, **further: Any) -> None:
+    def runs(stage: str, label: str, optimizer: str, steps: int, seed: int, c3o: Settings = (), **further: Any) -> None:
         if optimizer in best:
             lr, decay = best[optimizer]
-            items.append(Item(stage, label, Spec(base, optimizer, lr, decay, steps, seed, **further)))
+            settings = tuple(sorted({**dict(study.c3o), **dict(c3o)}.items())) if optimizer == "c3o" else ()
+            items.append(Item(stage, label, Spec(base, optimizer, lr, decay, steps, seed, c3o=settings, **further)))
 
     whole = study.steps(study.final_tokens)
     if "finals" in study.stages:

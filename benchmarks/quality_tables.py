@@ -204,14 +204,14 @@ def _against(
         rows.append([
             label, f"{spec.lr:g}", f"{spec.weight_decay:g}", *_size(study, spec), " / ".join(each),
             _digits(mean(by_seed)), _digits(spread(by_seed)), _digits(middle, sign=True),
-            None if middle is None else verdict(middle, noise), refused,
+            _digits(noise), None if middle is None else verdict(middle, noise), refused,
             f"{statistics.median(rates):,.0f}" if rates else None,
         ])  # fmt: skip
         name = label.replace(", ", "_").replace(" + ", "_").replace(" ", "_").replace("-", "_")
         summary |= {f"{name}_loss": mean(by_seed), f"{name}_minus_{against.split(' ')[0]}": middle}
     header = [
         "runs", "lr", "weight decay", "M tokens", "steps", "held-out loss by seed", "mean", "spread",
-        f"minus {against}", f"against the noise of {_digits(noise) or '?'}", "steps refused", "tokens/s",
+        f"minus {against}", "noise", "verdict", "steps refused", "tokens/s",
     ]  # fmt: skip
     return {"summary": summary, "table": {"header": header, "rows": rows}}
 

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -33,7 +33,7 @@ from eco_llm.optim.update import Update
 from eco_llm.perf.phases import CapturedPhases, PhaseTimer
 from eco_llm.runtime import Runtime, torch_dtype
 from eco_llm.training.evaluation import Validation, evaluate
-from eco_llm.training.graph import WARM_UPS, CudaGraph, GraphedStep
+from eco_llm.training.graph import WARM_UPS, CudaGraph, Graph, GraphedStep
 from eco_llm.training.hooks.base import Hook
 from eco_llm.training.outcome import NonFiniteLoss, Outcome, headline, is_out_of_memory
 from eco_llm.training.sigma_trainer import SigmaTrainer
@@ -108,11 +108,22 @@ class BackwardGraph:
     """A step whose forward and backward are one CUDA graph and whose update is launched after it.
 
     Gradients live in the graph's memory; each replay makes them anew, so nothing clears them.
+
+    Args:
+        inner: brings the model, the data, the update and the timer.
+        shape: (B, T) of every batch.
+        make_graph: tests give another.
     """
 
-    def __init__(self, inner: TrainStep, runtime: Runtime, shape: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        inner: TrainStep,
+        runtime: Runtime,
+        shape: tuple[int, int],
+        make_graph: Callable[[torch.device], Graph] = CudaGraph,
+    ) -> None:
         self._inner, self._runtime = inner, runtime
-        self._graph = CudaGraph(runtime.device)
+        self._graph = make_graph(runtime.device)
         both = torch.zeros((2, *shape), dtype=torch.int64, device=runtime.device)
         self._inputs = Batch(both[0], both[1])
         self._phases = CapturedPhases()
@@ -199,11 +210,11 @@ class Trainer:
             config,
             training=dataclasses.replace(t, steps=spec.steps, seed=spec.seed, eval_interval=spec.steps),
             optimizer=dataclasses.replace(
-                config.optimizer, optimizer=spec.optimizer, lr=spec.lr, weight_decay=spec.weight_decay
+                config.optimizer, optimizer=cast(Any, spec.optimizer), lr=spec.lr, weight_decay=spec.weight_decay
             ),
             c3o=dataclasses.replace(config.c3o, **dict(spec.c3o)),
             instant=dataclasses.replace(config.instant, **dict(spec.instant)),
-            runtime=dataclasses.replace(config.runtime, weights_dtype=spec.weights),
+            runtime=dataclasses.replace(config.runtime, weights_dtype=cast(Any, spec.weights)),
         )
 
     def model(self, spec: Spec) -> SigmaLLM:
