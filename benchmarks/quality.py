@@ -89,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.workers > 1:
         return launch(arguments, list(sys.argv[1:] if argv is None else argv), end)
-    work(study, config, Queue(arguments.runs), arguments.worker, end)
+    try:
+        work(study, config, Queue(arguments.runs, arguments.locks), arguments.worker, end)
+    except UserError as error:
+        print(f"quality: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -193,7 +197,11 @@ def prepared(config: TrainConfig) -> tuple[PreparedData, float]:
 
 
 def work(study: Study, config: TrainConfig, queue: Queue, worker: int, end: float) -> None:
-    """Do runs until none is left, those of other processes included, or none would end in time."""
+    """Do runs until none is left, those of other processes included, or none would end in time.
+
+    Raises:
+        UserError: the results so far are of other data, with which new ones could not be compared.
+    """
     begun = time.time()
     from quality_train import StoppedError, Trainer
 
@@ -203,6 +211,9 @@ def work(study: Study, config: TrainConfig, queue: Queue, worker: int, end: floa
     trainer.warm_up(Spec(base, "c3o", 1e-3, 0.1, 10, 0))
     warm_s = time.time() - begun
     data, prepare_s = prepared(config)
+    mine = data.manifest.fingerprint()
+    if any(line["kind"] == "start" and line["data_fingerprint"] != mine for line in queue.lines()):
+        raise UserError(f"{queue.file} has runs on other data (another machine's packages?); use another --runs")
     queue.append(_start_line(study, config, trainer, data, worker, {"warm_up_s": warm_s, "prepare_s": prepare_s}))
     print(f"worker {worker}: ready after {time.time() - begun:.1f} s (compiled in {warm_s:.1f} s)", flush=True)
 
@@ -347,7 +358,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of runs.jsonl and the claims")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of runs.jsonl")
+    parser.add_argument("--locks", type=Path, help="folder of the claims, if not below that one")
     parser.add_argument("--collect", type=Path, metavar="RUNS.JSONL", help="write the evidence of these runs and end")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="h200")
     parser.add_argument("--data-cache", default=".data_cache", help="folder of prepared tokens")

@@ -19,13 +19,14 @@ from eco_llm.files import strict
 
 
 class Queue:
-    """Results and claims in a folder, which is made."""
+    """Results in a folder, and claims in one below it or in `locks`; both are made."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, locks: Path | None = None) -> None:
         self.file = folder / "runs.jsonl"
-        self._claims = folder / "claims"
-        self._claims.mkdir(parents=True, exist_ok=True)
-        self._append = FileLock(folder / ".append.lock")
+        self._claims = locks or folder / "claims"
+        for made in (folder, self._claims):
+            made.mkdir(parents=True, exist_ok=True)
+        self._append = FileLock(self._claims / "append.lock")
 
     def lines(self) -> list[dict[str, Any]]:
         """All records, oldest first; a line that a killed process left unfinished is passed over."""

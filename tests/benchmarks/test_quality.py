@@ -436,6 +436,12 @@ def test_a_run_that_diverges_is_recorded_and_not_chosen_and_a_deadline_stops_in_
     assert runs[80.0]["status"] == "diverged"
     assert runs[80.0]["why"]
     assert "diverged" in said
+    with (tmp_path / "runs" / "runs.jsonl").open("a") as stream:
+        stream.write(json.dumps({"kind": "start", "data_fingerprint": "another"}) + "\n")
+    with pytest.raises(AssertionError, match="has runs on other data"):
+        _study(tmp_path, *absurd)
+    lines = (tmp_path / "runs" / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs" / "runs.jsonl").write_text("".join(lines[:-1]))
     [path] = modules.tables.collect(tmp_path / "runs" / "runs.jsonl", tmp_path)
     evidence = json.loads(path.read_text())
     assert evidence["summary"]["adamw_lr"] < 80
