@@ -229,7 +229,7 @@ def work(study: Study, config: TrainConfig, queue: Queue, worker: int, end: floa
         return seconds_needed(item.spec, results, trainer, study)
 
     try:
-        pull(study, queue, end, attempt, needs, trainer.has)
+        pull(study, queue, end, attempt, needs, trainer.has, worker)
     except StoppedError:
         print(f"worker {worker}: stopped by a signal; the run in flight is lost", flush=True)
 
@@ -241,11 +241,13 @@ def pull(
     attempt: Callable[[Item], bool],
     needs: Callable[[Item, Results], float],
     compiled: Callable[[Spec], bool],
+    worker: int = 0,
 ) -> None:
     """Claim and attempt items until there are none, while others' runs may still bring new ones.
 
-    The most important comes first; within a stage, one whose model this process has compiled. It cannot wait for ever:
-    it waits only while another process holds a claim, and a dead one holds none.
+    The most important comes first; within a stage, one whose model this process has compiled, then kinds of model in an
+    order that each worker begins elsewhere, lest all compile the same. It cannot wait for ever: it waits only while
+    another process holds a claim, and a dead one holds none.
     """
     tried: set[str] = set()
     rank = {stage: i for i, stage in enumerate(study.stages)}
@@ -257,7 +259,8 @@ def pull(
             first.setdefault(item.spec.key, item)
         pending = [item for key, item in first.items() if key not in results and key not in tried]
         late, busy = [], False
-        for item in sorted(pending, key=lambda i: (rank[i.stage], not compiled(i.spec))):
+        turn = _turns(pending, compiled, worker)
+        for item in sorted(pending, key=lambda i: (rank[i.stage], turn[i.spec.variant])):
             if time.time() + needs(item, results) > end:
                 late.append(item)
                 continue
@@ -283,13 +286,20 @@ def pull(
             time.sleep(0.2)
 
 
+def _turns(items: list[Item], compiled: Callable[[Spec], bool], worker: int) -> dict[tuple[Any, ...], int]:
+    """Rank of each kind of model among `items`."""
+    new = list(dict.fromkeys(item.spec.variant for item in items if not compiled(item.spec)))
+    turn = dict.fromkeys((item.spec.variant for item in items), 0)
+    return turn | {variant: 1 + (i - worker) % len(new) for i, variant in enumerate(new)}
+
+
 def seconds_needed(spec: Spec, results: Results, trainer: Trainer, study: Study) -> float:
     """What a run will take, from earlier runs of its kind, else from all, else assumed."""
     done = [r for r in results.values() if r["status"] == "done" and r.get("tokens_per_s")]
     on_cuda = trainer.runtime.device.type == "cuda"
 
     same = [r["tokens_per_s"] for r in done if Spec(**_tuples(r["spec"])).kind == spec.kind]
-    every = [r["tokens_per_s"] for r in done]
+    every = [r["tokens_per_s"] for r in done if r["spec"]["optimizer"] == spec.optimizer]
     rate = min(same) if same else 0.5 * min(every, default=2 * (CUDA_RATE if on_cuda else CPU_RATE))
     # Capture, validation and whatever else is not a step; where nothing was compiled, which is told apart.
     setups = [r["wall_s"] - r["tokens"] / r["tokens_per_s"] for r in done if not r["graphs_compiled"]]

@@ -199,6 +199,17 @@ def test_nothing_is_begun_that_would_end_too_late(
     assert "the search of adamw is not complete" in said
 
 
+def test_workers_begin_with_different_models_and_stay_with_what_they_have(modules: Any) -> None:
+    asked = study(modules, best={"c3o": (1e-3, 0.1)}, optimizers=("c3o",), stages=("instant",))
+    items, _ = modules.plan.plan(asked, {})
+    have: set[Any] = {items[0].spec.variant}
+    turns = [modules.quality._turns(items, lambda spec: spec.variant in have, worker) for worker in (0, 1)]
+    assert [turn[items[0].spec.variant] for turn in turns] == [0, 0]
+    firsts = [min((v for v in turn if v not in have), key=turn.__getitem__) for turn in turns]
+    assert firsts[0] != firsts[1]
+    assert all(sorted(turn.values()) == [0, 1, 2, 3, 4] for turn in turns)
+
+
 # ---- the tables --------------------------------------------------------------------------------------------
 
 
