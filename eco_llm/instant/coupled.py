@@ -38,34 +38,46 @@ class Layer(Protocol):
         """(norm → mixer, norm → MLP), without the residual sums."""
 
 
+def _types(x: Tensor, setting: Setting) -> tuple[torch.dtype, torch.dtype]:
+    """(of the stack's result and of gradients, of what sub-layers read).
+
+    Under bf16 autocast they read bfloat16: their norm's result is rounded to that anyway, and half the bytes of every
+    state's value are neither written nor read. The states themselves are as fine as ever.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    narrow = setting.autocast and setting.dtype == torch.bfloat16 and wide == torch.float32
+    return wide, torch.bfloat16 if narrow else wide
+
+
 def coupled_values(sub_layers: Iterable[SubLayer], x: Tensor) -> Tensor:
     """The coupled stack, for inference: x [B, T, D] -> the sum of its two last states, at least float32."""
-    b, x, _ = snap(x)
-    a, before = b, x
+    wide, read = _types(x, Setting.now(x))
+    b, x, _ = snap(x, read)
+    a = b
     for f in sub_layers:
-        before = x  # not kept while f runs: here the one before it dies
-        c, x, _ = advance(a, f(before), x.dtype)
+        c, x, _ = advance(a, f(x), read, checked=False)
         a, b = b, c
-    return before + x
+    # x − x: NaN where x is. What is NaN in the state before has reached x by the last sub-layer.
+    return values(a, wide).add_(values(b, wide)).add_(x - x)
 
 
 class _Coupled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, blocks: Sequence[Layer], gate: Gate, setting: Setting) -> Tensor:
         ctx.blocks, ctx.gate, ctx.setting, ctx.type = blocks, gate, setting, x.dtype
-        b, x, seen = snap(x)
-        a, before = b, x
-        sums = [seen] * 2  # of every state, in order
-        for block in blocks:
-            for f in block.sub_layers:
-                before = x
-                c, x, seen = advance(a, setting.value(f, before), x.dtype)
-                a, b = b, c
-                sums.append(seen)
-        del sums[-2:]  # of the states that are kept
+        wide, ctx.read = _types(x, setting)
+        sub_layers = [f for block in blocks for f in block.sub_layers]
+        b, x, seen = snap(x, ctx.read)
+        a, sums = b, [seen] * 2  # of every state, in order
+        for f in sub_layers[:-1]:
+            c, x, seen = advance(a, setting.value(f, x), ctx.read)
+            a, b = b, c
+            sums.append(seen)
+        c, x, _ = advance(a, setting.value(sub_layers[-1], x), wide)
+        del sums[-1:]  # of the states that are kept: the last has none
         ctx.save_for_backward(*sums)
-        ctx.last = a, b  # not saved: autograd would hold them until backward returns
-        return before + x
+        ctx.last = b, c  # not saved: autograd would hold them until backward returns
+        return x.add_(values(b, wide))  # NaN in the value of b has reached x
 
     @staticmethod
     @once_differentiable
@@ -75,13 +87,13 @@ class _Coupled(torch.autograd.Function):
             raise RuntimeError("coupled: backward ran before, and the states it started from are gone")
         (b, c), ctx.last = ctx.last, None
         da = db = gradients[0]
-        x = values(b, db.dtype)
+        x = values(b, ctx.read)
         for index in reversed(range(len(ctx.blocks))):
             mix, feed = ctx.blocks[index].sub_layers
             for f in (feed, mix):
                 leaf, y = ctx.setting.record(f, x)
                 # The first state's value is made too, though nothing reads it: one write a step, against a kernel more.
-                a, x, rebuilt = retreat(c, y.detach(), x.dtype)
+                a, x, rebuilt = retreat(c, y.detach(), ctx.read)
                 b, c = a, b
                 # Before gradients are made: with a block's last one, gradient release applies the block's update.
                 ctx.gate.expect_equal(index, sums.pop(), rebuilt)
@@ -137,9 +149,14 @@ def coupled_stored(blocks: Sequence[Layer], x: Tensor, keep: Callable[[SubLayer,
             everything. (Without the view, what f sends back to x along several ways would be added to the stream's
             gradient one by one, and floating-point sums depend on their order.)
     """
+    read = _types(x, Setting.now(x))[1]
     q, x = cast(tuple[Tensor, Tensor], _Snap.apply(x))
     a, b = (q, x.view_as(x)), (q, x.view_as(x))
     for block in blocks:
         for f in block.sub_layers:
-            a, b = b, cast(tuple[Tensor, Tensor], _Advance.apply(*a, keep(f, b[1])))
+            a, b = b, cast(tuple[Tensor, Tensor], _Advance.apply(*a, keep(_reading(f, read), b[1])))
     return a[1] + b[1]
+
+
+def _reading(f: SubLayer, dtype: torch.dtype) -> SubLayer:
+    return lambda x: f(x.to(dtype))

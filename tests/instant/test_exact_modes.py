@@ -137,7 +137,7 @@ class Poisoned:
     def __init__(self, bad: float | str) -> None:
         self.bad, self.at, self.calls = bad, -1, 0
 
-    def __call__(self, a: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, a: Tensor, y: Tensor, dtype: torch.dtype, **how: bool) -> tuple[Tensor, Tensor, Tensor]:
         self.calls += 1
         if self.calls - 1 == self.at:
             y = y.clone()
@@ -145,13 +145,19 @@ class Poisoned:
             # The sum alone overflows: 255 steps under the range, and a's number is larger.
             y[0, :60].view(-1)[place] = RANGE - 255 * STEP if isinstance(self.bad, str) else self.bad
             assert a.flatten()[place] > 255
-        return advance(a, y, dtype)
+        return advance(a, y, dtype, **how)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e38, -2 * RANGE, "sum"])
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("fallback", [False, True])
 def test_no_bad_number_in_any_sub_layer_is_silent(
-    bad: float | str, fallback: bool, build: Build, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    bad: float | str,
+    fallback: bool,
+    bf16: bool,
+    build: Build,
+    batch: tuple[Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In every half of every block: the loss is NaN, in training and inference, and no bit of a weight changes."""
     model = build("coupled")
@@ -165,12 +171,12 @@ def test_no_bad_number_in_any_sub_layer_is_silent(
     before = [p.detach().clone() for p in model.parameters()]
     for poisoned.at in range(2 * SHAPE.n_layers):
         poisoned.calls = 0
-        found = loss_and_gradients(model, batch)
+        found = loss_and_gradients(model, batch, bf16=bf16)
         assert poisoned.calls == 2 * SHAPE.n_layers
         assert found["loss"].isnan(), poisoned.at
         assert not update.step(model.stack.guard(found["loss"])).applied
         poisoned.calls = 0
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(batch[0].device.type, torch.bfloat16, enabled=bf16):
             assert model.loss(*batch).isnan(), poisoned.at
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     poisoned.at = -1

@@ -382,45 +382,46 @@ class _Step:
     # -- the coupled form --
 
     def _coupled(self, x: Buffer) -> Buffer:
-        """The whole stack: two streams forward, and the value of one; backward from the two last states."""
+        """The whole stack: two streams forward, and the value of one, which sub-layers read in the compute type;
+        backward from the two last states.
+        """
         parts, tape = self.parts, self.tape
         checksums = 8 * -(-parts.M * parts.D // TILE)
         a = b = parts.wide("activations")  # on the grid; both streams at first
-        before = value = parts.wide("activations")
+        value = parts.narrow("activations")
         sums = [tape.take(checksums, "activations")]
-        for mixer in self.mixers:
-            for part in (mixer, "mlp"):
-                if before is not value:
-                    tape.give(before)
-                before = value
-                out, kept = parts.sub_forward(part, "temporaries")
-                tape.give(*kept)
-                new, value = parts.wide("activations"), parts.wide("activations")
-                sums.append(tape.take(checksums, "activations"))
-                tape.give(out, *([a] if a is not b else []))
-                a, b = b, new
-        total = parts.wide("activations")
-        tape.give(before, value, *sums[-2:])  # the sums of the states that are kept
-        dy = self._head(total, owned=True)
+        order = [part for mixer in self.mixers for part in (mixer, "mlp")]
+        for at, part in enumerate(order, 1):
+            out, kept = parts.sub_forward(part, "temporaries", narrow=True)
+            tape.give(*kept)
+            last = at == len(order)
+            new, older = parts.wide("activations"), value
+            value = parts.wide("activations") if last else parts.narrow("activations")
+            sums.append(tape.take(checksums, "activations"))
+            tape.give(out, older, *([a] if a is not b else []))
+            a, b = b, new
+        total = parts.wide()  # the value of the state before the last is added to that of the last
+        tape.give(total, sums[-1])
+        dy = self._head(value, owned=True)
         self._workspace("backward")
         tape.give(x)  # the caller of the stack held it
         da = db = dy  # which autograd holds until the whole is done
         b, c = a, b
-        value = parts.wide()
+        value = parts.narrow()
         for mixer in reversed(self.mixers):
             for part in ("mlp", mixer):
-                out, kept = parts.sub_forward(part, "temporaries")
-                a, older = parts.wide(), parts.wide()
+                out, kept = parts.sub_forward(part, "temporaries", narrow=True)
+                a, older = parts.wide(), parts.narrow()
                 rebuilt = tape.take(checksums)
                 tape.give(c)
                 b, c = a, b
-                grad = parts.sub_backward(part, kept)
+                grad = parts.sub_backward(part, kept, narrow=True)
                 total = parts.wide()
                 tape.give(grad, out, rebuilt, value, *([da] if da is not dy else []))
                 da, db, value = db, total, older
             self._settle(mixer)
         dx = parts.wide()
-        tape.give(b, c, value, *sums[:-2], *{id(x): x for x in (da, db) if x is not dy}.values(), dy)
+        tape.give(b, c, value, *sums[:-1], *{id(x): x for x in (da, db) if x is not dy}.values(), dy)
         return dx
 
     # -- between steps --

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
-from eco_llm.ops.grid.reference import checksums_reference, move_reference
+from eco_llm.ops.grid.reference import checksums_reference, move_reference, values_reference
 
 __all__ = ["RANGE", "STEP", "TILE", "advance", "checksums", "retreat", "snap", "values"]
 
@@ -28,24 +28,31 @@ TILE = 4096
 """Elements that a checksum is over."""
 
 
-def snap(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x, floating point of any shape, as a stream: (q, its value in at least float32, its `checksums`).
+def snap(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """x, floating point of any shape, as a stream: (q, its value, its `checksums`).
 
     The nearest whole step, ties to even; where x is not finite or out of RANGE, q is 0 and the value NaN.
+
+    Args:
+        x: the numbers.
+        dtype: of the value, as for `advance`; default: that of x, at least float32.
     """
-    return _move(None, x.contiguous(), torch.promote_types(x.dtype, torch.float32), back=False)
+    return _move(None, x.contiguous(), dtype or torch.promote_types(x.dtype, torch.float32), back=False)
 
 
-def advance(a: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def advance(
+    a: Tensor, y: Tensor, dtype: torch.dtype = torch.float32, *, checked: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """a plus y in whole steps: (c, its value, its `checksums`).
 
     Args:
         a: stream, int32, contiguous.
         y: of its shape, any floating-point type.
-        dtype: of the value, float32 or float64. float64 holds every q · STEP; float32 rounds those from 1024 on (2^24
-            steps) to 24 bits, to nearest even, the same everywhere.
+        dtype: of the value, bfloat16, float32 or float64. float64 holds every q · STEP; float32 rounds those from 1024
+            on (2^24 steps) to 24 bits, to nearest even, the same everywhere; bfloat16 rounds what float32 gives.
+        checked: without it the checksums may be left out (empty), which saves time where a kernel does not make them.
     """
-    return _move(a, y, dtype, back=False)
+    return _move(a, y, dtype, back=False, checked=checked)
 
 
 def retreat(c: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +65,7 @@ def retreat(c: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> tuple[T
 
 def values(q: Tensor, dtype: torch.dtype) -> Tensor:
     """q · STEP in `dtype`, rounded as `advance` says."""
-    return q.to(dtype).mul_(STEP)
+    return values_reference(q, STEP, dtype)
 
 
 def checksums(q: Tensor) -> Tensor:
@@ -70,11 +77,13 @@ def checksums(q: Tensor) -> Tensor:
     return checksums_reference(q, TILE)
 
 
-def _move(a: Tensor | None, y: Tensor, dtype: torch.dtype, *, back: bool) -> tuple[Tensor, Tensor, Tensor]:
-    known = y.dtype in (torch.float32, torch.bfloat16) and dtype == torch.float32
+def _move(
+    a: Tensor | None, y: Tensor, dtype: torch.dtype, *, back: bool, checked: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    known = y.dtype in (torch.float32, torch.bfloat16) and dtype in (torch.float32, torch.bfloat16)
     if known and y.is_contiguous() and (a is None or (a.is_contiguous() and a.shape == y.shape)) and uses_triton(y):
         from eco_llm.ops.grid.triton import move
 
-        return move(a, y, STEP, TILE, back=back)
+        return move(a, y, STEP, TILE, dtype, back=back)
     q, x = move_reference(a, y, STEP, dtype, back=back)
-    return q, x, checksums_reference(q, TILE)
+    return q, x, checksums_reference(q if checked else q.new_empty(0), TILE)

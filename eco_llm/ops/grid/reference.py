@@ -24,8 +24,13 @@ def move_reference(
     change = torch.where(fits, steps, 0.0).to(torch.int64)
     exact = change if a is None else a - change if back else a + change  # int64
     q = exact.to(torch.int32)  # modulo 2^32
-    x = q.to(dtype) * step
+    x = values_reference(q, step, dtype)
     return q, x if back else torch.where(fits & (q == exact), x, float("nan"))
+
+
+def values_reference(q: Tensor, step: float, dtype: torch.dtype) -> Tensor:
+    """q · step in `dtype`; by way of float32 where that is narrower."""
+    return q.to(torch.promote_types(dtype, torch.float32)).mul_(step).to(dtype)
 
 
 def checksums_reference(q: Tensor, tile: int) -> Tensor:

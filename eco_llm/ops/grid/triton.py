@@ -41,18 +41,20 @@ def _move_kernel(
     if not BACK:
         x = tl.where(fits & (q.to(tl.int64) == exact), x, float("nan"))
     tl.store(out + at, q, mask=inside)
-    tl.store(value + at, x, mask=inside)
+    tl.store(value + at, x.to(value.dtype.element_ty), mask=inside)
     numbers = tl.where(inside, q, 0).to(tl.int64)
     tl.store(sums + tl.program_id(0), tl.sum(numbers * (2 * tl.arange(0, TILE) + 1)))
 
 
-def move(a: Tensor | None, y: Tensor, step: float, tile: int, *, back: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`move_reference` with float32 values, and `checksums_reference` of the result.
+def move(
+    a: Tensor | None, y: Tensor, step: float, tile: int, dtype: torch.dtype, *, back: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`move_reference` and `checksums_reference` of the result.
 
-    a int32 or None, y float32 or bfloat16, contiguous and of one shape.
+    a int32 or None, y float32 or bfloat16, contiguous and of one shape; values in float32 or bfloat16.
     """
     out, n = torch.empty_like(y, dtype=torch.int32), y.numel()
-    value = torch.empty_like(y, dtype=torch.float32)
+    value = torch.empty_like(y, dtype=dtype)
     sums = torch.empty(triton.cdiv(n, tile), dtype=torch.int64, device=y.device)
     with torch.cuda.device_of(y):
         _move_kernel[sums.shape](
