@@ -6,7 +6,8 @@
 
 in README.md and docs/*.md. CLAIM and HARDWARE name evidence files (benchmarks/results/HARDWARE/CLAIM.json;
 `*` and `?` match several, one row each). TABLE is `summary` (training runs), `ratio` (A/B comparisons), `chunk` (the
-tile policy, T against chunk), `tiles` (the same, with its path) or `table` (the files' own `table`: header, rows).
+tile policy, T against chunk), `tiles` (the same, with its path), `table` (the files' own `table`: header, rows) or
+`experiments` (several comparisons in one file, each with a gate and a date of its own).
 A marker that ends in ` pending` may name evidence that does not exist yet: the page then says so.
 Every evidence file whose samples have `step` and `loss` also gives docs/img/CLAIM_HARDWARE.svg.
 """
@@ -202,6 +203,28 @@ def own_table(rows: list[Evidence]) -> str:
     return _markdown(header, body)
 
 
+def experiments_table(rows: list[Evidence]) -> str:
+    """Experiments that one file holds: medians of A and B, ratio with its interval, the gate; each with its own origin."""
+    header = ["hardware", "experiment", "A", "B", "median A", "median B", "A / B", "95% interval", "rounds × steps",
+              "gate", "load", "date", "commit"]  # fmt: skip
+    body = []
+    for item in rows:
+        for name, entry in item["experiments"].items():
+            gate, found = entry.get("gate", {}), entry.get("comparison")
+            said = f"red: {gate['said']}" if not gate.get("passed", True) else "failed" if "failed" in entry else "–"
+            if gate.get("passed"):
+                said = "losses fall" if not found and not gate["tolerance"] else f"within {gate['tolerance']:g}"
+            cells = ["–"] * 5
+            if found:
+                cells = [f"{found['median_a']:.4g} s", f"{found['median_b']:.4g} s", f"{found['ratio']:.3f}",
+                         f"{found['ratio_low']:.3f} – {found['ratio_high']:.3f}",
+                         f"{found['rounds']} × {found['steps_per_window']}"]  # fmt: skip
+            load = entry["measured"]["load_average"]
+            body.append([item["hardware"], f"`{name}`", entry.get("a", "–"), entry.get("b", "–"), *cells, said,
+                         _number(load, 1), *_origin({"environment": item["environment"] | entry["measured"]})])  # fmt: skip
+    return _markdown(header, body)
+
+
 def _cell(value: object) -> str:
     return "–" if value is None else str(value)
 
@@ -221,6 +244,7 @@ TABLES: dict[str, Callable[[list[Evidence]], str]] = {
     "chunk": chunk_table,
     "tiles": tiles_table,
     "table": own_table,
+    "experiments": experiments_table,
 }
 
 
