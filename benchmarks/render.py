@@ -204,7 +204,7 @@ def own_table(rows: list[Evidence]) -> str:
 
 
 def experiments_table(rows: list[Evidence]) -> str:
-    """Experiments that one file holds: medians of A and B, ratio with its interval, the gate; each with its own origin."""
+    """Experiments that one file holds: medians of A and B, ratio, interval, gate; each with its own origin."""
     header = ["hardware", "experiment", "A", "B", "median A", "median B", "A / B", "95% interval", "rounds × steps",
               "gate", "load", "date", "commit"]  # fmt: skip
     body = []
@@ -219,9 +219,9 @@ def experiments_table(rows: list[Evidence]) -> str:
                 cells = [f"{found['median_a']:.4g} s", f"{found['median_b']:.4g} s", f"{found['ratio']:.3f}",
                          f"{found['ratio_low']:.3f} – {found['ratio_high']:.3f}",
                          f"{found['rounds']} × {found['steps_per_window']}"]  # fmt: skip
-            load = entry["measured"]["load_average"]
+            load, origin = entry["measured"]["load_average"], item["environment"] | entry["measured"]
             body.append([item["hardware"], f"`{name}`", entry.get("a", "–"), entry.get("b", "–"), *cells, said,
-                         _number(load, 1), *_origin({"environment": item["environment"] | entry["measured"]})])  # fmt: skip
+                         _number(load, 1), *_origin({"environment": origin})])  # fmt: skip
     return _markdown(header, body)
 
 

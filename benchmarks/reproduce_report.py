@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -200,15 +201,15 @@ class Bench:
         for number, (x, y) in enumerate(zip(first_a, first_b, strict=True), start=1):
             require_close(x, y, relative=tolerance, what=f"loss of step {number}")
 
-    def interleaved(self, a: Side, b: Side) -> Comparison:
+    def interleaved(self, a: Side, b: Side, seconds: float) -> Comparison:
         """Windows in turn, as many steps each as the time allows."""
         both = a.seconds() + b.seconds()
-        a.window_steps = b.window_steps = max(1, min(MOST_STEPS, round(self.seconds / (self.rounds * both))))
+        a.window_steps = b.window_steps = max(1, min(MOST_STEPS, round(seconds / (self.rounds * both))))
         return interleave(a.window, b.window, self.rounds)
 
     def compare(self, entry: Entry, a: Side, b: Side) -> None:
         """Fill in what the table tells of two sides: step, core, phases."""
-        result = self.interleaved(a, b)
+        result = self.interleaved(a, b, self.seconds)
         core = list(zip(a.core[-self.rounds :], b.core[-self.rounds :], strict=True))
         steps = self.rounds * a.window_steps
         entry["comparison"] = result.summary() | {"steps_per_window": a.window_steps}
@@ -222,7 +223,7 @@ class Bench:
         """A further side against the experiment's A, which passed its gate."""
         gate = entry["gate"]
         self.require_equal(gate["losses_a"], b.losses(GATE_STEPS), gate["tolerance"])
-        result = self.interleaved(a, b)
+        result = self.interleaved(a, b, self.seconds / 2)
         entry.setdefault("also", {})[what] = result.summary() | {"b": b.ours.how}
         entry["samples"] += [{**sample, "also": what} for sample in result.samples()]
 
@@ -296,12 +297,14 @@ def tolerance(bench: Bench, entry: Entry) -> None:
         raise GateError(f"the model was not trained: its loss went from {curve[0]} to {curve[1]}")
     weights = {name: value.clone() for name, value in trained.ours.model.state_dict().items()}
     del trained, loss
-    held_out = bench.text.to_device(bench.text.cycle())
+    # One batch that training has not seen serves probe, gradients and windows: on others a block might trip half-way.
+    batch_of_all = next(itertools.islice(bench.text.cycle(), bench.train_steps + 1, None))
+    held_out = batch_of_all.to(bench.runtime.device)
 
     def make(tol: float | None) -> Side:
         instant = None if tol is None else InstantConfig(instant_mode="fixed-point", instant_reversible_tol=tol)
         # No graph: gradients are wanted, and a graph keeps them to itself.
-        side = bench.side(source=bench.text.cycle(), graph=False, instant=instant, lr=0.0, number=interval)
+        side = bench.side(source=itertools.repeat(batch_of_all), graph=False, instant=instant, lr=0.0, number=interval)
         side.ours.model.load_state_dict(weights)
         side.ours.step()
         side.ours.wait()
@@ -341,7 +344,7 @@ def tolerance(bench: Bench, entry: Entry) -> None:
     bench.require_equal(plain.losses(GATE_STEPS), entry["gate"]["losses_b"], entry["gate"]["tolerance"])
     bench.compare(entry, a, b)
     # What inverting costs beyond a step that keeps everything, in forwards.
-    against = bench.interleaved(b, plain)
+    against = bench.interleaved(b, plain, bench.seconds / 2)
     steps = bench.rounds * b.window_steps
     entry["also"] = {"none": against.summary() | {"b": plain.ours.how}}
     entry["samples"] += [{**sample, "also": "none"} for sample in against.samples()]
@@ -525,9 +528,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", action="append", choices=list(EXPERIMENTS), metavar="NAME", default=None)
     parser.add_argument("--rounds", type=int, default=10, help="pairs of windows in a comparison, at least 2")
     parser.add_argument(
-        "--seconds", type=float, default=0.0, help="a comparison's windows together; 0: 4 (GPU), 8 (CPU)"
+        "--seconds", type=float, default=0.0, help="a comparison's windows together; 0: 4 (GPU), 6 (CPU)"
     )
-    parser.add_argument("--train-steps", type=int, default=0, help="before the inversion is measured; 0: 300, 120")
+    parser.add_argument("--train-steps", type=int, default=0, help="before the inversion is measured; 0: 300, 100")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the evidence")
     arguments, flags = parser.parse_known_args(argv)
     set_cache_dirs()
@@ -545,8 +548,8 @@ def main(argv: list[str]) -> int:
         if on_gpu:
             torch.cuda.init()  # lets the environment block name this GPU
         bench = Bench(
-            config, runtime, arguments.rounds, arguments.seconds or (4.0 if on_gpu else 8.0),
-            arguments.train_steps or (300 if on_gpu else 120),
+            config, runtime, arguments.rounds, arguments.seconds or (4.0 if on_gpu else 6.0),
+            arguments.train_steps or (300 if on_gpu else 100),
         )  # fmt: skip
         settings = {"flags": flags or default, "rounds": bench.rounds, "seconds": bench.seconds,
                     "train_steps": bench.train_steps, "dtype": str(runtime.compute_dtype),
