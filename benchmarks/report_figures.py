@@ -186,7 +186,7 @@ def _chunk(entry: Entry, on_gpu: bool) -> Row:
     why = (
         f"{verdict(both, 'a')}. A sequence is {-(-length // 128)} chunks of 128 or {-(-length // 256)} of 256: fewer"
         " states to pass on, products over more neighbours within a chunk; which weighs more depends on the kernels"
-        f" ({entry['a']})"
+        f" ({entry['b']})"
     )
     return [gain(both), saw, why]
 
@@ -229,13 +229,14 @@ def _tolerance(entry: Entry, on_gpu: bool) -> Row:
     both, a, b = entry["comparison"], entry["facts"]["a"], entry["facts"]["b"]
     blocks = [f"{facts.get('instant_inverted_blocks', 0):.0f}" for facts in (a, b)]
     saw = f"2e-3: {ms(both['median_a'])}, {_inverted(a)}. 3e-3: {ms(both['median_b'])}, {_inverted(b)}"
+    if not _evaluations(a) and not _evaluations(b):
+        return ["none inverted", saw, "Nothing is inverted on either side, so the tolerance decides nothing here"]
     why = (
         f"{verdict(both, 'b')}. Inversions evaluate {_evaluations(a):.0f} → {_evaluations(b):.0f} sub-layers a step."
         " The tolerance sets both how often a block is iterated and which blocks are inverted at all"
         f" ({' → '.join(blocks)}) rather than recomputed"
     )
-    # Two sides that recompute everything differ by chance alone.
-    return [gain(both) if _evaluations(a) or _evaluations(b) else "none inverted", saw, why]
+    return [gain(both), saw, why]
 
 
 def _int4(entry: Entry, on_gpu: bool) -> Row:

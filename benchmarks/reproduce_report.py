@@ -188,13 +188,13 @@ class Bench:
         )  # fmt: skip
         return Side(ours, number)
 
-    def gate(self, entry: Entry, a: Side, b: Side, *, tolerance: float | None = None) -> None:
-        """Record both sides' first losses and refuse if they differ."""
-        allowed = self.tolerance if tolerance is None else tolerance
-        first_a, first_b = a.losses(GATE_STEPS), b.losses(GATE_STEPS)
-        entry |= {"a": a.ours.how, "b": b.ours.how}
-        entry["gate"] = {"tolerance": allowed, "losses_a": first_a, "losses_b": first_b}
-        self.require_equal(first_a, first_b, allowed)
+    def gate(self, entry: Entry, a: tuple[str, Side], b: tuple[str, Side]) -> None:
+        """Record what both sides are, and their first losses; refuse if they differ."""
+        for key, (name, side) in (("a", a), ("b", b)):
+            entry[key] = f"{name}; {side.ours.how}"
+        first_a, first_b = (side.losses(GATE_STEPS) for _, side in (a, b))
+        entry["gate"] = {"tolerance": self.tolerance, "losses_a": first_a, "losses_b": first_b}
+        self.require_equal(first_a, first_b, self.tolerance)
 
     @staticmethod
     def require_equal(first_a: list[float], first_b: list[float], tolerance: float) -> None:
@@ -237,7 +237,7 @@ def hot_path(bench: Bench, entry: Entry) -> None:
 
     slow = bench.side(build=built_by(PerParameterC3O), graph=False)
     fused = bench.side(graph=False)
-    bench.gate(entry, slow, fused)
+    bench.gate(entry, ("one parameter at a time, host reads", slow), ("fused", fused))
     bench.compare(entry, slow, fused)
     entry["facts"] = {
         "parameters": sum(1 for _ in slow.ours.model.parameters()),
@@ -251,7 +251,7 @@ def hot_path(bench: Bench, entry: Entry) -> None:
 def torch_compile(bench: Bench, entry: Entry) -> None:
     """A: compiled blocks; B: eager ones; each as `eco_train` runs it."""
     on, off = bench.side(compile_blocks=True), bench.side(compile_blocks=False)
-    bench.gate(entry, on, off)
+    bench.gate(entry, ("compile on", on), ("off", off))
     bench.compare(entry, on, off)
     entry["facts"] = {"first_step_s": {"a": on.first_step_s, "b": off.first_step_s},
                       "work": {"a": on.work(), "b": off.work()}}  # fmt: skip
@@ -263,7 +263,7 @@ def trust_skip(bench: Bench, entry: Entry) -> None:
     exact, skip = (
         bench.side(c3o=dataclasses.replace(bench.config.c3o, c3o_trust_norm_refresh_drift=x)) for x in (0.0, drift)
     )
-    bench.gate(entry, exact, skip)
+    bench.gate(entry, ("drift 0.0", exact), (f"drift {drift:g}", skip))
     bench.compare(entry, exact, skip)
     figures = skip.ours.update.metrics()
     entry["facts"] = {"drift": drift, "skipped": figures["c3o_trust_norm_skipped"],
@@ -278,7 +278,7 @@ def chunk(bench: Bench, entry: Entry) -> None:
     compilable = not bench.on_gpu or version >= (2, 13)  # SigmaLLM.compile_blocks refuses a pinned 256 before that
     blocks = bench.runtime.compile and compilable
     small, large = bench.side(chunk=128, compile_blocks=blocks), bench.side(chunk=256, compile_blocks=blocks)
-    bench.gate(entry, small, large)
+    bench.gate(entry, ("chunk 128", small), ("chunk 256", large))
     bench.compare(entry, small, large)
     entry["facts"] = {"length": bench.config.training.seq_len}
 
@@ -340,7 +340,7 @@ def tolerance(bench: Bench, entry: Entry) -> None:
         if verdicts["instant_tripped_blocks"]:
             raise GateError(f"the gate tripped in {verdicts['instant_tripped_blocks']:.0f} blocks of side {key}")
     del exact, found
-    bench.gate(entry, a, b)
+    bench.gate(entry, ("tolerance 2e-3", a), ("tolerance 3e-3", b))
     bench.require_equal(plain.losses(GATE_STEPS), entry["gate"]["losses_b"], entry["gate"]["tolerance"])
     bench.compare(entry, a, b)
     # What inverting costs beyond a step that keeps everything, in forwards.
@@ -366,7 +366,7 @@ def int4(bench: Bench, entry: Entry) -> None:
         bench.side(instant=InstantConfig(**common, instant_int4_probe_interval=n), number=49)  # type: ignore[arg-type]
         for n in (1, interval)
     )
-    bench.gate(entry, retry, sticky)
+    bench.gate(entry, ("4 bits tried every step", retry), (f"every {interval} steps", sticky))
     before = retry.reviews, sticky.reviews, retry.number, sticky.number
     bench.compare(entry, retry, sticky)
     entry["facts"] = {
@@ -530,7 +530,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--seconds", type=float, default=0.0, help="a comparison's windows together; 0: 4 (GPU), 6 (CPU)"
     )
-    parser.add_argument("--train-steps", type=int, default=0, help="before the inversion is measured; 0: 300, 100")
+    parser.add_argument("--train-steps", type=int, default=0, help="before the inversion is measured; 0: 300, 50")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the evidence")
     arguments, flags = parser.parse_known_args(argv)
     set_cache_dirs()
@@ -549,7 +549,7 @@ def main(argv: list[str]) -> int:
             torch.cuda.init()  # lets the environment block name this GPU
         bench = Bench(
             config, runtime, arguments.rounds, arguments.seconds or (4.0 if on_gpu else 6.0),
-            arguments.train_steps or (300 if on_gpu else 100),
+            arguments.train_steps or (300 if on_gpu else 50),
         )  # fmt: skip
         settings = {"flags": flags or default, "rounds": bench.rounds, "seconds": bench.seconds,
                     "train_steps": bench.train_steps, "dtype": str(runtime.compute_dtype),
