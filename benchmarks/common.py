@@ -133,7 +133,14 @@ def hardware_slug(env: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", env["gpu"]["name"].lower()).strip("-")
 
 
-def write_evidence(claim: str, payload: dict[str, Any], *, device: str = "cpu", results: Path = RESULTS) -> Path:
+def write_evidence(
+    claim: str,
+    payload: dict[str, Any],
+    *,
+    device: str = "cpu",
+    results: Path = RESULTS,
+    recorded: dict[str, Any] | None = None,
+) -> Path:
     """Write `payload` with its environment as results/<hardware>/<claim>.json, atomically; return the path.
 
     Args:
@@ -141,6 +148,8 @@ def write_evidence(claim: str, payload: dict[str, Any], *, device: str = "cpu", 
         payload: `summary` (a dict of numbers) and `samples` (a non-empty list: the raw measurements), and
             whatever else the claim needs.
         device: what was measured on, `cpu` or `cuda[:N]`.
+        recorded: the environment (`perf.environment.collect`) of a measurement that was taken earlier, perhaps on
+            another machine; None is here and now.
 
     Raises:
         ValueError: no raw samples, a reserved key, a bad name, or a number that is NaN or infinite.
@@ -153,7 +162,7 @@ def write_evidence(claim: str, payload: dict[str, Any], *, device: str = "cpu", 
         raise ValueError(f"claim {claim!r} has no summary")
     if reserved := {"claim", "environment", "command", "hardware"} & set(payload):
         raise ValueError(f"claim {claim!r}: {sorted(reserved)} are filled in here")
-    env = environment.collect(device)
+    env = environment.collect(device) if recorded is None else recorded
     hardware = hardware_slug(env)
     path = results / hardware / f"{claim}.json"
     head = {"claim": claim, "hardware": hardware, "command": env["command"], "environment": env}

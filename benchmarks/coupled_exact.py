@@ -34,23 +34,24 @@ def main() -> None:
     from steps import Batches, Ours, Text, clean
 
     from eco_llm.config import InstantConfig, OptimizerConfig, RuntimeConfig, SigmaConfig
-    from eco_llm.instant.coupled import start
     from eco_llm.model.sigma_llm import SigmaLLM
-    from eco_llm.ops.grid import RANGE, advance
+    from eco_llm.ops.grid import RANGE, STEP, advance, snap
     from eco_llm.optim.update import Update
     from eco_llm.runtime import Runtime
 
     @torch.no_grad()
     def largest(model: SigmaLLM, ids: torch.Tensor) -> list[float]:
-        """The largest magnitude in the streams before each block and after the last."""
+        """The largest magnitude in the streams before each block and after the last; NaN from where one left RANGE."""
         found = []
         with runtime.autocast():
-            a, b = start(model.embedding(ids))
+            b, x, _ = snap(model.embedding(ids))
+            a = b
             for block in model._blocks():
-                found.append(b.abs().max())
+                found.append(x.abs().max())
                 for f in (block.mix, block.feed):
-                    a, b = b, advance(a, f(b))[0]
-            found.append(b.abs().max())
+                    c, x, _ = advance(a, f(x), x.dtype)
+                    a, b = b, c
+            found.append(x.abs().max())
         return torch.stack(found).tolist()
 
     runtime = Runtime.detect(RuntimeConfig(device=arguments.device))
@@ -81,7 +82,7 @@ def main() -> None:
     if summary["refused_steps"]:
         summary["tripped_blocks_first"] = verdicts[summary["refused_steps"][0] - 1].tolist()
     summary["largest_values"] = largest(model.model, text.to_device(text.cycle()).inputs)
-    summary["range"] = RANGE
+    summary |= {"range": RANGE, "step_of_grid": STEP}
     print(summary, flush=True)
     if not last < first:
         raise GateError(f"the loss went from {first:.4f} to {last:.4f}: nothing was trained, so nothing is proven")

@@ -53,9 +53,8 @@ def main() -> None:
     set_cache_dirs()
 
     import torch
-    from peers import describe, load_nanogpt, nanogpt_model
+    from peers import describe, load_nanogpt, nanogpt_model, recompute_blocks
     from steps import Ours, Text, clean, quiet
-    from torch.utils.checkpoint import checkpoint
 
     from eco_llm.config import C3OConfig, InstantConfig, OptimizerConfig, RuntimeConfig, SigmaConfig
     from eco_llm.runtime import Runtime
@@ -88,9 +87,7 @@ def main() -> None:
                 )  # fmt: skip
             finally:
                 torch.set_default_dtype(before)
-        for block in model.transformer.h:
-            inner = block.forward
-            block.forward = lambda x, f=inner: checkpoint(f, x, use_reentrant=False)
+        recompute_blocks(model)
         if importlib.util.find_spec("bitsandbytes"):
             Adam: Any = importlib.import_module("bitsandbytes.optim").AdamW8bit
 

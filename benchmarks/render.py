@@ -6,10 +6,12 @@
 
 in README.md and docs/*.md. CLAIM and HARDWARE name evidence files (benchmarks/results/HARDWARE/CLAIM.json;
 `*` and `?` match several, one row each). TABLE is `summary` (training runs), `ratio` (A/B comparisons), `chunk` (the
-tile policy, T against chunk), `tiles` (the same, with its path), `table` (the files' own `table`: header, rows) or
-`experiments` (several comparisons in one file, each with a gate and a date of its own).
+tile policy, T against chunk), `tiles` (the same, with its path), `table` (the files' own `table`: header, rows),
+`experiments` (several comparisons in one file, each with a gate and a date of its own) or `plot` (the pictures of
+memory against speed; in docs/*.md only).
 A marker that ends in ` pending` may name evidence that does not exist yet: the page then says so.
-Every evidence file whose samples have `step` and `loss` also gives docs/img/CLAIM_HARDWARE.svg.
+Every evidence file whose samples have `step` and `loss`, or `row`, `shape`, `peak_gib` and `tokens_per_s`, also gives
+docs/img/CLAIM_HARDWARE.svg.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +63,14 @@ def render(root: Path) -> dict[Path, str]:
             wanted[page] = _fill(page, evidence)
     for item in evidence:
         if "step" in item["samples"][0] and "loss" in item["samples"][0]:
-            wanted[root / "docs" / "img" / f"{item['claim']}_{item['hardware']}.svg"] = loss_curve(item)
+            wanted[root / "docs" / "img" / _picture(item)] = loss_curve(item)
+        elif shows_memory(item):
+            wanted[root / "docs" / "img" / _picture(item)] = memory_plot(item)
     return wanted
+
+
+def _picture(item: Evidence) -> str:
+    return f"{item['claim']}_{item['hardware']}.svg"
 
 
 def stale(root: Path) -> dict[Path, str | None]:
@@ -93,6 +102,8 @@ def _fill(page: Path, evidence: list[Evidence]) -> str:
         where = f"{page.name}: evidence:{claim}/{hardware}/{kind}"
         if kind not in TABLES:
             raise RenderError(f"{where}: unknown table; there are {', '.join(TABLES)}")
+        if kind == "plot" and page.parent.name != "docs":
+            raise RenderError(f"{where}: a plot can be shown in docs/*.md only")
         if not rows and match["pending"]:
             return match["open"] + "*Not measured yet.*\n" + match["close"]
         if not rows:
@@ -225,6 +236,17 @@ def experiments_table(rows: list[Evidence]) -> str:
     return _markdown(header, body)
 
 
+def plot_links(rows: list[Evidence]) -> str:
+    """The pictures of memory against speed, for a page in docs/."""
+    if not all(shows_memory(item) for item in rows):
+        raise KeyError("row with shape, peak_gib and tokens_per_s, and no such number")
+    return "".join(
+        f"![Peak memory against tokens a second: {item['claim']} on {item['hardware']}; the numbers are in the table]"
+        f"(img/{_picture(item)})\n"
+        for item in rows
+    )
+
+
 def _cell(value: object) -> str:
     return "–" if value is None else str(value)
 
@@ -245,6 +267,7 @@ TABLES: dict[str, Callable[[list[Evidence]], str]] = {
     "tiles": tiles_table,
     "table": own_table,
     "experiments": experiments_table,
+    "plot": plot_links,
 }
 
 
@@ -338,6 +361,191 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
 
 def _label(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+# --- memory against speed ---------------------------------------------------------------------------------------
+
+_PANEL, _PANEL_TOP, _PANEL_GAP, _NOTE = 300, 78, 62, 16
+_CHARACTER, _LINE = 7.2, 15.0  # of the 12px text, on the generous side: nothing can be measured here
+_MARK = 5.0
+
+_PLOT_STYLE = """
+  .page { fill: #ffffff } .ink { fill: #1f2328 } .soft { fill: #59636e } .grid { stroke: #d9dee3 }
+  .lead { stroke: #8c959f } .cap { stroke: #59636e } .ours { fill: #2f6fbf } .peer { fill: #c05a00 }
+  @media (prefers-color-scheme: dark) {
+    .page { fill: #0d1117 } .ink { fill: #f0f6fc } .soft { fill: #9198a1 } .grid { stroke: #30363d }
+    .lead { stroke: #6e7681 } .cap { stroke: #9198a1 } .ours { fill: #6cb0ff } .peer { fill: #ffa657 }
+  }
+  text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif } .title { font-size: 15px; font-weight:
+  600 } .head { font-weight: 600 }
+"""
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def shows_memory(item: Evidence) -> bool:
+    """Whether an evidence file has points of memory against speed."""
+    wanted = {"row", "shape", "peak_gib", "tokens_per_s"}
+    return any(wanted <= set(sample) for sample in item["samples"])
+
+
+def memory_plot(item: Evidence) -> str:
+    """Peak memory (x) against tokens a second (y), a panel for each sequence length, as one self-contained SVG.
+
+    Every point is named beside it, with its batch where a panel has several; ours are circles, peers squares. Rows that
+    did not fit are named under their panel.
+    """
+    panels: dict[int, list[dict[str, Any]]] = {}
+    for sample in item["samples"]:
+        panels.setdefault(int(sample["shape"].split("x")[1]), []).append(sample)
+    right, parts, top = _WIDTH - _RIGHT, [], _PANEL_TOP + 10
+    for length in sorted(panels):
+        drawn, top = _panel(length, panels[length], item.get("cap_gib") or 0.0, top)
+        parts += drawn
+    height = top - _PANEL_GAP + 28
+    title = f"{item['claim']} on {item['hardware']}"
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"'
+        f' aria-label="Peak memory against tokens a second: {escape(title, {chr(34): "&quot;"})}">',
+        _GENERATED,
+        f"<style>{_PLOT_STYLE}</style>",
+        f'<rect class="page" width="{_WIDTH}" height="{height}"/>',
+        f'<text class="ink title" x="{_LEFT}" y="24">{escape(title)}</text>',
+        f'<circle class="ours" cx="{_LEFT + 5}" cy="43" r="5"/>',
+        f'<text class="ink" x="{_LEFT + 16}" y="47">SigmaLLM</text>',
+        f'<rect class="peer" x="{_LEFT + 92}" y="38" width="10" height="10"/>',
+        f'<text class="ink" x="{_LEFT + 108}" y="47">nanoGPT</text>',
+        f'<text class="soft" x="{right}" y="47" text-anchor="end">up and to the left is better</text>',
+    ]
+    return "\n".join([*head, *parts, "</svg>"]) + "\n"
+
+
+def _panel(length: int, samples: list[dict[str, Any]], cap_gib: float, top: int) -> tuple[list[str], int]:
+    """One length's axes, points and names from `top` down, and where the next panel's begin."""
+    points = [s for s in samples if "tokens_per_s" in s]
+    missing = [s for s in samples if "tokens_per_s" not in s]
+    shapes = sorted({s["shape"] for s in samples}, key=lambda shape: int(shape.split("x")[0]))
+    several = len(shapes) > 1
+
+    def name(sample: dict[str, Any]) -> str:
+        text = sample["row"] + (f" ({sample['modes']})" if "modes" in sample else "")
+        return f"{text}, {sample['shape'].replace('x', ' × ')}" if several else str(text)
+
+    heading = f"T = {length}" + ("" if several else f", {shapes[0].replace('x', ' × ')} tokens a step")
+    heading += f"; dashed: the cap of {cap_gib:g} GiB" if cap_gib else ""
+    bottom, right = top + _PANEL, _WIDTH - _RIGHT
+    parts = [f'<text class="ink head" x="{_LEFT}" y="{top - 10}">{heading}</text>']
+    boxes: list[Box] = []
+    if points:
+        speeds = [s["tokens_per_s"] for s in points]
+        x_ticks = _ticks(0.0, max([cap_gib, *(s["peak_gib"] for s in points)]), 8)
+        y_ticks = _ticks(min(speeds), max(speeds), 6)
+        x1, y0, y1 = x_ticks[-1], y_ticks[0], y_ticks[-1]
+
+        def px(x: float) -> float:
+            return _LEFT + x / x1 * (right - _LEFT)
+
+        def py(y: float) -> float:
+            return top + (y1 - y) / (y1 - y0) * _PANEL
+
+        for y in y_ticks:
+            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
+            at = f'x="{_LEFT - 8}" y="{py(y) + 4:.1f}"'
+            parts.append(f'<text class="soft" {at} text-anchor="end">{_label(y / 1e3)}</text>')
+        for x in x_ticks:
+            parts.append(
+                f'<text class="soft" x="{px(x):.1f}" y="{bottom + 18}" text-anchor="middle">{_label(x)}</text>'
+            )
+        if cap_gib:
+            line = f'x1="{px(cap_gib):.1f}" x2="{px(cap_gib):.1f}" y1="{top}" y2="{bottom}"'
+            parts.append(f'<line class="cap" stroke-dasharray="4 4" {line}/>')
+        places = [(px(s["peak_gib"]), py(s["tokens_per_s"])) for s in points]
+        boxes = [(x - _MARK, y - _MARK, x + _MARK, y + _MARK) for x, y in places]
+        frame = (float(_LEFT), float(top), float(right), float(bottom))
+        for sample, (x, y) in sorted(zip(points, places, strict=True), key=lambda pair: (pair[1], name(pair[0]))):
+            spot = _place(name(sample), x, y, boxes, frame)
+            boxes += [spot.box, *spot.dots]
+            if spot.dots:
+                parts.append(
+                    f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{spot.at:.1f}" y2="{spot.box[3] - 7.5:.1f}"/>'
+                )
+            if sample["row"].startswith("nanoGPT"):
+                parts.append(f'<rect class="peer" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>')
+            else:
+                parts.append(f'<circle class="ours" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+            parts.append(
+                f'<text class="ink" x="{spot.at:.1f}" y="{spot.box[3] - 4:.1f}" text-anchor="{spot.anchor}">'
+                f"{escape(name(sample))}</text>"
+            )
+        middle = (_LEFT + right) / 2
+        parts.append(f'<text class="soft" x="{middle}" y="{bottom + 36}" text-anchor="middle">peak memory, GiB</text>')
+        half = (top + bottom) / 2
+        parts.append(
+            f'<text class="soft" x="18" y="{half}" text-anchor="middle" transform="rotate(-90 18 {half})">'
+            "thousand tokens a second</text>"
+        )
+    else:
+        bottom = top
+    y = bottom + 42
+    if missing:
+        for words in _wrapped("does not fit: " + "; ".join(map(name, missing)), right - _LEFT):
+            y += _NOTE
+            parts.append(f'<text class="soft" x="{_LEFT}" y="{y}">{escape(words)}</text>')
+    return parts, y + _PANEL_GAP - 12
+
+
+class _Spot(NamedTuple):
+    """A place for a name."""
+
+    at: float
+    """The text's x, at its `anchor`."""
+    anchor: str
+    box: Box
+    dots: list[Box]
+    """Along the line that leads to it; empty: it is right beside its point."""
+
+
+def _place(text: str, x: float, y: float, taken: list[Box], frame: Box) -> _Spot:
+    """Where the name of the point at (x, y) goes.
+
+    The first place, going outwards, at which neither the name nor the line that leads to it covers anything; if there
+    is none, that which covers least.
+    """
+    width, half = len(text) * _CHARACTER, _LINE / 2
+    found: list[_Spot] = []
+
+    def add(at: float, anchor: str, middle: float, led: bool) -> None:
+        left = at - {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * width
+        dots: list[Box] = []
+        if led:
+            shares = [0.4 + 0.05 * i for i in range(12)]  # from outside its own mark on
+            along = [(x + share * (at - x), y + share * (middle - y)) for share in shares]
+            dots = [(a - 1, b - 1, a + 1, b + 1) for a, b in along]
+        found.append(_Spot(at, anchor, (left, middle - half, left + width, middle + half), dots))
+
+    add(x + 9, "start", y, False)
+    add(x - 9, "end", y, False)
+    add(x, "middle", y - 14, False)
+    add(x, "middle", y + 14, False)
+    for ring in range(1, 20):
+        for rise in (-ring * _LINE, ring * _LINE):
+            add(x + 18, "start", y + rise, True)
+            add(x - 18, "end", y + rise, True)
+
+    def covered(spot: _Spot) -> float:
+        outside = width * _LINE - _overlap(spot.box, frame)
+        return 100.0 * outside + sum(_overlap(mine, other) for mine in (spot.box, *spot.dots) for other in taken)
+
+    return min(found, key=lambda spot: round(covered(spot), 3))
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """Area that two boxes share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _wrapped(text: str, width: float) -> list[str]:
+    return textwrap.wrap(text, int(width / _CHARACTER))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -129,7 +129,9 @@ class Stack:
     def __call__(self, blocks: Sequence[Block], x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D], what the final norm reads."""
         if not torch.is_grad_enabled():
-            return coupled_values(blocks, x) if self._config.coupled else _plain(blocks, x)
+            if self._config.coupled:
+                return coupled_values((f for block in blocks for f in block.sub_layers), x)
+            return _plain(blocks, x)
         if not x.requires_grad:  # a frozen embedding: autograd would not enter a mode's backward
             x = x.detach().requires_grad_()
         self.prepare(x.device)

@@ -12,6 +12,8 @@ Shape legend: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from eco_llm.config import InstantConfig, SigmaConfig
 from eco_llm.errors import UserError
-from eco_llm.instant.coupled import start
+from eco_llm.instant.coupled import coupled_values
 from eco_llm.instant.stack import Stack
 from eco_llm.model.block import Block, LayerCache
 from eco_llm.model.linear import Linear
@@ -30,7 +32,6 @@ from eco_llm.model.mamba import Mamba
 from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.cross_entropy import linear_cross_entropy
 from eco_llm.ops.embedding import embed, tie
-from eco_llm.ops.grid import snap
 from eco_llm.ops.products import linear
 from eco_llm.ops.ssd import choose_chunk
 
@@ -133,11 +134,9 @@ class SigmaLLM(nn.Module):
         """Read T ≥ 1 tokens [B, T] into the cache; logits [B, V] for the token after the last."""
         x = _at_least_float32(self.embedding(input_ids))
         if self.stack.coupled:
-            a, b = start(x)
-            for block, layer in zip(self._blocks(), cache.layers, strict=True):
-                a, b = b, a + snap(block.extend_mix(b, layer))
-                a, b = b, a + snap(block.feed(b))
-            x = a + b
+            layers = zip(self._blocks(), cache.layers, strict=True)
+            halves = ((functools.partial(block.extend_mix, cache=layer), block.feed) for block, layer in layers)
+            x = coupled_values(itertools.chain.from_iterable(halves), x)
         else:
             for block, layer in zip(self._blocks(), cache.layers, strict=True):
                 x = block.extend(x, layer)

@@ -219,3 +219,105 @@ def test_tiles_name_their_path(site: Path) -> None:
     page.write_text("<!-- evidence:tiles_x/*/tiles -->\n<!-- /evidence -->\n", encoding="utf-8")
     assert main(site) == 0
     assert "| nvidia-h200 | triton, eager | 512 | 1.000 | **0.500** | 2.000 |" in page.read_text(encoding="utf-8")
+
+
+def memory_evidence(samples: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    environment = run_evidence()["environment"]
+    return {"claim": "modes", "environment": environment, "summary": {"x": 1}, "samples": samples, **more}
+
+
+def crowd() -> list[dict[str, Any]]:
+    """Points close to each other, three of them in one place, and one that did not fit."""
+    names = ["none", "recompute*8,none*10", "recompute", "coupled", "nanoGPT", "nanoGPT recompute", "compress 4 bits"]
+    samples: list[dict[str, Any]] = [
+        {"row": name, "shape": shape, "peak_gib": 7.0 + 0.05 * (i % 4), "tokens_per_s": 250_000.0 + 2_000 * (i % 5)}
+        for i, (name, shape) in enumerate((name, shape) for name in names for shape in ("16x1024", "2x8192"))
+    ]
+    samples += [{**samples[0], "row": "same place"}, {**samples[0], "row": "a < b & c"}]
+    return [*samples, {"row": "nanoGPT chunked loss", "shape": "64x1024", "out_of_memory": True}]
+
+
+def boxes_of(root: ET.Element) -> list[tuple[str, float, float, float, float]]:
+    """Every name in the picture, with the room it takes."""
+    found = []
+    for text in root.iterfind(".//{http://www.w3.org/2000/svg}text"):
+        if text.get("class") == "ink" and float(text.get("y") or 0) > 60:
+            width = len(text.text or "") * 6.5
+            share = {"start": 0.0, "middle": 0.5, "end": 1.0}[text.get("text-anchor") or "start"]
+            left = float(text.get("x") or 0) - share * width
+            y = float(text.get("y") or 0)
+            found.append((text.text or "", left, y - 10, left + width, y + 2))
+    return found
+
+
+def test_memory_plot_names_every_point_and_no_name_covers_another() -> None:
+    samples = crowd()
+    item = memory_evidence(samples, cap_gib=8.0) | {"hardware": "nvidia-h200"}
+    svg = render.memory_plot(item)
+    assert svg == render.memory_plot(json.loads(json.dumps(item))), "the same evidence gives the same bytes"
+    assert "prefers-color-scheme: dark" in svg
+    root = ET.fromstring(svg)
+    boxes = boxes_of(root)
+    # 64x1024 did not fit, but its panel has two batches, so that names say which.
+    assert [name for name, *_ in boxes].count("none, 16 × 1024") == 1
+    assert [name for name, *_ in boxes].count("none") == 1
+    assert {"same place, 16 × 1024", "a < b & c, 16 × 1024", "nanoGPT recompute"} <= {name for name, *_ in boxes}
+    assert len(boxes) == len(samples) - 1
+    height = float((root.get("viewBox") or "").split()[3])
+    for i, (name, left, top, right, bottom) in enumerate(boxes):
+        assert 0 <= left < right <= 720, name
+        assert 0 <= top < bottom <= height, name
+        for other, *place in boxes[i + 1 :]:
+            apart = right <= place[0] or place[2] <= left or bottom <= place[1] or place[3] <= top
+            assert apart, f"{name} covers {other}"
+    space = "{http://www.w3.org/2000/svg}"
+    texts = [text.text or "" for text in root.iter(f"{space}text")]
+    assert "does not fit: nanoGPT chunked loss, 64 × 1024" in texts
+    cap = "; dashed: the cap of 8 GiB"
+    assert {f"T = 1024{cap}", f"T = 8192, 2 × 8192 tokens a step{cap}"} <= set(texts)
+    squares = [rect for rect in root.iter(f"{space}rect") if rect.get("class") == "peer"]
+    circles = [c for c in root.iter(f"{space}circle") if c.get("class") == "ours"]
+    assert len(squares) == 4 + 1  # with the legend's
+    assert len(circles) == len(samples) - 1 - 4 + 1
+
+
+def test_memory_plot_puts_more_memory_right_and_more_speed_up() -> None:
+    samples = [
+        {"row": name, "shape": "1x1024", "peak_gib": peak, "tokens_per_s": speed}
+        for name, peak, speed in (("none", 16.0, 300_000.0), ("recompute", 5.0, 250_000.0))
+    ]
+    root = ET.fromstring(render.memory_plot(memory_evidence(samples) | {"hardware": "x"}))
+    legend, a, b = (
+        (float(c.get("cx") or 0), float(c.get("cy") or 0)) for c in root.iter("{http://www.w3.org/2000/svg}circle")
+    )
+    left, right = sorted((a, b))
+    assert left[1] > right[1] > legend[1]
+
+
+def test_memory_plot_of_nothing_that_fits_still_says_so() -> None:
+    samples = [
+        {"row": "none", "shape": "1x8", "peak_gib": 1.0, "tokens_per_s": 5.0},
+        {"row": "none", "shape": "1x16", "out_of_memory": True},
+    ]
+    root = ET.fromstring(render.memory_plot(memory_evidence(samples) | {"hardware": "x"}))
+    assert "does not fit: none" in {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}
+
+
+def test_a_page_shows_the_plot_of_evidence_that_has_one(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, page = site / "benchmarks" / "results" / "nvidia-h200", site / "docs" / "modes.md"
+    page.write_text("<!-- evidence:modes/*/plot pending -->\n<!-- /evidence -->\n", encoding="utf-8")
+    assert main(site) == 0
+    assert "*Not measured yet.*" in page.read_text(encoding="utf-8")
+    (folder / "modes.json").write_text(json.dumps(memory_evidence(crowd())), encoding="utf-8")
+    assert main(site, "--check") == 1
+    assert main(site) == 0
+    assert "](img/modes_nvidia-h200.svg)" in page.read_text(encoding="utf-8")
+    assert (site / "docs" / "img" / "modes_nvidia-h200.svg").is_file()
+    assert main(site, "--check") == 0
+    page.write_text("<!-- evidence:fast_op/*/plot -->\n<!-- /evidence -->\n", encoding="utf-8")
+    assert main(site) == 2
+    assert "peak_gib" in capsys.readouterr().err
+    page.unlink()
+    (site / "README.md").write_text("<!-- evidence:modes/*/plot -->\n<!-- /evidence -->\n", encoding="utf-8")
+    assert main(site) == 2
+    assert "docs/*.md only" in capsys.readouterr().err

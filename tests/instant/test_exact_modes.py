@@ -9,11 +9,13 @@ import torch
 from stack_cases import SHAPE, Build, kept_bytes, loss_and_gradients
 from torch import Tensor
 
-from eco_llm.config import InstantConfig
+from eco_llm.config import C3OConfig, InstantConfig, OptimizerConfig
 from eco_llm.instant.coupled import coupled, coupled_stored
 from eco_llm.instant.verification import Gate
 from eco_llm.model.sigma_llm import SigmaLLM
-from eco_llm.ops.grid import RANGE
+from eco_llm.ops.grid import RANGE, STEP, advance
+from eco_llm.optim.factory import build_optimizer
+from eco_llm.optim.update import Update
 
 
 def stored(model: SigmaLLM, monkeypatch: pytest.MonkeyPatch) -> SigmaLLM:
@@ -121,12 +123,71 @@ def test_the_gate_sees_one_wrong_number(device: torch.device) -> None:
     assert tripped(layers, x.detach()) == [1.0, 1.0, 0.0]
 
 
-def test_the_gate_sees_a_stream_leave_its_range(device: torch.device) -> None:
-    layers = [TwoHalves(Treacherous(0.0).to(device), Treacherous(0.0).to(device))]
-    torch.manual_seed(0)
-    x = torch.randn(2, 5, 8, device=device)
-    assert tripped(layers, x) == [0.0]
-    assert tripped(layers, x.detach() * 8 * RANGE) == [1.0]
+@pytest.mark.parametrize("scale", [1.0, 300.0, 5_000.0])
+def test_states_come_back_wherever_they_are_in_the_range(scale: float, device: torch.device) -> None:
+    """Sums that leave what float32 holds of the grid, and at last the grid itself: nothing is rebuilt wrongly."""
+    layers = [TwoHalves(Treacherous(0.0).to(device), Treacherous(0.0).to(device)) for _ in range(3)]
+    x = torch.randn(2, 5, 8, device=device, generator=torch.Generator(device).manual_seed(0)) * scale
+    assert tripped(layers, x) == [0.0, 0.0, 0.0]
+
+
+class Poisoned:
+    """`advance`, with one number of y made bad at one of its calls."""
+
+    def __init__(self, bad: float | str) -> None:
+        self.bad, self.at, self.calls = bad, -1, 0
+
+    def __call__(self, a: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls += 1
+        if self.calls - 1 == self.at:
+            y = y.clone()
+            place = int(a[0, :60].argmax())
+            # The sum alone overflows: 255 steps under the range, and a's number is larger.
+            y[0, :60].view(-1)[place] = RANGE - 255 * STEP if isinstance(self.bad, str) else self.bad
+            assert a.flatten()[place] > 255
+        return advance(a, y, dtype)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e38, -2 * RANGE, "sum"])
+@pytest.mark.parametrize("fallback", [False, True])
+def test_no_bad_number_in_any_sub_layer_is_silent(
+    bad: float | str, fallback: bool, build: Build, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every half of every block: the loss is NaN, in training and inference, and no bit of a weight changes."""
+    model = build("coupled")
+    with torch.no_grad():
+        model.embedding.weight.mul_(20)
+    settings = OptimizerConfig(lr=1e-2)
+    update = Update(build_optimizer(model.parameter_groups(0.1), settings, C3OConfig(), batch[0].device.type), settings)
+    model.stack._decided.fallback = fallback
+    poisoned = Poisoned(bad)
+    monkeypatch.setattr("eco_llm.instant.coupled.advance", poisoned)
+    before = [p.detach().clone() for p in model.parameters()]
+    for poisoned.at in range(2 * SHAPE.n_layers):
+        poisoned.calls = 0
+        found = loss_and_gradients(model, batch)
+        assert poisoned.calls == 2 * SHAPE.n_layers
+        assert found["loss"].isnan(), poisoned.at
+        assert not update.step(model.stack.guard(found["loss"])).applied
+        poisoned.calls = 0
+        with torch.no_grad():
+            assert model.loss(*batch).isnan(), poisoned.at
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    poisoned.at = -1
+    good = loss_and_gradients(model, batch)["loss"]
+    assert good.isfinite()
+    assert update.step(model.stack.guard(good)).applied
+    assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2 * RANGE])
+def test_an_embedding_outside_the_grid_is_not_silent(bad: float, build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    model = build("coupled")
+    with torch.no_grad():
+        model.embedding.weight[batch[0][0, 0], 3] = bad
+    found = loss_and_gradients(model, batch)
+    assert found["loss"].isnan()
+    assert model.stack.guard(found["loss"]).isnan()
 
 
 def test_a_trip_makes_the_guard_nan_and_nothing_else_does(device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_cases import INTERPRETED, KERNEL_DEVICE
 from torch import Tensor
 
 from eco_llm.ops.cross_entropy import linear_cross_entropy
@@ -87,3 +88,34 @@ def test_no_sync_and_the_same_bits_in_a_cuda_graph() -> None:
     for _ in range(2):
         graph.replay()
         assert torch.equal(captured, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [1, 63, 256, 768])
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 96, 97, 1000])
+def test_rows_are_added_as_a_loop_adds_them(rows: int, width: int, dtype: torch.dtype) -> None:
+    from eco_llm.ops.embedding.triton import add_rows
+
+    generator = torch.Generator().manual_seed(rows + width)
+    ids = torch.randint(70, (rows,), generator=generator)
+    ids[::3] = 69  # the last row, in several passes of the kernel's loop
+    values = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
+    matrix = torch.randn(70, width, generator=generator, dtype=torch.float64).to(dtype)
+    want, size = matrix.double(), matrix.double().abs()
+    for m, at in enumerate(ids.tolist()):
+        want[at] += values[m].double()
+        size[at] += values[m].double().abs()
+    matrix[5] = float("nan")  # not to be read for any other row
+    got = matrix.to(KERNEL_DEVICE, copy=True)
+    add_rows(got, ids.to(KERNEL_DEVICE), values.to(KERNEL_DEVICE))
+    assert got[5].isnan().all()
+    last_place = {torch.float32: 2**-23, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}[dtype]
+    wrong = (got.cpu().double() - want).abs() > 2**-21 * size + last_place * want.abs()  # of the sums, of the result
+    wrong[5] = False
+    assert not wrong.any()
+    untouched = sorted(set(range(70)) - set(ids.tolist()) - {5})
+    assert torch.equal(got.cpu()[untouched], matrix[untouched])
+    again = matrix.to(KERNEL_DEVICE, copy=True)
+    add_rows(again, ids.to(KERNEL_DEVICE), values.to(KERNEL_DEVICE))
+    assert torch.equal(again.nan_to_num(), got.nan_to_num())

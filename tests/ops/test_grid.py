@@ -1,80 +1,164 @@
-"""Sums on a grid: undone to the last bit; kernels have the reference's bits."""
+"""Sums on a grid: undone to the last bit, whatever the numbers; kernels have the reference's bits."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
 import pytest
 import torch
+from kernel_cases import KERNEL_DEVICE, normal
 from torch import Tensor
 
-from eco_llm.ops.backend import reference_only
-from eco_llm.ops.grid import RANGE, STEP, TILE, advance, checksums, retreat, snap
+from eco_llm.ops.grid import RANGE, STEP, TILE, advance, checksums, retreat, snap, values
+from eco_llm.ops.grid.reference import MOST, checksums_reference, move_reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LEAST, LARGEST = -(2**31), 2**31 - 1
+STATES = [0, 1, -1, 2**24 + 1, -(2**24) - 3, 2**30, -(2**30), LARGEST - 1, LARGEST, LEAST + 1, LEAST]
+CHANGES = [
+    0.0, -0.0, STEP, -STEP, 0.5 * STEP, 1.5 * STEP, 2.5 * STEP, -0.5 * STEP, -1.5 * STEP, 0.49999997 * STEP,
+    2.0**-149, -(2.0**-140), 1e-38, 511.5 * STEP, (2**22 + 0.5) * STEP, (2**22 + 1.5) * STEP, (2**23 - 0.5) * STEP,
+    (2**23 + 1) * STEP, 1.0, -3.14159, 65504.0, RANGE - 2**-7, RANGE, -RANGE, 1.5 * RANGE, -4e9, 1e38, -1e38, 3.4e38,
+    math.inf, -math.inf, math.nan,
+]  # fmt: skip
 
 
-def numbers(size: tuple[int, ...], scale: float, device: str) -> Tensor:
-    return (torch.randn(size, generator=torch.Generator().manual_seed(3)) * scale).to(device)
+def pairs(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Every state with every change, one dimension."""
+    a, y = torch.tensor(STATES, dtype=torch.int32), torch.tensor(CHANGES, dtype=torch.float64).to(dtype)
+    return a.repeat_interleave(len(y)).to(device), y.repeat(len(a)).to(device)
+
+
+def in_whole_numbers(a: int, y: float, sign: int) -> tuple[int, bool]:
+    """(a ± y in steps modulo 2^32, whether that is the sum), by Python's unbounded integers."""
+    steps = round(Fraction(y) / Fraction(STEP)) if math.isfinite(y) else None  # ties to even
+    fits = steps is not None and abs(steps) <= MOST
+    exact = a + sign * (steps if steps is not None and fits else 0)
+    wrapped = (exact - LEAST) % 2**32 + LEAST
+    return wrapped, fits and wrapped == exact
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_sum_is_that_of_whole_numbers(dtype: torch.dtype, wide: torch.dtype, device: str) -> None:
+    a, y = pairs(dtype, device)
+    cases = list(zip(a.tolist(), y.double().tolist(), strict=True))
+    for move, sign in ((advance, 1), (retreat, -1)):
+        q, x, sums = move(a, y, wide)
+        assert (q.dtype, x.dtype, sums.dtype) == (torch.int32, wide, torch.int64)
+        want = [in_whole_numbers(*case, sign) for case in cases]
+        assert q.tolist() == [number for number, _ in want]
+        value = torch.tensor([n * STEP if good or sign < 0 else math.nan for n, good in want], dtype=torch.float64)
+        torch.testing.assert_close(x.cpu(), value.to(wide), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(sums, checksums(q))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("size", [(1,), (2, 63, 65), (4097,)])
 def test_retreat_undoes_advance(size: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    a, y = snap(numbers(size, 30.0, device)), numbers(size, 5.0, device).to(dtype)
-    c, sums = advance(a, y)
-    assert c.dtype == torch.float32
-    assert torch.equal(sums, checksums(c))
-    back, sums = retreat(c, y)
-    assert torch.equal(back, a)
-    assert torch.equal(sums, checksums(a))
-    assert torch.equal(c, snap(c))
-    torch.testing.assert_close(c, a + y.float(), rtol=0, atol=STEP / 2 + 1e-5)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_sums_are_exact_up_to_the_range_and_not_beyond(device: str) -> None:
-    a = torch.tensor([RANGE - 2 * STEP, -RANGE + 2 * STEP], device=device)
-    y = torch.tensor([STEP, -STEP], device=device)
+    generator = torch.Generator().manual_seed(5)
+    near = snap(normal(*size, seed=3, device=device) * 30)[0]
+    anywhere = torch.randint(LEAST, LARGEST, size, generator=generator, dtype=torch.int32).to(device)
+    for a in (near, anywhere):
+        for scale in (5.0, 60_000.0):
+            y = (normal(*size, seed=4, device=device) * scale).to(dtype)
+            c, _, _ = advance(a, y)
+            back, value, sums = retreat(c, y)
+            assert torch.equal(back, a)
+            assert torch.equal(value, values(a, torch.float32))
+            assert torch.equal(sums, checksums(a))
+    a, y = pairs(dtype, device)
     assert torch.equal(retreat(advance(a, y)[0], y)[0], a)
-    beyond = torch.full((1,), 4 * RANGE, device=device)
-    assert torch.equal(advance(beyond, y[:1])[0], beyond)  # the addend is lost
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_ties_go_to_even_and_nothing_is_hidden(device: str) -> None:
-    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 3.0, 1e9, float("inf"), float("nan")], device=device) * STEP
-    want = torch.tensor([0.0, 2.0, 2.0, 0.0, -2.0, 3.0, 1e9, float("inf"), float("nan")], device=device) * STEP
-    zero = torch.zeros_like(x)
-    torch.testing.assert_close(snap(x), want, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(advance(zero, x)[0], want, rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_snap_is_the_nearest_step_and_hides_nothing(dtype: torch.dtype, device: str) -> None:
+    x = pairs(dtype, device)[1]
+    q, value, sums = snap(x)
+    zero, moved, seen = advance(torch.zeros_like(q), x, value.dtype)
+    assert value.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(q, zero)
+    assert torch.equal(sums, seen)
+    torch.testing.assert_close(value, moved, rtol=0, atol=0, equal_nan=True)
+    inside = x.double().abs() < RANGE - 1
+    assert torch.equal(value.isfinite(), x.double().abs() * (1 / STEP) <= MOST)
+    assert ((value - x).abs()[inside] <= STEP / 2).all()
+    several = normal(3, 5, 7, seed=1, device=device).to(dtype).transpose(0, 2)
+    q, value, _ = snap(several)
+    assert q.is_contiguous()
+    assert value.is_contiguous()
+    assert torch.equal(value, snap(several.contiguous())[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_values_are_rounded_in_float32_alone(device: str) -> None:
+    q = torch.tensor([2**24 - 1, 2**24 + 1, 2**24 + 3, LARGEST], dtype=torch.int32, device=device)
+    assert values(q, torch.float64).tolist() == [n * STEP for n in q.tolist()]
+    assert values(q, torch.float32).tolist() == [n * STEP for n in (2**24 - 1, 2**24, 2**24 + 4, 2**31)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_checksums_see_every_single_bit(device: str) -> None:
-    x = numbers((5, 1000), 1.0, device)
-    seen = checksums(x)
+    q = snap(normal(5, 1000, seed=3, device=device))[0]
+    seen = checksums(q)
     assert seen.dtype == torch.int64
     assert seen.shape == (2,)
-    assert torch.equal(checksums(x.clone()), seen)
+    assert torch.equal(checksums(q.clone()), seen)
     for at in (0, 1234, TILE - 1, TILE, 4999):
         for bit in (0, 13, 31):
-            changed = x.clone()
-            changed.view(torch.int32).view(-1)[at] ^= -(2**31) if bit == 31 else 1 << bit
+            changed = q.clone()
+            changed.view(-1)[at] ^= -(2**31) if bit == 31 else 1 << bit
             assert (checksums(changed) != seen).tolist() == [at < TILE, at >= TILE], (at, bit)
     for a, b in ((0, 1), (0, TILE)):
-        swapped = x.clone()
-        swapped.view(-1)[[a, b]] = x.view(-1)[[b, a]]
+        swapped = q.clone()
+        swapped.view(-1)[[a, b]] = q.view(-1)[[b, a]]
         assert not torch.equal(checksums(swapped), seen)
+
+
+Move = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def assert_the_references_bits(a: Tensor | None, y: Tensor, back: bool, move: Move) -> None:
+    q, x, sums = move(a, y, STEP, TILE, back=back)
+    want, value = move_reference(a, y, STEP, torch.float32, back=back)
+    assert torch.equal(q, want)
+    torch.testing.assert_close(x, value, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(sums, checksums_reference(want, TILE))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(1,), (2, 63, 65), (4096,), (3, 100_001)])
-def test_kernels_have_the_references_bits(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    a, y = snap(numbers(size, 300.0, "cuda")), numbers(size, 50.0, "cuda").to(dtype)
-    y.view(-1)[0] = 1e7  # beyond 2^23 grid steps
-    ours = *advance(a, y), *retreat(a, y), checksums(a)
-    with reference_only():
-        theirs = *advance(a, y), *retreat(a, y), checksums(a)
-    for mine, want in zip(ours, theirs, strict=True):
-        assert torch.equal(mine, want)
+@pytest.mark.parametrize("size", [(1,), (2, 63, 65), (4096,), (3, 10_001)])
+def test_kernels_have_the_references_bits(size: tuple[int, ...], dtype: torch.dtype, nan_filled_buffers: None) -> None:
+    from eco_llm.ops.grid.triton import move
+
+    y = (normal(*size, seed=4) * 50).to(dtype)
+    y.view(-1)[0] = 1e7  # steps beyond 2^23, and out of range
+    near = snap(normal(*size, seed=3) * 300)[0]
+    anywhere = torch.randint(LEAST, LARGEST, size, generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+    for back in (False, True):
+        for a in (near, anywhere.to(KERNEL_DEVICE)):
+            assert_the_references_bits(a, y, back, move)
+            assert_the_references_bits(a, y * 1000, back, move)
+        assert_the_references_bits(*pairs(dtype, KERNEL_DEVICE), back, move)
+    assert_the_references_bits(None, y, False, move)
+    assert_the_references_bits(None, pairs(dtype, KERNEL_DEVICE)[1], False, move)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_undo_every_sum(dtype: torch.dtype, nan_filled_buffers: None) -> None:
+    from eco_llm.ops.grid.triton import move
+
+    a, y = pairs(dtype, KERNEL_DEVICE)
+    c, _, _ = move(a, y, STEP, TILE, back=False)
+    back, value, sums = move(c, y, STEP, TILE, back=True)
+    assert torch.equal(back, a)
+    assert torch.equal(value, values(a, torch.float32))
+    assert torch.equal(sums, checksums_reference(a, TILE))

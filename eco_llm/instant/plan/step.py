@@ -382,43 +382,45 @@ class _Step:
     # -- the coupled form --
 
     def _coupled(self, x: Buffer) -> Buffer:
-        """The whole stack: two streams forward; backward from the two last states."""
+        """The whole stack: two streams forward, and the value of one; backward from the two last states."""
         parts, tape = self.parts, self.tape
         checksums = 8 * -(-parts.M * parts.D // TILE)
-        passing = parts.wide()
-        a = b = parts.wide("activations")  # snapped; both streams at first
-        tape.give(passing)
+        a = b = parts.wide("activations")  # on the grid; both streams at first
+        before = value = parts.wide("activations")
         sums = [tape.take(checksums, "activations")]
         for mixer in self.mixers:
             for part in (mixer, "mlp"):
+                if before is not value:
+                    tape.give(before)
+                before = value
                 out, kept = parts.sub_forward(part, "temporaries")
                 tape.give(*kept)
-                new = parts.wide("activations")
+                new, value = parts.wide("activations"), parts.wide("activations")
                 sums.append(tape.take(checksums, "activations"))
                 tape.give(out, *([a] if a is not b else []))
                 a, b = b, new
-        tape.give(*sums[-2:])  # of the states that are kept
         total = parts.wide("activations")
+        tape.give(before, value, *sums[-2:])  # the sums of the states that are kept
         dy = self._head(total, owned=True)
         self._workspace("backward")
         tape.give(x)  # the caller of the stack held it
         da = db = dy  # which autograd holds until the whole is done
-        c: Buffer | None = None
+        b, c = a, b
+        value = parts.wide()
         for mixer in reversed(self.mixers):
             for part in ("mlp", mixer):
-                if c is not None:
-                    tape.give(c)
-                b, c = a, b
                 out, kept = parts.sub_forward(part, "temporaries")
-                a = parts.wide()
+                a, older = parts.wide(), parts.wide()
                 rebuilt = tape.take(checksums)
+                tape.give(c)
+                b, c = a, b
                 grad = parts.sub_backward(part, kept)
                 total = parts.wide()
-                tape.give(grad, out, rebuilt, *([da] if da is not dy else []))
-                da, db = db, total
+                tape.give(grad, out, rebuilt, value, *([da] if da is not dy else []))
+                da, db, value = db, total, older
             self._settle(mixer)
         dx = parts.wide()
-        tape.give(a, b, *sums[:-2], *{id(x): x for x in (c, da, db) if x is not None and x is not dy}.values(), dy)
+        tape.give(b, c, value, *sums[:-2], *{id(x): x for x in (da, db) if x is not dy}.values(), dy)
         return dx
 
     # -- between steps --
@@ -440,7 +442,7 @@ class _Step:
         parts, tape, m = self.parts, self.tape, self.job.model
         tokens = tape.take(2 * 8 * parts.M)
         self._workspace("forward")
-        streams = [parts.wide()] + ([parts.wide()] if self.job.coupled else [])
+        streams = [parts.wide() for _ in range(3 if self.job.coupled else 1)]
         cached: list[Buffer] = []  # autocast's casts, until its context ends; compiled blocks cast for themselves
         for mixer in self.mixers:
             out, kept = parts.sub_forward(mixer, "temporaries")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.products import HALF
 
 __all__ = ["embed", "tie"]
@@ -39,6 +40,11 @@ class _Tie(torch.autograd.Function):
         elif torch._C._autograd._get_current_graph_task_keep_graph():
             head = head.clone()  # a retained graph may hold it elsewhere
         ids = rows._indices()[0]
+        if uses_triton(head) and head.is_contiguous() and values.is_contiguous() and head.dtype != torch.float64:
+            from eco_llm.ops.embedding.triton import add_rows
+
+            add_rows(head, ids, values)
+            return head
         if head.dtype in HALF:
             values = _gathered(ids, values, rows.shape[0])
         # Sums of repeated rows go through a stable sort on CUDA: the same bits in every run.

@@ -1,0 +1,239 @@
+"""Which runs the quality study consists of: a pure function of its settings and of the results so far. Torch-free.
+
+A run is known by what it computes (`Spec.key`), not by who asked for it: INSTANT's `none` and the finals' C3O are one
+run. The plan grows with the results: an optimizer's best search point is known only when its search is complete, and a
+search whose best point lies at the edge of its grid goes on beyond it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+STAGES = ("search", "finals", "ablate", "instant", "storage")
+OPTIMIZERS = ("c3o", "adamw", "muon")
+SHORTER = 0.87
+"""Issue's bar: C3O reaches AdamW's final loss with this share of the tokens, in a decay of its own."""
+ENDED = ("done", "diverged", "oom")
+"""What a run may end as that is a result; a crash is none, and is tried again by the next launch."""
+
+Settings = tuple[tuple[str, Any], ...]
+ABLATIONS: dict[str, Settings] = {
+    "trust cap off": (("c3o_trust_radius", 0.0),),
+    "block credit on, gain 1": (("c3o_credit_gain", 1.0),),
+}
+NOT_IN_THE_PRODUCT = ("sphere on hidden matrices", "Nesterov", "cautious weight decay")
+"""What the issue wants ablated and C3O does not offer: said in the evidence, not imitated here."""
+INSTANT: dict[str, Settings] = {
+    "none": (),
+    "coupled": (("instant_mode", "coupled"),),
+    "compress, 8 bits": (("instant_mode", "compress"), ("instant_bits", "8")),
+    "compress, 4 bits": (("instant_mode", "compress"), ("instant_bits", "4")),
+    "fixed-point, 3e-3": (("instant_mode", "fixed-point"), ("instant_reversible_tol", 3e-3)),
+}
+STORAGE: dict[str, tuple[str, Settings]] = {
+    "fp32 weights, fp32 state": ("fp32", ()),
+    "fp32 weights, bf16 state": ("fp32", (("c3o_state_dtype", "bf16"),)),
+    "fp32 weights, int8 state": ("fp32", (("c3o_state_dtype", "int8"),)),
+    "fp32 weights, int4 state": ("fp32", (("c3o_state_dtype", "int4"),)),
+    "bf16 weights, bf16 state": ("bf16", (("c3o_state_dtype", "bf16"),)),
+    "bf16 weights, int8 state": ("bf16", (("c3o_state_dtype", "int8"),)),
+    "bf16 weights + 8 error bits, int8 state": ("bf16", (("c3o_error_bits", 8), ("c3o_state_dtype", "int8"))),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run, up to what changes its numbers."""
+
+    base: str
+    """The flags of eco_train that all runs share, as one line."""
+    optimizer: str
+    lr: float
+    weight_decay: float
+    steps: int
+    seed: int
+    """Of initialisation and of the order of the data, the same for every optimizer."""
+    c3o: Settings = ()
+    instant: Settings = ()
+    weights: str = "fp32"
+
+    @property
+    def key(self) -> str:
+        """12 hex digits."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """Runs with the same one share a compiled model."""
+        return (self.weights, self.instant)
+
+    @property
+    def kind(self) -> str:
+        """Runs of one kind take the same time a token."""
+        return json.dumps([self.optimizer, dict(self.c3o).get("c3o_credit_gain", 0.0), *self.variant])
+
+
+@dataclass(frozen=True)
+class Item:
+    """A run's place in a table. One run may have several."""
+
+    stage: str
+    label: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a launch is told."""
+
+    flags: tuple[str, ...]
+    tokens_per_step: int
+    stages: tuple[str, ...]
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    search_tokens: int = 15_000_000
+    final_tokens: int = 61_000_000
+    ablate_tokens: int = 32_768_000  # 1,000 steps of the preset: its base is also that of the storages
+    storage_steps: int = 1000
+    seeds: tuple[int, ...] = (1, 2)
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    weight_decays: tuple[float, ...] = (0.05, 0.2)
+    extensions: int = 2
+    """Most points that a search may add beyond the edges of its grid."""
+    instant: tuple[str, ...] = tuple(INSTANT)
+    c3o: Settings = ()
+    """What every C3O of the study has, unless a stage says otherwise."""
+    best: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """(lr, weight decay) of optimizers whose search is not asked."""
+
+    def steps(self, tokens: float) -> int:
+        """Optimizer steps for at least so many tokens."""
+        return max(1, -int(-tokens // self.tokens_per_step))
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> Study:
+        """What `dataclasses.asdict` and JSON made of one."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        values["c3o"] = tuple((name, value) for name, value in raw["c3o"])
+        values["best"] = {name: (pair[0], pair[1]) for name, pair in raw["best"].items()}
+        return Study(**values)
+
+
+Results = Mapping[str, Mapping[str, Any]]
+"""Spec.key → the record of a run that has ended (`ENDED`)."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """One optimizer's search so far."""
+
+    points: list[Spec]
+    """All that belong to it by now, those still to run too."""
+    complete: bool
+    best: Spec | None
+    """When complete: the point of least loss; None if no point was trained to the end."""
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best learning rate is the least or the largest tried: the optimum may lie beyond."""
+        rates = {p.lr for p in self.points}
+        return self.best is not None and self.best.lr in (min(rates), max(rates))
+
+
+def loss_of(results: Results, spec: Spec) -> float | None:
+    """Final held-out loss, nats per token; None for a run that has not been, or did not end well."""
+    record = results.get(spec.key)
+    return None if record is None or record["status"] != "done" else float(record["final_loss"])
+
+
+def search_of(study: Study, optimizer: str, results: Results) -> Search:
+    """The grid, and beyond the edge on which its best point lies, as far as `extensions` go."""
+
+    def point(lr: float, decay: float) -> Spec:
+        lr, decay = float(f"{lr:.4g}"), float(f"{decay:.4g}")
+        c3o = tuple(sorted(study.c3o)) if optimizer == "c3o" else ()
+        return Spec(" ".join(study.flags), optimizer, lr, decay, study.steps(study.search_tokens), seed=0, c3o=c3o)
+
+    points = [point(lr, decay) for lr in study.learning_rates for decay in study.weight_decays]
+    for _ in range(study.extensions + 1):
+        if any(p.key not in results for p in points):
+            return Search(points, False, None)
+        ended = [(loss, i) for i, p in enumerate(points) if (loss := loss_of(results, p)) is not None]
+        if not ended:
+            return Search(points, True, None)
+        best = points[min(ended)[1]]
+        further = _beyond(points, best, point)
+        if further is None or len(points) >= len(study.learning_rates) * len(study.weight_decays) + study.extensions:
+            return Search(points, True, best)
+        points = [*points, further]
+    raise AssertionError("a search is extended at most `extensions` times")
+
+
+def _beyond(points: Sequence[Spec], best: Spec, point: Any) -> Spec | None:
+    """The next point past the edge on which the best one lies; learning rate first."""
+    rates, decays = {p.lr for p in points}, {p.weight_decay for p in points}
+    tries = []
+    if best.lr == max(rates):
+        tries.append(point(2 * best.lr, best.weight_decay))
+    elif best.lr == min(rates):
+        tries.append(point(best.lr / 2, best.weight_decay))
+    if best.weight_decay == max(decays) and len(decays) > 1:
+        tries.append(point(best.lr, 2 * best.weight_decay))
+    known = {p.key for p in points}
+    return next((p for p in tries if p.key not in known), None)
+
+
+def plan(study: Study, results: Results) -> tuple[list[Item], list[str]]:
+    """All items known by now, most important first, and what is still unknown, for people."""
+    items: list[Item] = []
+    waiting: list[str] = []
+    base = " ".join(study.flags)
+    best: dict[str, tuple[float, float]] = dict(study.best)
+    for optimizer in study.optimizers:
+        if optimizer in best:
+            continue
+        search = search_of(study, optimizer, results)
+        if "search" in study.stages:
+            items += [Item("search", optimizer, p) for p in search.points]
+        if search.best is not None:
+            best[optimizer] = (search.best.lr, search.best.weight_decay)
+        elif any(_needs(stage, optimizer) for stage in study.stages):
+            why = "has no point that was trained to the end" if search.complete else "is not complete"
+            waiting.append(f"the search of {optimizer} {why}")
+
+    def runs(stage: str, label: str, optimizer: str, steps: int, seed: int, c3o: Settings = (), **further: Any) -> None:
+        if optimizer in best:
+            lr, decay = best[optimizer]
+            settings = tuple(sorted({**dict(study.c3o), **dict(c3o)}.items())) if optimizer == "c3o" else ()
+            items.append(Item(stage, label, Spec(base, optimizer, lr, decay, steps, seed, c3o=settings, **further)))
+
+    whole = study.steps(study.final_tokens)
+    if "finals" in study.stages:
+        for seed in study.seeds:
+            for optimizer in study.optimizers:
+                runs("finals", optimizer, optimizer, whole, seed)
+                if optimizer == "c3o":
+                    runs("finals", "c3o, shorter", "c3o", study.steps(SHORTER * study.final_tokens), seed)
+    if "ablate" in study.stages:
+        for seed in study.seeds:
+            for label, settings in {"base": (), **ABLATIONS}.items():
+                runs("ablate", label, "c3o", study.steps(study.ablate_tokens), seed, c3o=settings)
+    if "instant" in study.stages:
+        for label in study.instant:  # by mode, so that a process compiles each but once
+            for seed in study.seeds:
+                runs("instant", label, "c3o", whole, seed, instant=INSTANT[label])
+    if "storage" in study.stages:
+        for label, (weights, settings) in STORAGE.items():
+            for seed in study.seeds:
+                runs("storage", label, "c3o", study.storage_steps, seed, c3o=settings, weights=weights)
+    order = {stage: i for i, stage in enumerate(study.stages)}
+    return sorted(items, key=lambda item: order[item.stage]), waiting
+
+
+def _needs(stage: str, optimizer: str) -> bool:
+    return stage == "finals" or (stage in ("ablate", "instant", "storage") and optimizer == "c3o")
