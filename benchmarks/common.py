@@ -78,7 +78,13 @@ def interleave(
     for _ in range(warmup):
         a()
         b()
-    pairs = np.array([(a(), b()) for _ in range(rounds)], dtype=np.float64)
+    return compared([(a(), b()) for _ in range(rounds)], resamples=resamples)
+
+
+def compared(samples: Sequence[tuple[float, float]], *, resamples: int = 10_000) -> Comparison:
+    """What `interleave` makes of its pairs (a, b), at least 2, all positive."""
+    rounds = len(samples)
+    pairs = np.array(samples, dtype=np.float64)
     if not (np.isfinite(pairs).all() and (pairs > 0).all()):
         raise ValueError("a measure is zero, negative or not finite")
     median_a, median_b = np.median(pairs, axis=0)

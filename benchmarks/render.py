@@ -6,8 +6,9 @@
 
 in README.md and docs/*.md. CLAIM and HARDWARE name evidence files (benchmarks/results/HARDWARE/CLAIM.json;
 `*` and `?` match several, one row each). TABLE is `summary` (training runs), `ratio` (A/B comparisons), `chunk` (the
-tile policy, T against chunk), `tiles` (the same, with its path), `table` (the files' own `table`: header, rows) or
-`plot` (the pictures of memory against speed; in docs/*.md only).
+tile policy, T against chunk), `tiles` (the same, with its path), `table` (the files' own `table`: header, rows),
+`experiments` (several comparisons in one file, each with a gate and a date of its own) or `plot` (the pictures of
+memory against speed; in docs/*.md only).
 A marker that ends in ` pending` may name evidence that does not exist yet: the page then says so.
 Every evidence file whose samples have `step` and `loss`, or `row`, `shape`, `peak_gib` and `tokens_per_s`, also gives
 docs/img/CLAIM_HARDWARE.svg.
@@ -213,6 +214,28 @@ def own_table(rows: list[Evidence]) -> str:
     return _markdown(header, body)
 
 
+def experiments_table(rows: list[Evidence]) -> str:
+    """Experiments that one file holds: medians of A and B, ratio, interval, gate; each with its own origin."""
+    header = ["hardware", "experiment", "A", "B", "median A", "median B", "A / B", "95% interval", "rounds × steps",
+              "gate", "load", "date", "commit"]  # fmt: skip
+    body = []
+    for item in rows:
+        for name, entry in item["experiments"].items():
+            gate, found = entry.get("gate", {}), entry.get("comparison")
+            said = f"red: {gate['said']}" if not gate.get("passed", True) else "failed" if "failed" in entry else "–"
+            if gate.get("passed"):
+                said = "losses fall" if not found and not gate["tolerance"] else f"within {gate['tolerance']:g}"
+            cells = ["–"] * 5
+            if found:
+                cells = [f"{found['median_a']:.4g} s", f"{found['median_b']:.4g} s", f"{found['ratio']:.3f}",
+                         f"{found['ratio_low']:.3f} – {found['ratio_high']:.3f}",
+                         f"{found['rounds']} × {found['steps_per_window']}"]  # fmt: skip
+            load, origin = entry["measured"]["load_average"], item["environment"] | entry["measured"]
+            body.append([item["hardware"], f"`{name}`", entry.get("a", "–"), entry.get("b", "–"), *cells, said,
+                         _number(load, 1), *_origin({"environment": origin})])  # fmt: skip
+    return _markdown(header, body)
+
+
 def plot_links(rows: list[Evidence]) -> str:
     """The pictures of memory against speed, for a page in docs/."""
     if not all(shows_memory(item) for item in rows):
@@ -243,6 +266,7 @@ TABLES: dict[str, Callable[[list[Evidence]], str]] = {
     "chunk": chunk_table,
     "tiles": tiles_table,
     "table": own_table,
+    "experiments": experiments_table,
     "plot": plot_links,
 }
 

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from common import seconds_of
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from eco_llm.config import C3OConfig, InstantConfig, OptimizerConfig, SigmaConfig
 from eco_llm.data.loader import Batch, TokenLoader
@@ -24,7 +25,7 @@ from eco_llm.ops.backend import kernels_for
 from eco_llm.optim.factory import build_optimizer
 from eco_llm.optim.release import ReleasedUpdate
 from eco_llm.optim.update import Update
-from eco_llm.perf.phases import PhaseTimer
+from eco_llm.perf.phases import PhaseTimer, StepTimes
 from eco_llm.runtime import Runtime
 from eco_llm.training.graph import GraphedStep
 from eco_llm.training.step import TrainStep
@@ -140,6 +141,9 @@ class Ours:
         instant: what is kept for backward; default: everything.
         bf16_weights: as `--weights-dtype bf16`.
         release: as `--gradient-release`.
+        build: makes the optimizer, where it is not the product's.
+
+    `times` has the phases of the steps so far, as far as they have arrived; `wait` makes all of them arrive.
     """
 
     def __init__(
@@ -156,6 +160,7 @@ class Ours:
         instant: InstantConfig | None = None,
         bf16_weights: bool = False,
         release: bool = False,
+        build: Callable[..., Optimizer] = build_optimizer,
     ) -> None:
         settings = settings or OptimizerConfig(lr=1e-4)
         runtime.setup(seed)
@@ -173,8 +178,9 @@ class Ours:
         if release:
             self.update = ReleasedUpdate(groups, self.model.update_units(), *rule, guard=self.model.stack.guard)
         else:
-            self.update = Update(build_optimizer(groups, *rule), settings)
+            self.update = Update(build(groups, *rule), settings)
         self._timer = PhaseTimer(runtime.device)
+        self.times: list[StepTimes] = []
         first = next(source)
         loader = cast(TokenLoader, itertools.chain([first], source))
         plain = TrainStep(self.model, self.update, loader, runtime, self._timer, 1)
@@ -187,6 +193,7 @@ class Ours:
         if instant is not None:
             self.how += f", INSTANT {instant.instant_mode}"
         self.how += f", {settings.optimizer}, {kernels_for(runtime.device).name} kernels"
+        self._device = runtime.device
         self._number = 0
 
     def step(self) -> Tensor:
@@ -199,9 +206,14 @@ class Ours:
         output = self._step.run()
         timer.mark_core_end()
         timer.end_step()
-        timer.collect()
+        self.times += timer.collect()
         self.output = output
         return output.values[0]
+
+    def wait(self) -> None:
+        """Until the device is idle and the phases of every step are in `times`."""
+        _wait(self._device)
+        self.times += self._timer.flush()
 
     def review(self, step: int) -> list[str]:
         """What INSTANT decides between steps, as the trainer asks for it; the host waits for the device."""
