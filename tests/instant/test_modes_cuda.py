@@ -56,7 +56,8 @@ def test_kept_memory_by_the_allocators_count() -> None:
     assert kept_between("coupled", 24, data) - kept_between("coupled", 6, data) <= 18 * 2 * 8192
     # What a block keeps is its input; the stack's output is not counted twice.
     recomputed = kept_between("recompute", 24, data) - kept_between("recompute", 6, data)
-    assert 18 * stream <= recomputed <= 1.15 * 18 * stream  # the allocator leaves up to 1 MiB of a block unsplit
+    # The allocator leaves up to 1 MiB of a block unsplit, of the deeper model's or of the shallower one's.
+    assert 18 * stream - 2**20 <= recomputed <= 1.15 * 18 * stream
     none = kept_between("none", 24, data) - kept_between("none", 6, data)
     packed = kept_between("compress", 24, data) - kept_between("compress", 6, data)
     assert none > 18 * 4 * stream
