@@ -10,7 +10,8 @@ runs, compiled blocks, C3O.
 
 A row is a memory mode as `--instant-mode` takes it (`recompute`, `recompute*8,none*10`), perhaps followed by ` 4 bits`;
 or `auto`, what `--instant-mode auto --vram-gib CAP` comes to; or a peer. `@16x1024,32x1024` behind it: at these shapes
-only. Rows run as they are written, each a model of its own in one process.
+only. Rows run as they are written, each a model of its own in one process; with --add those of the evidence file stay,
+so that a row can have a process of its own: one that ran out of memory may leave some behind (`reserved_before_gib`).
 
 Memory. Without --graph, as by default, steps are launched kernel by kernel, and peak is the most that live tensors held
 in the steps that are timed: a graph's private pool keeps what it once allocated, so beside one that number says nothing
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import re
@@ -39,11 +41,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import GateError, require_close, write_evidence
+from common import RESULTS, GateError, hardware_slug, require_close, write_evidence
 
 from eco_llm.config import InstantConfig, RuntimeConfig, SigmaConfig, TrainConfig
 from eco_llm.errors import UserError
 from eco_llm.instant.plan.search import choose
+from eco_llm.perf import environment
 from eco_llm.runtime import set_cache_dirs
 
 MODES = ("none", "recompute", "compress", "compress 4 bits", "fixed-point", "coupled")
@@ -202,6 +205,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="timed for each row")
     parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no row is begun")
     parser.add_argument("--name", default="", help="of the evidence file, after instant_modes; default: the cap")
+    parser.add_argument("--add", action="store_true", help="keep the other rows of the evidence file")
     arguments = parser.parse_args()
     layers, width, vocab, heads = arguments.layers, arguments.width, arguments.vocab, arguments.width // 64
     shape = SigmaConfig(d_model=width, n_layers=layers, n_heads=heads, vocab_size=vocab)
@@ -366,7 +370,17 @@ def main() -> None:
             found["out_of_memory"] = True
         return found | {"seconds": time.perf_counter() - start}
 
+    model = {"layers": layers, "width": width, "vocab": vocab, "mlp_hidden_dim": shape.mlp_hidden_dim}
     measured: list[dict[str, Any]] = []
+    before: list[dict[str, Any]] = []
+    if arguments.add:
+        try:
+            before = kept_rows(claim, str(device), rows, {"cap_gib": cap, "graph": graph, "model": model})
+        except UserError as error:
+            sys.exit(_refused(error))
+    for sample in before:
+        if sample["row"] in PEERS and "first_loss" in sample:
+            first_of_peer[sample["shape"]] = sample["first_loss"]
 
     def write() -> None:
         """What ran so far, and what did not."""
@@ -377,8 +391,8 @@ def main() -> None:
             return
         best = {
             f"{key}_tokens_per_s": found["tokens_per_s"]
-            for key, pair in fastest(measured).items()
-            for found in measured
+            for key, pair in fastest(before + measured).items()
+            for found in before + measured
             if (found["shape"], found["row"]) == pair
         }
         payload = {
@@ -386,9 +400,9 @@ def main() -> None:
             "graph": graph, "peer": describe(arguments.peer, ["model.py"]), "parameters": parameters,
             "dtype": str(runtime.compute_dtype),
             "allocator": {k: os.environ.get(k) for k in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")},
-            "model": {"layers": layers, "width": width, "vocab": vocab, "mlp_hidden_dim": shape.mlp_hidden_dim},
-            "table": table(measured, cap), "not_run": not_run, "seconds": time.perf_counter() - began,
-            "summary": {"rows": len(measured), **best}, "samples": measured,
+            "model": model, "table": table(before + measured, cap), "not_run": not_run,
+            "seconds": time.perf_counter() - began, "summary": {"rows": len(before + measured), **best},
+            "samples": before + measured,
         }  # fmt: skip
         print(write_evidence(claim, payload, device=str(device)))
 
@@ -402,6 +416,22 @@ def main() -> None:
         write()
     if not measured:
         sys.exit("instant_modes: error: --deadline had passed before the first row; nothing is written")
+
+
+def kept_rows(claim: str, device: str, rows: Sequence[Row], same: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of the evidence file, what `rows` does not measure again.
+
+    Raises:
+        UserError: there is none, or one of other settings.
+    """
+    path = RESULTS / hardware_slug(environment.collect(device)) / f"{claim}.json"
+    if not path.is_file():
+        raise UserError(f"--add: there is no {path.name} to add to")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if other := [name for name, value in same.items() if found[name] != value]:
+        raise UserError(f"--add: {path.name} was measured with another {' and '.join(other)}")
+    again = {(row.shape, row.name) for row in rows}
+    return [sample for sample in found["samples"] if (sample["shape"], sample["row"]) not in again]
 
 
 def _refused(error: UserError) -> int:
