@@ -18,6 +18,9 @@ from eco_llm.instant.plan.sizes import Job, Scan, Shapes
 Kind = Literal["weights", "gradients", "optimizer", "activations", "temporaries"]
 KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer", "activations", "temporaries")
 F32 = 4
+BITS = {8: 8.25, 4: 4.25}
+"""Of a number that `compress` stores, with its share of the scales."""
+GROUP = 64  # as ops.quantize.GROUP, which a test compares too
 
 
 class Buffer:
@@ -89,6 +92,10 @@ class Parts:
         self.gradients.append(buffer)
         return buffer
 
+    def packed(self, numbers: int) -> Buffer:
+        """What `compress` stores of so many."""
+        return self.tape.take(numbers * BITS[self.job.bits] / 8, "activations")
+
     def vectors(self, mixer: str) -> None:
         """Gradients of a block's vectors, which come as it ends."""
         for length in self.shapes.vectors(mixer):
@@ -137,12 +144,20 @@ class Parts:
 
     # -- SwiGLU --
 
-    def mlp_forward(self, kind: Kind) -> tuple[Buffer, list[Buffer]]:
-        """(result, kept): a [M, 2F], casts of the weights."""
+    @property
+    def mlp_writes_codes(self) -> bool:
+        """Whether the MLP quantizes `a` itself, under `compress`."""
+        return self.job.model.mlp_dim % GROUP == 0
+
+    def mlp_forward(self, kind: Kind, codes: bool = False) -> tuple[Buffer, list[Buffer]]:
+        """(result, kept): a [M, 2F], casts of the weights. With `codes`, those of a, an activation, in its place."""
         w_up, w_down = self.shapes.mlp().values()
         casts = self.cast(w_up.numbers, kind) + self.cast(w_down.numbers, kind)
-        a = self.tape.take(self.c * self.M * w_up.rows, kind)
+        a = self.tape.take(self.c * self.M * w_up.rows, "temporaries" if codes else kind)
         h = self.tape.take(self.c * self.M * w_down.columns)
+        if codes:
+            wide, a = a, self.packed(self.M * w_up.rows)
+            self.tape.give(wide)
         y = self.narrow()
         self.tape.give(h)
         return y, [a, *casts]
@@ -235,10 +250,12 @@ class Parts:
         self.tape.give(passing)
         return [statistics, u]
 
-    def sub_forward(self, part: str, kind: Kind) -> tuple[Buffer, list[Buffer]]:
-        """`mix` of a mixer ("mamba", "mla") or `feed` ("mlp"): (result, kept). The input is the caller's."""
+    def sub_forward(self, part: str, kind: Kind, codes: bool = False) -> tuple[Buffer, list[Buffer]]:
+        """`mix` of a mixer ("mamba", "mla") or `feed` ("mlp", which may keep codes): (result, kept). The input is the
+        caller's.
+        """
         kept = self.normed(kind)
-        out, more = self.mlp_forward(kind) if part == "mlp" else self.mixer_forward(part, kind)
+        out, more = self.mlp_forward(kind, codes) if part == "mlp" else self.mixer_forward(part, kind)
         return out, kept + more
 
     def sub_backward(self, part: str, kept: list[Buffer], into: Buffer | None = None) -> Buffer:

@@ -15,12 +15,12 @@ CONTEXT, GRAPH = round(0.76 * GIB), round(0.07 * GIB)
 """What a process takes outside the allocator: CUDA context, libraries, kernels; and a CUDA graph. An H200's."""
 WARM_UPS = 2
 """Steps played on one allocator, for the first finds no gaps that an earlier one left; as many go before a graph."""
+_A = 2
+"""Of what an MLP keeps, after a norm's statistics and result: the place of a."""
 INVERSIONS = 3
 """Iterations of `fixed-point`, which the run chooses by itself: assumed."""
 FORWARDS = {"none": 0.0, "compress": 0.0, "recompute": 1.0, "coupled": 1.0, "fixed-point": INVERSIONS + 1.0}
 """Extra forward work of a block in backward."""
-BITS = {8: 8.25, 4: 4.25}
-"""Of a number that `compress` stores, with its share of the scales."""
 
 
 @dataclass(frozen=True)
@@ -263,14 +263,16 @@ class _Step:
     def _forward(self, mixer: str, mode: str, x: Buffer) -> tuple[Buffer, Kept]:
         """(the block's output, what it keeps); its input, unless kept, is the caller's to free."""
         tape = self.tape
-        y, kept = self._residuals(mixer, "activations" if mode == "none" else "temporaries")
+        codes = mode == "compress" and self.parts.mlp_writes_codes
+        y, kept = self._residuals(mixer, "activations" if mode == "none" else "temporaries", codes)
         if mode == "none":
             kept.x = [x]
         elif mode == "recompute":
             tape.give(*kept.all())
             kept = Kept(x=[x])
         elif mode == "compress":
-            packed = self._packed(mixer)
+            written = [kept.mlp.pop(_A)] if codes else []
+            packed = self._packed(mixer, written)
             tape.give(*kept.all())
             kept = packed
         else:
@@ -278,8 +280,8 @@ class _Step:
             kept = Kept()
         return y, kept
 
-    def _residuals(self, mixer: str, kind: Kind) -> tuple[Buffer, Kept]:
-        """x + mix(x), then + feed: (output, kept), the input being the caller's."""
+    def _residuals(self, mixer: str, kind: Kind, codes: bool = False) -> tuple[Buffer, Kept]:
+        """x + mix(x), then + feed: (output, kept), the input being the caller's. `codes`: as of `Parts.sub_forward`."""
         parts, tape = self.parts, self.tape
         mixed, first = parts.sub_forward(mixer, kind)
         if self.job.compiled:
@@ -287,7 +289,7 @@ class _Step:
         else:
             middle = parts.wide(kind)
             tape.give(mixed)
-        fed, second = parts.sub_forward("mlp", kind)
+        fed, second = parts.sub_forward("mlp", kind, codes)
         second.append(middle)
         y = parts.wide("activations")
         tape.give(fed)
@@ -308,17 +310,21 @@ class _Step:
         tape.give(*kept.x, *output, dy)
         return dx
 
-    def _packed(self, mixer: str) -> Kept:
-        """What `compress` keeps of a block: of an MLA mixer its input, else all that grows with M; casts of weights."""
+    def _packed(self, mixer: str, written: list[Buffer]) -> Kept:
+        """What `compress` keeps of a block: of an MLA mixer its input, else all that grows with M; casts of weights.
+
+        Args:
+            written: the MLP's codes of a, if it wrote them.
+        """
         parts, shapes = self.parts, self.parts.shapes
         M, D = parts.M, parts.D
 
         def pack(*numbers: int) -> list[Buffer]:
-            return [self.tape.take(n * BITS[self.job.bits] / 8, "activations") for n in numbers]
+            return [parts.packed(n) for n in numbers]
 
         weights = shapes.mlp()
         # The MLP's: statistics, u, a, and x + mix(x) or what it is made from.
-        kept = Kept(x=pack(M * D), mlp=pack(M, M * D, M * weights["gate_up"].rows, M * D))
+        kept = Kept(x=pack(M * D), mlp=[*pack(M, M * D), *(written or pack(M * weights["gate_up"].rows)), *pack(M * D)])
         for w in weights.values():
             kept.mlp += parts.cast(w.numbers, "activations")
         if mixer == "mamba":
@@ -334,9 +340,9 @@ class _Step:
         """
         parts, tape, job = self.parts, self.tape, self.job
         M, D, c = parts.M, parts.D, parts.c
-        a = c * M * parts.shapes.mlp()["gate_up"].rows
+        a = [] if parts.mlp_writes_codes else [c * M * parts.shapes.mlp()["gate_up"].rows]
         own = [c * M * D, c * M * parts.shapes.mamba()["in_proj"].rows, c * M * parts.inner] if mixer == "mamba" else []
-        mine = [tape.take(size) for size in (c * M * D, a)]
+        mine = [tape.take(size) for size in (c * M * D, *a)]
         later: list[Buffer] = []
         if job.compiled:
             mine.append(parts.narrow() if mixer == "mamba" else parts.wide())

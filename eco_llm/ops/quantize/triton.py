@@ -3,6 +3,8 @@
 A program owns 64 groups of 64 elements. Integer work is what could make a kernel slower than its bytes, so a random
 number costs little of it: two wide products serve four elements, and their words another one each. Products and sums
 are not contracted into multiply-adds: the reference in PyTorch ops has no such thing, and the bits are the same.
+
+Ops that quantize what they have in registers anyway take `step_keys`, `to_codes` and `from_codes` from here.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def _fold(x, PRIME: tl.constexpr):
 
 
 @triton.jit
-def _step_keys(step, key0, key1):
+def step_keys(step, key0, key1):
     """The stream's keys with the step mixed in."""
     s = tl.load(step).to(tl.int64)
     low, high = s.to(tl.uint32), (s >> 32).to(tl.uint32)
@@ -72,7 +74,7 @@ def _step_keys(step, key0, key1):
 
 
 @triton.jit
-def _lanes(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+def lanes_of(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
     """[GROUPS, WIDTH]: 0, 1, … in row-major order."""
     return tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
@@ -81,7 +83,7 @@ def _lanes(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
 def _read(x, units, GROUPS: tl.constexpr, ALIGN: tl.constexpr):
     """float32 [GROUPS, GROUP] of this program, 0 past the end. x has units · ALIGN elements."""
     start = tl.program_id(0).to(tl.int64) * (GROUPS * GROUP)
-    lanes = _lanes(GROUPS, GROUP)
+    lanes = lanes_of(GROUPS, GROUP)
     inside = lanes < units.to(tl.int64) * ALIGN - start
     return tl.load(x + start + lanes, mask=inside, other=0.0).to(tl.float32)
 
@@ -97,13 +99,18 @@ def _scales(x, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def _codes(x, scale, key0, key1, GROUPS: tl.constexpr, BIAS: tl.constexpr):
+def _quads(GROUPS: tl.constexpr):
+    """uint32 [GROUPS, GROUP / 4]: a quarter of the indices of this program's elements 0, 4, …"""
+    first = (tl.program_id(0).to(tl.int64) * (GROUPS * GROUP // 4)).to(tl.uint32)
+    return first + lanes_of(GROUPS, GROUP // 4).to(tl.uint32)
+
+
+@triton.jit
+def _codes(x, scale, quads, key0, key1, GROUPS: tl.constexpr, BIAS: tl.constexpr):
     """Codes, signed or as nibbles, as four int32 [GROUPS, GROUP / 4]: those of elements 0, 4, …; 1, 5, …; and so on.
 
     Meaningless, beyond the bits of a code too, where the scale is NaN.
     """
-    first = (tl.program_id(0).to(tl.int64) * (GROUPS * GROUP // 4)).to(tl.uint32)
-    quads = first + _lanes(GROUPS, GROUP // 4).to(tl.uint32)
     mixed = _fold(_fold(quads ^ key0, P0) ^ key1, P1)
     word0, word1 = _fold(mixed, P2), _fold(mixed, P3)
     inverse = tl.div_rn(tl.full(scale.shape, UNIT, tl.float32), scale)
@@ -119,7 +126,47 @@ def _codes(x, scale, key0, key1, GROUPS: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _rounded(y, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
+def to_codes(x, quads, key0, key1, GROUPS: tl.constexpr, BITS: tl.constexpr, SLOPE: tl.constexpr):
+    """Quantize whole groups; a kernel that calls this is launched with `enable_fp_fusion=False`.
+
+    Args:
+        x: float32 [GROUPS, GROUP], groups of the tensor in row-major order, any of them.
+        quads: uint32 [GROUPS, GROUP / 4], a quarter of the indices that elements 0, 4, … have in the tensor.
+        key0, key1: by `step_keys`.
+        GROUPS, BITS, SLOPE: groups; 8 or 4; `reference.slope(BITS)`.
+
+    Returns:
+        (int8 [GROUPS, GROUP] or uint8 [GROUPS, GROUP / 2], as they are stored; int16 [GROUPS, 1], the scales' bits).
+    """
+    scale_bits = _scales(x, SLOPE)
+    scale = scale_bits.to(tl.float32, bitcast=True)
+    if BITS == 8:
+        code0, code1, code2, code3 = _codes(x, scale, quads, key0, key1, GROUPS, SIGNED)
+        even, odd = tl.join(code0.to(tl.int8), code2.to(tl.int8)), tl.join(code1.to(tl.int8), code3.to(tl.int8))
+        packed = tl.reshape(tl.join(even, odd), (GROUPS, GROUP))
+    else:
+        code0, code1, code2, code3 = _codes(x, scale, quads, key0, key1, GROUPS, NIBBLE)
+        low, high = (code0 & 15) | (code1 << 4), (code2 & 15) | (code3 << 4)
+        packed = tl.reshape(tl.join(low.to(tl.uint8), high.to(tl.uint8)), (GROUPS, GROUP // 2))
+    return packed, (scale_bits >> 16).to(tl.int16)
+
+
+@triton.jit
+def from_codes(
+    packed, scale_bits, GROUPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.constexpr
+):
+    """What `to_codes` returned, as DTYPE [GROUPS, GROUP]; LARGEST is the largest number of that type."""
+    scale = (scale_bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if BITS == 8:
+        code = packed.to(tl.float32)
+    else:
+        pair = packed.to(tl.int32)
+        code = tl.reshape(tl.join((pair & 15) - ZERO_NIBBLE, (pair >> 4) - ZERO_NIBBLE), (GROUPS, GROUP)).to(tl.float32)
+    return rounded(code * scale, DTYPE, LARGEST)
+
+
+@triton.jit
+def rounded(y, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
     """y in DTYPE, to nearest, ties to even; within ±LARGEST, but NaN stays."""
     y = tl.clamp(y, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     if _INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter truncates
@@ -135,24 +182,17 @@ def quantize_kernel(
     BITS: tl.constexpr, SLOPE: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """codes int8 or uint8; scales int16, the upper bits of float32 numbers."""
-    key0, key1 = _step_keys(step, key0, key1)
+    key0, key1 = step_keys(step, key0, key1)
     values = _read(x, units, GROUPS, ALIGN)
-    scale_bits = _scales(values, SLOPE)
-    scale = scale_bits.to(tl.float32, bitcast=True)
     program = tl.program_id(0).to(tl.int64)
     numel = units.to(tl.int64) * ALIGN
+    packed, scale_bits = to_codes(values, _quads(GROUPS), key0, key1, GROUPS, BITS, SLOPE)
     if BITS == 8:
-        code0, code1, code2, code3 = _codes(values, scale, key0, key1, GROUPS, SIGNED)
-        even, odd = tl.join(code0.to(tl.int8), code2.to(tl.int8)), tl.join(code1.to(tl.int8), code3.to(tl.int8))
-        packed = tl.reshape(tl.join(even, odd), (GROUPS, GROUP))
-        lanes = _lanes(GROUPS, GROUP)
+        lanes = lanes_of(GROUPS, GROUP)
         start = program * (GROUPS * GROUP)
         tl.store(codes + start + lanes, packed, mask=lanes < numel - start)
     else:
-        code0, code1, code2, code3 = _codes(values, scale, key0, key1, GROUPS, NIBBLE)
-        low, high = (code0 & 15) | (code1 << 4), (code2 & 15) | (code3 << 4)
-        packed = tl.reshape(tl.join(low.to(tl.uint8), high.to(tl.uint8)), (GROUPS, GROUP // 2))
-        lanes = _lanes(GROUPS, GROUP // 2)
+        lanes = lanes_of(GROUPS, GROUP // 2)
         start = program * (GROUPS * GROUP // 2)
         if ALIGN % 2 == 0:
             size = units.to(tl.int64) * (ALIGN // 2)
@@ -161,7 +201,7 @@ def quantize_kernel(
         tl.store(codes + start + lanes, packed, mask=lanes < size - start)
     group = tl.arange(0, GROUPS)[:, None]
     left = (numel + (GROUP - 1)) // GROUP - program * GROUPS
-    tl.store(scales + program * GROUPS + group, (scale_bits >> 16).to(tl.int16), mask=group < left)
+    tl.store(scales + program * GROUPS + group, scale_bits, mask=group < left)
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -172,21 +212,20 @@ def dequantize_kernel(
     numel = units.to(tl.int64) * ALIGN
     group = tl.arange(0, GROUPS)[:, None]
     left = (numel + (GROUP - 1)) // GROUP - program * GROUPS
-    scale = tl.load(scales + program * GROUPS + group, mask=group < left, other=0).to(tl.int32) << 16
-    scale = scale.to(tl.float32, bitcast=True)
+    scale_bits = tl.load(scales + program * GROUPS + group, mask=group < left, other=0)
     start = program * (GROUPS * GROUP)
-    lanes = _lanes(GROUPS, GROUP)
+    lanes = lanes_of(GROUPS, GROUP)
     if BITS == 8:
-        code = tl.load(codes + start + lanes, mask=lanes < numel - start, other=0).to(tl.float32)
+        packed = tl.load(codes + start + lanes, mask=lanes < numel - start, other=0)
     else:
-        half = _lanes(GROUPS, GROUP // 2)
+        half = lanes_of(GROUPS, GROUP // 2)
         if ALIGN % 2 == 0:
             size = units.to(tl.int64) * (ALIGN // 2)
         else:
             size = (numel + 1) // 2
-        pair = tl.load(codes + start // 2 + half, mask=half < size - start // 2, other=0).to(tl.int32)
-        code = tl.reshape(tl.join((pair & 15) - ZERO_NIBBLE, (pair >> 4) - ZERO_NIBBLE), (GROUPS, GROUP)).to(tl.float32)
-    tl.store(y + start + lanes, _rounded(code * scale, y.dtype.element_ty, LARGEST), mask=lanes < numel - start)
+        packed = tl.load(codes + start // 2 + half, mask=half < size - start // 2, other=0)
+    value = from_codes(packed, scale_bits, GROUPS, BITS, y.dtype.element_ty, LARGEST)
+    tl.store(y + start + lanes, value, mask=lanes < numel - start)
 
 
 @triton.jit(do_not_specialize=["units", "key0", "key1"])
@@ -195,18 +234,18 @@ def error_kernel(
     SLOPE: tl.constexpr, LARGEST: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """partials float32 [2, programs]: this program's squared error and squares."""
-    key0, key1 = _step_keys(step, key0, key1)
+    key0, key1 = step_keys(step, key0, key1)
     values = _read(x, units, GROUPS, ALIGN)
     scale = _scales(values, SLOPE).to(tl.float32, bitcast=True)
-    code0, code1, code2, code3 = _codes(values, scale, key0, key1, GROUPS, SIGNED)
+    code0, code1, code2, code3 = _codes(values, scale, _quads(GROUPS), key0, key1, GROUPS, SIGNED)
     code = tl.reshape(tl.join(tl.join(code0, code2), tl.join(code1, code3)), (GROUPS, GROUP)).to(tl.float32)
-    error = _rounded(code * scale, x.dtype.element_ty, LARGEST).to(tl.float32) - values
+    error = rounded(code * scale, x.dtype.element_ty, LARGEST).to(tl.float32) - values
     program = tl.program_id(0)
     tl.store(partials + program, tl.sum(error * error))
     tl.store(partials + tl.num_programs(0) + program, tl.sum(values * values))
 
 
-def _keys(stream: int) -> list[int]:
+def signed_keys(stream: int) -> list[int]:
     """`stream_keys` as signed numbers, which the launcher passes in 32 bits."""
     return [key - (key >> 31 << 32) for key in numbers.stream_keys(stream)]
 
@@ -224,7 +263,7 @@ def quantize_triton(x: Tensor, bits: int, step: Tensor, stream: int) -> tuple[Te
     if n:
         align = math.gcd(n, 16)  # all that wide loads need to know of the masks
         quantize_kernel[(_programs(n),)](
-            x.contiguous(), codes, scales.view(torch.int16), step, *_keys(stream), n // align,
+            x.contiguous(), codes, scales.view(torch.int16), step, *signed_keys(stream), n // align,
             BITS=bits, SLOPE=numbers.slope(bits), GROUPS=_GROUPS, ALIGN=align, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales
@@ -249,7 +288,7 @@ def error_triton(x: Tensor, bits: int, step: Tensor, stream: int) -> Tensor:
     if n:
         align = math.gcd(n, 16)
         error_kernel[(_programs(n),)](
-            x.contiguous(), partials, step, *_keys(stream), n // align, SLOPE=numbers.slope(bits),
+            x.contiguous(), partials, step, *signed_keys(stream), n // align, SLOPE=numbers.slope(bits),
             LARGEST=torch.finfo(x.dtype).max, GROUPS=_GROUPS, ALIGN=align, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return partials.sum(dim=1)
