@@ -26,14 +26,8 @@ _WARPS = 4
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 GROUP = tl.constexpr(numbers.GROUP)
-FRACTION = tl.constexpr(numbers.FRACTION)
 UNIT = tl.constexpr(numbers.UNIT)
 MAGIC = tl.constexpr(numbers.MAGIC)
-# What a sum of bits and a random number holds beside the code: MAGIC's own bits; less what a nibble is stored with.
-SIGNED = tl.constexpr(numbers.MAGIC_BITS)
-NIBBLE = tl.constexpr(numbers.MAGIC_BITS - (numbers.ZERO_NIBBLE << numbers.FRACTION))
-LOW_BITS = tl.constexpr((1 << numbers.FRACTION) - 1)
-HIGH_SHIFT = tl.constexpr(32 - numbers.FRACTION)
 SMALLEST_SCALE = tl.constexpr(numbers.SMALLEST_SCALE)
 NAN_BITS = tl.constexpr(numbers.NAN_BITS)
 INFINITY_BITS = tl.constexpr(numbers.INFINITY_BITS)
@@ -89,13 +83,21 @@ def _read(x, units, GROUPS: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _scales(x, SLOPE: tl.constexpr):
     """int32 [GROUPS, 1], the bits of the scales as float32, whose lower 16 are 0; NaN for a group not finite."""
     # As integers, magnitudes sort as they do as numbers, and NaN comes last.
-    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
+    if _INTERPRETED:
+        top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
+    else:  # one instruction a number: the sign costs none, and NaN stays
+        top = tl.reduce(tl.abs(x), 1, _larger, keep_dims=True).to(tl.int32, bitcast=True)
     scale = tl.maximum(top.to(tl.float32, bitcast=True) * SLOPE, SMALLEST_SCALE)
     up = (scale.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
-    return tl.where(top < INFINITY_BITS, up, NAN_BITS)
+    return tl.where((top & 0x7FFFFFFF) < INFINITY_BITS, up, NAN_BITS)
 
 
 @triton.jit
@@ -106,23 +108,99 @@ def _quads(GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _codes(x, scale, quads, key0, key1, GROUPS: tl.constexpr, BIAS: tl.constexpr):
-    """Codes, signed or as nibbles, as four int32 [GROUPS, GROUP / 4]: those of elements 0, 4, …; 1, 5, …; and so on.
+def _sums(x, scale, quads, key0, key1, GROUPS: tl.constexpr):
+    """Codes beside other bits, as four uint32 [GROUPS, GROUP / 4]: those of elements 0, 4, …; 1, 5, …; and so on.
 
-    Meaningless, beyond the bits of a code too, where the scale is NaN.
+    Bits 16 … 23 are the code + 128: 2 · fixed is 2 · MAGIC_BITS + 2 · v, and of a random word's half the lowest bit cannot
+    carry into an even number. Meaningless where the scale is NaN.
     """
     mixed = _fold(_fold(quads ^ key0, P0) ^ key1, P1)
     word0, word1 = _fold(mixed, P2), _fold(mixed, P3)
-    inverse = tl.div_rn(tl.full(scale.shape, UNIT, tl.float32), scale)
-    fixed = (x * inverse + MAGIC).to(tl.int32, bitcast=True)
-    even, odd = tl.split(tl.reshape(fixed, (GROUPS, GROUP // 4, 2, 2)))
+    inverse = _unit_over(scale)
+    fixed = (x * inverse + MAGIC).to(tl.uint32, bitcast=True)
+    even, odd = tl.split(tl.reshape(fixed * 2, (GROUPS, GROUP // 4, 2, 2)))
     fixed0, fixed2 = tl.split(even)
     fixed1, fixed3 = tl.split(odd)
-    code0 = (fixed0 + (word0 & LOW_BITS).to(tl.int32) - BIAS) >> FRACTION
-    code1 = (fixed1 + (word0 >> HIGH_SHIFT).to(tl.int32) - BIAS) >> FRACTION
-    code2 = (fixed2 + (word1 & LOW_BITS).to(tl.int32) - BIAS) >> FRACTION
-    code3 = (fixed3 + (word1 >> HIGH_SHIFT).to(tl.int32) - BIAS) >> FRACTION
-    return code0, code1, code2, code3
+    return fixed0 + (word0 & 0xFFFF), fixed1 + (word0 >> 16), fixed2 + (word1 & 0xFFFF), fixed3 + (word1 >> 16)
+
+
+@triton.jit
+def _third_bytes(sums):
+    """int8: the third bytes of `_sums`, less 128."""
+    if _PTX:  # four at once, by instructions that the compiler does not find
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 l, h;
+            prmt.b32 l, $1, $2, 0x0062;
+            prmt.b32 h, $3, $4, 0x0062;
+            prmt.b32 l, l, h, 0x5410;
+            xor.b32 $0, l, 0x80808080;
+            }""",
+            "=r,r,r,r,r",
+            [sums],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return (((sums >> 16) & 0xFF) ^ 0x80).to(tl.int8)
+
+
+@triton.jit
+def _nibbles(even, odd):
+    """uint8: from the third bytes of `_sums` of two neighbours, codes + 8, the first one in the lower half."""
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 e, o, h;
+            prmt.b32 e, $1, $2, 0x0062;
+            prmt.b32 h, $3, $4, 0x0062;
+            prmt.b32 e, e, h, 0x5410;
+            prmt.b32 o, $5, $6, 0x0062;
+            prmt.b32 h, $7, $8, 0x0062;
+            prmt.b32 o, o, h, 0x5410;
+            shl.b32 o, o, 4;
+            and.b32 e, e, 0x0F0F0F0F;
+            and.b32 o, o, 0xF0F0F0F0;
+            or.b32 e, e, o;
+            xor.b32 $0, e, 0x88888888;
+            }""",
+            "=r,r,r,r,r,r,r,r,r",
+            [even, odd],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return ((((even >> 16) & 0xF) | ((odd >> 12) & 0xF0)) ^ 0x88).to(tl.uint8)
+
+
+@triton.jit
+def _unit_over(scale):
+    """UNIT / scale, rounded to nearest, for what `_scales` gives.
+
+    Such a scale has 8 significant bits, so one step of Newton's suffices: 1 − scale · r is exact, what is then left is
+    2⁻⁴⁰ of the quotient at most, and none is nearer than 2⁻³³ to where rounding turns. A test does it for every scale.
+    Neither scale nor inverse is denormal.
+    """
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 r, n, e;
+            rcp.approx.ftz.f32 r, $1;
+            neg.f32 n, $1;
+            fma.rn.f32 e, n, r, 0f3F800000;
+            fma.rn.f32 r, r, e, r;
+            mul.rn.f32 $0, r, $2;
+            }""",
+            "=f,f,f",
+            [scale, UNIT],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.div_rn(tl.full(scale.shape, UNIT, tl.float32), scale)
 
 
 @triton.jit
@@ -140,14 +218,12 @@ def to_codes(x, quads, key0, key1, GROUPS: tl.constexpr, BITS: tl.constexpr, SLO
     """
     scale_bits = _scales(x, SLOPE)
     scale = scale_bits.to(tl.float32, bitcast=True)
+    sum0, sum1, sum2, sum3 = _sums(x, scale, quads, key0, key1, GROUPS)
+    even, odd = tl.join(sum0, sum2), tl.join(sum1, sum3)
     if BITS == 8:
-        code0, code1, code2, code3 = _codes(x, scale, quads, key0, key1, GROUPS, SIGNED)
-        even, odd = tl.join(code0.to(tl.int8), code2.to(tl.int8)), tl.join(code1.to(tl.int8), code3.to(tl.int8))
-        packed = tl.reshape(tl.join(even, odd), (GROUPS, GROUP))
+        packed = _third_bytes(tl.reshape(tl.join(even, odd), (GROUPS, GROUP)))
     else:
-        code0, code1, code2, code3 = _codes(x, scale, quads, key0, key1, GROUPS, NIBBLE)
-        low, high = (code0 & 15) | (code1 << 4), (code2 & 15) | (code3 << 4)
-        packed = tl.reshape(tl.join(low.to(tl.uint8), high.to(tl.uint8)), (GROUPS, GROUP // 2))
+        packed = _nibbles(tl.reshape(even, (GROUPS, GROUP // 2)), tl.reshape(odd, (GROUPS, GROUP // 2)))
     return packed, (scale_bits >> 16).to(tl.int16)
 
 
@@ -237,8 +313,9 @@ def error_kernel(
     key0, key1 = step_keys(step, key0, key1)
     values = _read(x, units, GROUPS, ALIGN)
     scale = _scales(values, SLOPE).to(tl.float32, bitcast=True)
-    code0, code1, code2, code3 = _codes(values, scale, _quads(GROUPS), key0, key1, GROUPS, SIGNED)
-    code = tl.reshape(tl.join(tl.join(code0, code2), tl.join(code1, code3)), (GROUPS, GROUP)).to(tl.float32)
+    sum0, sum1, sum2, sum3 = _sums(values, scale, _quads(GROUPS), key0, key1, GROUPS)
+    sums = tl.reshape(tl.join(tl.join(sum0, sum2), tl.join(sum1, sum3)), (GROUPS, GROUP))
+    code = _third_bytes(sums).to(tl.float32)
     error = rounded(code * scale, x.dtype.element_ty, LARGEST).to(tl.float32) - values
     program = tl.program_id(0)
     tl.store(partials + program, tl.sum(error * error))
