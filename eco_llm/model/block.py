@@ -29,9 +29,10 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self._compiled: tuple[SubLayer, Feed] | None = None
 
-    def mix(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        return self.mixer(self.mixer_norm(x))
+    def mix(self, x: Tensor, keep: Keep | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; ops of a Mamba mixer keep what they can for backward as `keep` says."""
+        u = self.mixer_norm(x)
+        return self.mixer(u, keep) if isinstance(self.mixer, Mamba) else self.mixer(u)
 
     def feed(self, x: Tensor, keep: Keep | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; ops keep what they can for backward as `keep` says."""
@@ -39,7 +40,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, keep: Keep | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; ops keep what they can for backward as `keep` says."""
-        x = x + self.mix(x)
+        x = x + self.mix(x, keep)
         return x + self.feed(x, keep)
 
     @property

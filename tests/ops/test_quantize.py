@@ -611,3 +611,16 @@ def test_every_kernel_fits_a_consumer_card_and_moves_16_bytes_at_a_time(
         assert "fma.rn.f32" not in ptx
         wide = "st.global.v4.b32" if name == "dequantize_kernel" else "ld.global.v4.b32"
         assert wide in ptx, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("first", "channels"), [(0, 64), (8, 192), (3, 128), (64, 40)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 63), (1, 70)], ids=str)
+def test_slices_along_the_last_axis_are_read_where_they_lie(
+    shape: tuple[int, int], first: int, channels: int, bits: int
+) -> None:
+    wide = sample(*shape, 264, seed=5, device=KERNEL_DEVICE, dtype=torch.bfloat16)
+    x = wide[..., first : first + channels]
+    q = quantize(x, bits, step=at(9, KERNEL_DEVICE), stream=2, backend="triton")
+    assert_same_bits(q, quantize(x.contiguous(), bits, step=at(9, KERNEL_DEVICE), stream=2, backend="reference"))

@@ -15,8 +15,6 @@ CONTEXT, GRAPH = round(0.76 * GIB), round(0.07 * GIB)
 """What a process takes outside the allocator: CUDA context, libraries, kernels; and a CUDA graph. An H200's."""
 WARM_UPS = 2
 """Steps played on one allocator, for the first finds no gaps that an earlier one left; as many go before a graph."""
-_A = 2
-"""Of what an MLP keeps, after a norm's statistics and result: the place of a."""
 INVERSIONS = 3
 """Iterations of `fixed-point`, which the run chooses by itself: assumed."""
 FORWARDS = {"none": 0.0, "compress": 0.0, "recompute": 1.0, "coupled": 1.0, "fixed-point": INVERSIONS + 1.0}
@@ -263,17 +261,18 @@ class _Step:
     def _forward(self, mixer: str, mode: str, x: Buffer) -> tuple[Buffer, Kept]:
         """(the block's output, what it keeps); its input, unless kept, is the caller's to free."""
         tape = self.tape
-        codes = mode == "compress" and self.parts.mlp_writes_codes
-        y, kept = self._residuals(mixer, "activations" if mode == "none" else "temporaries", codes)
+        y, kept = self._residuals(mixer, "activations" if mode == "none" else "temporaries", mode == "compress")
         if mode == "none":
             kept.x = [x]
         elif mode == "recompute":
             tape.give(*kept.all())
             kept = Kept(x=[x])
         elif mode == "compress":
-            written = [kept.mlp.pop(_A)] if codes else []
-            packed = self._packed(mixer, written)
-            tape.give(*kept.all())
+            # Codes that ops wrote are the activations among temporaries.
+            packed = self._packed(
+                mixer, *([b for b in part if b.kind != "temporaries"] for part in (kept.mixer, kept.mlp))
+            )
+            tape.give(*(b for b in kept.all() if b.kind == "temporaries"))
             kept = packed
         else:
             tape.give(*kept.all())
@@ -283,7 +282,7 @@ class _Step:
     def _residuals(self, mixer: str, kind: Kind, codes: bool = False) -> tuple[Buffer, Kept]:
         """x + mix(x), then + feed: (output, kept), the input being the caller's. `codes`: as of `Parts.sub_forward`."""
         parts, tape = self.parts, self.tape
-        mixed, first = parts.sub_forward(mixer, kind)
+        mixed, first = parts.sub_forward(mixer, kind, codes and mixer == "mamba")
         if self.job.compiled:
             middle = mixed  # x + mix(x) is added again in backward
         else:
@@ -310,11 +309,11 @@ class _Step:
         tape.give(*kept.x, *output, dy)
         return dx
 
-    def _packed(self, mixer: str, written: list[Buffer]) -> Kept:
+    def _packed(self, mixer: str, mixers: list[Buffer], mlps: list[Buffer]) -> Kept:
         """What `compress` keeps of a block: of an MLA mixer its input, else all that grows with M; casts of weights.
 
         Args:
-            written: the MLP's codes of a, if it wrote them.
+            mixers, mlps: what these quantized themselves, if anything.
         """
         parts, shapes = self.parts, self.parts.shapes
         M, D = parts.M, parts.D
@@ -324,11 +323,12 @@ class _Step:
 
         weights = shapes.mlp()
         # The MLP's: statistics, u, a, and x + mix(x) or what it is made from.
-        kept = Kept(x=pack(M * D), mlp=[*pack(M, M * D), *(written or pack(M * weights["gate_up"].rows)), *pack(M * D)])
+        kept = Kept(x=pack(M * D), mlp=[*pack(M, M * D), *(mlps or pack(M * weights["gate_up"].rows)), *pack(M * D)])
         for w in weights.values():
             kept.mlp += parts.cast(w.numbers, "activations")
         if mixer == "mamba":
-            kept.mixer = pack(M, M * D, M * shapes.mamba()["in_proj"].rows, M * parts.inner)  # statistics, u, zxbcdt, y
+            kept.mixer = pack(M, M * D)  # statistics, u, zxbcdt, y
+            kept.mixer += mixers or pack(M * shapes.mamba()["in_proj"].rows, M * parts.inner)
             kept.mixer.append(self.tape.take(parts.scan.decays(parts.scan.chunk), "activations"))
             for w in shapes.mamba().values():
                 kept.mixer += parts.cast(w.numbers, "activations")
@@ -341,7 +341,9 @@ class _Step:
         parts, tape, job = self.parts, self.tape, self.job
         M, D, c = parts.M, parts.D, parts.c
         a = [] if parts.mlp_writes_codes else [c * M * parts.shapes.mlp()["gate_up"].rows]
-        own = [c * M * D, c * M * parts.shapes.mamba()["in_proj"].rows, c * M * parts.inner] if mixer == "mamba" else []
+        own = [c * M * D] if mixer == "mamba" else []
+        if own and not parts.mixer_writes_codes:
+            own += [c * M * parts.shapes.mamba()["in_proj"].rows, c * M * parts.inner]
         mine = [tape.take(size) for size in (c * M * D, *a)]
         later: list[Buffer] = []
         if job.compiled:
@@ -358,7 +360,7 @@ class _Step:
             tape.give(x, out, dx, middle, dy, *kept.x)
             return total
         later = later or [tape.take(size) for size in own]
-        dx = parts.sub_backward(mixer, later, into=middle)
+        dx = parts.sub_backward(mixer, later, into=middle, codes=True)
         tape.give(dy, *kept.mixer, *kept.x)
         return dx
 

@@ -83,6 +83,21 @@ def _read(x, units, GROUPS: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def _read_rows(
+    x, gap, units, GROUPS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, UNIT_OF_GAP: tl.constexpr
+):
+    """`_read` of rows of WIDTH groups with gap · UNIT_OF_GAP further elements between them."""
+    start = tl.program_id(0).to(tl.int64) * GROUPS
+    first_row = start // WIDTH
+    here = tl.arange(0, GROUPS)[:, None]
+    further = ((start - first_row * WIDTH).to(tl.int32) + here) // WIDTH
+    gap = gap.to(tl.int64) * UNIT_OF_GAP
+    inside = here * GROUP < units.to(tl.int64) * ALIGN - start * GROUP
+    pointers = x + (start * GROUP + first_row * gap) + (here * GROUP + further * gap) + tl.arange(0, GROUP)[None, :]
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
@@ -108,16 +123,35 @@ def _quads(GROUPS: tl.constexpr):
 
 
 @triton.jit
+def _fixed_point(x, inverse):
+    """x · inverse + MAGIC, rounded twice, whatever the kernel's other sums of products are contracted to."""
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 p;
+            mul.rn.f32 p, $1, $2;
+            add.rn.f32 $0, p, 0f4B400000;
+            }""",
+            "=f,f,f",
+            [x, inverse],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return x * inverse + MAGIC
+
+
+@triton.jit
 def _sums(x, scale, quads, key0, key1, GROUPS: tl.constexpr):
     """Codes beside other bits, as four uint32 [GROUPS, GROUP / 4]: those of elements 0, 4, …; 1, 5, …; and so on.
 
-    Bits 16 … 23 are the code + 128: 2 · fixed is 2 · MAGIC_BITS + 2 · v, and of a random word's half the lowest bit cannot
-    carry into an even number. Meaningless where the scale is NaN.
+    Bits 16 … 23 are the code + 128: 2 · fixed is 2 · MAGIC_BITS + 2 · v, and of a random word's half the lowest bit
+    cannot carry into an even number. Meaningless where the scale is NaN.
     """
     mixed = _fold(_fold(quads ^ key0, P0) ^ key1, P1)
     word0, word1 = _fold(mixed, P2), _fold(mixed, P3)
-    inverse = _unit_over(scale)
-    fixed = (x * inverse + MAGIC).to(tl.uint32, bitcast=True)
+    fixed = _fixed_point(x, _unit_over(scale)).to(tl.uint32, bitcast=True)
     even, odd = tl.split(tl.reshape(fixed * 2, (GROUPS, GROUP // 4, 2, 2)))
     fixed0, fixed2 = tl.split(even)
     fixed1, fixed3 = tl.split(odd)
@@ -205,7 +239,7 @@ def _unit_over(scale):
 
 @triton.jit
 def to_codes(x, quads, key0, key1, GROUPS: tl.constexpr, BITS: tl.constexpr, SLOPE: tl.constexpr):
-    """Quantize whole groups; a kernel that calls this is launched with `enable_fp_fusion=False`.
+    """Quantize whole groups. Elsewhere than with NVIDIA's compiler, launch with `enable_fp_fusion=False`.
 
     Args:
         x: float32 [GROUPS, GROUP], groups of the tensor in row-major order, any of them.
@@ -252,14 +286,18 @@ def rounded(y, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
     return y.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["units", "key0", "key1"])
+@triton.jit(do_not_specialize=["units", "key0", "key1", "gap"])
 def quantize_kernel(
-    x, codes, scales, step, key0, key1, units,
-    BITS: tl.constexpr, SLOPE: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
+    x, codes, scales, step, key0, key1, units, gap,
+    BITS: tl.constexpr, SLOPE: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr,
+    UNIT_OF_GAP: tl.constexpr,
 ):  # fmt: skip
-    """codes int8 or uint8; scales int16, the upper bits of float32 numbers."""
+    """codes int8 or uint8; scales int16, the upper bits of float32 numbers. WIDTH: of `_read_rows`; 0 without gaps."""
     key0, key1 = step_keys(step, key0, key1)
-    values = _read(x, units, GROUPS, ALIGN)
+    if WIDTH:
+        values = _read_rows(x, gap, units, GROUPS, ALIGN, WIDTH, UNIT_OF_GAP)
+    else:
+        values = _read(x, units, GROUPS, ALIGN)
     program = tl.program_id(0).to(tl.int64)
     numel = units.to(tl.int64) * ALIGN
     packed, scale_bits = to_codes(values, _quads(GROUPS), key0, key1, GROUPS, BITS, SLOPE)
@@ -331,6 +369,16 @@ def _programs(numel: int) -> int:
     return triton.cdiv(numel, _GROUPS * numbers.GROUP)
 
 
+def _gap(x: Tensor) -> int | None:
+    """Elements between rows of whole groups, if x [B, T, C] is a slice along C of a contiguous tensor; else None."""
+    if x.ndim != 3 or x.is_contiguous() or x.shape[2] % numbers.GROUP or x.stride(2) != 1:
+        return None
+    if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
+        return None
+    gap = x.stride(1) - x.shape[2]
+    return gap if x.shape[1] > 1 and gap > 0 else None
+
+
 def quantize_triton(x: Tensor, bits: int, step: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     """(codes, scales) of `eco_llm.ops.quantize.quantize`."""
     n = x.numel()
@@ -339,9 +387,13 @@ def quantize_triton(x: Tensor, bits: int, step: Tensor, stream: int) -> tuple[Te
     codes = torch.empty(size, dtype=dtype, device=x.device)
     if n:
         align = math.gcd(n, 16)  # all that wide loads need to know of the masks
+        gap = _gap(x)
+        x, width = (x.contiguous(), 0) if gap is None else (x, x.shape[-1] // numbers.GROUP)
+        unit = math.gcd(gap or 16, 16)
         quantize_kernel[(_programs(n),)](
-            x.contiguous(), codes, scales.view(torch.int16), step, *signed_keys(stream), n // align,
-            BITS=bits, SLOPE=numbers.slope(bits), GROUPS=_GROUPS, ALIGN=align, num_warps=_WARPS, enable_fp_fusion=False,
+            x, codes, scales.view(torch.int16), step, *signed_keys(stream), n // align, (gap or 0) // unit,
+            BITS=bits, SLOPE=numbers.slope(bits), GROUPS=_GROUPS, ALIGN=align, WIDTH=width, UNIT_OF_GAP=unit,
+            num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales
 
