@@ -198,7 +198,7 @@ def main() -> None:
     class PeerMixer(Mamba):
         """Our parameters through the peer's pieces, in the order of its own mixer."""
 
-        def forward(self, u: Tensor) -> Tensor:
+        def forward(self, u: Tensor, keep: object = None) -> Tensor:
             z, xbc, dt = self.in_proj(u).split((self.inner_dim, self.conv_dim, self.n_heads), dim=-1)
             xbc = F.silu(self.conv1d(F.pad(xbc, (0, 0, self.conv_width - 1, 0)).transpose(1, 2))).transpose(1, 2)
             x, b, c = xbc.split((self.inner_dim, self.state_dim, self.state_dim), dim=-1)

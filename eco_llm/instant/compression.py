@@ -1,8 +1,9 @@
 """`compress`: what ops keep for backward, stored in 8 or 4 bits a number. Gradients are approximate, and unbiased in
 what is stored, since rounding is stochastic.
 
-- A block with a Mamba mixer runs once; hooks of autograd pack what its ops keep. Weights, and their casts, stay as
-  they are, and so does what is small.
+- A block with a Mamba mixer runs once. Ops that can (`Keep`) write codes while they have the numbers in registers, and
+  read them in backward; hooks of autograd pack what the others keep. Weights, and their casts, stay as they are, and
+  so does what is small.
 - An MLA mixer keeps its input alone, packed; backward makes its latent, keys, values and attention again.
 - A tensor that two ops keep is stored once.
 - 4 bits are never tried within a step: `Stack` probes between steps and stays with 8 until a probe allows it.
@@ -19,10 +20,10 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from eco_llm.instant.replay import Setting, SubLayer, back_propagate
-from eco_llm.ops.quantize import Quantized, dequantize, quantization_error, quantize
+from eco_llm.ops.quantize import GROUP, Quantized, dequantize, quantization_error, quantize
 
+_CODES = {torch.int8: 1, torch.uint8: 2}  # codes a byte; nothing else that ops keep has these types
 _SMALL = 4096  # numbers; scales and launches would cost more than is saved
-_STREAMS_A_BLOCK = 256
 
 
 class Packed(NamedTuple):
@@ -51,18 +52,18 @@ class Packing(saved_tensors_hooks):
 
     Args:
         bits: 8 or 4.
-        draw: 0-dim integer tensor on the device, another value in every forward: the random numbers' counter.
-        block: the block's number, so that blocks draw different numbers.
+        draw: 0-dim integer tensor on the device, another value in every forward and for every block: the random
+            numbers' counter.
         tokens: (B, T) of the block's input.
         weights: shapes of the block's parameters; a matrix of such a shape may be the cast of one and stays whole.
         sizes: adds up what was packed.
     """
 
     def __init__(
-        self, bits: int, draw: Tensor, block: int, tokens: tuple[int, int], weights: Iterable[torch.Size], sizes: Bytes
+        self, bits: int, draw: Tensor, tokens: tuple[int, int], weights: Iterable[torch.Size], sizes: Bytes
     ) -> None:
         super().__init__(self._pack, _unpack)
-        self._bits, self._draw, self._stream = bits, draw, block * _STREAMS_A_BLOCK
+        self._bits, self._draw, self._stream = bits, draw, 0
         self._tokens, self._weights, self._sizes = tokens, {tuple(shape) for shape in weights}, sizes
         # What was packed, with the tensors themselves: while they live no other tensor can have their address.
         self._seen: dict[tuple[Any, ...], tuple[Tensor, Quantized]] = {}
@@ -77,6 +78,10 @@ class Packing(saved_tensors_hooks):
                 return self.pack(x)
             self._sizes.before += 2 * x.numel()  # it may be the weight's cast, so it stays; the ratio shows it
             self._sizes.after += x.nbytes
+        elif x.dtype in _CODES:
+            count = x.numel() * _CODES[x.dtype]  # an op quantized them; its scales come by themselves
+            self._sizes.before += 2 * count
+            self._sizes.after += x.nbytes + 2 * (count // GROUP)
         # Detached: kept with its graph, what an op saves of its own output would keep that op alive, and itself.
         return x.detach()
 

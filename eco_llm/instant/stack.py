@@ -21,8 +21,9 @@ from eco_llm.instant.compression import Bytes, FourBitError, Packing, recompute_
 from eco_llm.instant.coupled import Layer, coupled, coupled_stored, coupled_values
 from eco_llm.instant.fixed_point import Run, errors_by_iteration, fixed_point, iterations_needed
 from eco_llm.instant.recompute import recompute
-from eco_llm.instant.replay import Setting
+from eco_llm.instant.replay import Feed, Setting, SubLayer
 from eco_llm.instant.verification import BLOCK_PREFIX, NAMES, Gate, block_name
+from eco_llm.ops.quantize import Keep
 
 GATE_REVIEW = 8
 """Steps between looks at the gate: after a trip, at most so many steps are not applied."""
@@ -39,8 +40,12 @@ HYSTERESIS = 0.9
 class Block(Layer, Protocol):
     """What the stack needs of a block."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Both sub-layers, plain residual form: [B, T, D] -> [B, T, D]."""
+    def __call__(self, x: Tensor, keep: Keep | None = None) -> Tensor:
+        """Both sub-layers, plain residual form: [B, T, D] -> [B, T, D]; `keep` as of a `Feed`."""
+
+    @property
+    def sub_layers(self) -> tuple[SubLayer, Feed]:
+        """(mix, feed)."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Its weights."""
@@ -83,7 +88,9 @@ class Stack:
         bits = 4 if config.instant_bits == "4" else 8
         self._decided = _Decisions([None] * count, [bits] * count, [0] * count, [0] * count)
         self._gate: Gate | None = None
-        self._draw: Tensor | None = None
+        self._draws: Tensor | None = None
+        """int64 [blocks, 2]: in the first column's lower words the forwards so far, in the upper ones what tells blocks
+        apart. 16 bytes an entry, since compiled code copies what is aligned to less."""
         self._new_trips: set[int] = set()
         self.sizes = Bytes()
 
@@ -118,8 +125,8 @@ class Stack:
         """Make what lives on the device; before the first step, and outside any CUDA graph. Idempotent."""
         if self.gated and self._gate is None:
             self._gate = Gate(len(self.modes), device)
-        if "compress" in self.modes and self._draw is None:
-            self._draw = torch.zeros((), dtype=torch.int64, device=device)
+        if "compress" in self.modes and self._draws is None:
+            self._draws = _counters(len(self.modes)).to(device)
 
     def begin_step(self) -> None:
         """Forget the verdicts of the step before."""
@@ -141,8 +148,8 @@ class Stack:
             assert self._gate is not None
             return coupled(blocks, x, self._gate)
         self.sizes = Bytes()
-        if self._draw is not None:
-            self._draw += 1
+        if self._draws is not None:
+            self._draws += 1
         at = 0
         while at < len(blocks):
             mode, inverted = self.modes[at], self._decided.iterations[at]
@@ -165,27 +172,31 @@ class Stack:
         return x
 
     def _compressed(self, block: Block, index: int, x: Tensor) -> Tensor:
-        assert self._draw is not None
         shapes = [p.shape for p in block.parameters()]
-        bits = self._decided.bits[index]
-        packing = Packing(bits, self._draw, index, (x.shape[0], x.shape[1]), shapes, self.sizes)
+        keep = Keep(self._decided.bits[index], self._draw(index))
+        packing = Packing(keep.bits, keep.step, (x.shape[0], x.shape[1]), shapes, self.sizes)
         if self._mixers[index] == "mamba":
             with packing:
-                return block(x)
+                return block(x, keep)
         mix, feed = block.sub_layers
         x = x + recompute_from_packed(mix, x, packing)  # outside: what attention keeps of itself is dropped, not packed
         with packing:
-            return x + feed(x)
+            return x + feed(x, keep)
+
+    def _draw(self, index: int) -> Tensor:
+        """The counter of a block's random numbers: a 0-dim view, so that all blocks share one compiled graph."""
+        assert self._draws is not None
+        return self._draws[index, 0]
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Forward and backward in here leave no trace: the steps that follow draw the numbers they would have drawn."""
-        before = None if self._draw is None else self._draw.clone()
+        before = None if self._draws is None else self._draws.clone()
         try:
             yield
         finally:
-            if before is not None and self._draw is not None:
-                self._draw.copy_(before)
+            if before is not None and self._draws is not None:
+                self._draws.copy_(before)
 
     def guard(self, loss: Tensor) -> Tensor:
         """What the optimizer's guard is given: the loss, or NaN where the gate tripped. 0-dim."""
@@ -306,7 +317,6 @@ class Stack:
                     curves.append(errors)
                 found.append((index, torch.stack(curves)))
             elif mode == "compress" and config.instant_bits == "auto":
-                assert self._draw is not None
                 x, errors = self._four_bit_error(block, index, x, setting)
                 found.append((index, errors))
             else:
@@ -324,8 +334,7 @@ class Stack:
             self._decided.iterations[index] = None if mixing is None or feeding is None else (mixing, feeding)
 
     def _four_bit_error(self, block: Block, index: int, x: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
-        assert self._draw is not None
-        measured = FourBitError(self._draw, (x.shape[0], x.shape[1]), [p.shape for p in block.parameters()])
+        measured = FourBitError(self._draw(index), (x.shape[0], x.shape[1]), [p.shape for p in block.parameters()])
         with setting.restored():
             leaf = x.detach().requires_grad_()
             if self._mixers[index] == "mamba":
@@ -343,7 +352,7 @@ class Stack:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: decisions, and the counter of random draws (read from the device)."""
-        draw = 0 if self._draw is None else int(self._draw)
+        draw = 0 if self._draws is None else int(self._draws[0, 0])
         return {
             **dataclasses.asdict(self._decided), "draw": draw, "new_trips": sorted(self._new_trips),
             "settings": self._settings(),
@@ -359,14 +368,19 @@ class Stack:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with saved decisions, if they were taken under the settings of now; else begin anew."""
-        if self._draw is not None:
-            self._draw.fill_(state["draw"])
+        if self._draws is not None:
+            self._draws.copy_(_counters(len(self.modes)) + state["draw"])
         if state["settings"] != self._settings():
             self._decided.reviewed = state["reviewed"]
             return
         self._decided = _Decisions(**{f.name: state[f.name] for f in dataclasses.fields(_Decisions)})
         self._decided.iterations = [None if pair is None else (pair[0], pair[1]) for pair in state["iterations"]]
         self._new_trips = set(state["new_trips"])
+
+
+def _counters(blocks: int) -> Tensor:
+    """`Stack._draws` before the first forward."""
+    return torch.arange(2 * blocks).view(blocks, 2) << 32
 
 
 def _plain(blocks: Sequence[Block], x: Tensor) -> Tensor:

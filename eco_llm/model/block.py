@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
+from eco_llm.instant.replay import Feed, SubLayer
 from eco_llm.model.mamba import Mamba, MambaCache
 from eco_llm.model.mla import MLA, MLACache
 from eco_llm.model.mlp import SwiGLU
 from eco_llm.model.norm import RMSNorm
+from eco_llm.ops.quantize import Keep
 
 LayerCache = MambaCache | MLACache
-SubLayer = Callable[[Tensor], Tensor]
 
 
 class Block(nn.Module):
@@ -27,23 +27,24 @@ class Block(nn.Module):
         self.mixer: Mamba | MLA = Mamba(config) if mixer == "mamba" else MLA(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
-        self._compiled: tuple[SubLayer, SubLayer] | None = None
+        self._compiled: tuple[SubLayer, Feed] | None = None
 
-    def mix(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        return self.mixer(self.mixer_norm(x))
+    def mix(self, x: Tensor, keep: Keep | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; ops of a Mamba mixer keep what they can for backward as `keep` says."""
+        u = self.mixer_norm(x)
+        return self.mixer(u, keep) if isinstance(self.mixer, Mamba) else self.mixer(u)
 
-    def feed(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        return self.mlp(self.mlp_norm(x))
+    def feed(self, x: Tensor, keep: Keep | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; ops keep what they can for backward as `keep` says."""
+        return self.mlp(self.mlp_norm(x), keep)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x = x + self.mix(x)
-        return x + self.feed(x)
+    def forward(self, x: Tensor, keep: Keep | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; ops keep what they can for backward as `keep` says."""
+        x = x + self.mix(x, keep)
+        return x + self.feed(x, keep)
 
     @property
-    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
+    def sub_layers(self) -> tuple[SubLayer, Feed]:
         """(mix, feed), as training calls them: compiled if `compile_sub_layers` was."""
         return self._compiled or (self.mix, self.feed)
 

@@ -25,6 +25,7 @@ from eco_llm.config import SigmaConfig
 from eco_llm.model.linear import Linear
 from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.mamba_mixer import mamba_mixer
+from eco_llm.ops.quantize import Keep
 from eco_llm.ops.ssd import choose_chunk, ssd, ssd_step
 
 
@@ -66,13 +67,13 @@ class Mamba(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         self.D.fill_(1.0)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """u [B, T, D] -> [B, T, D]."""
+    def forward(self, u: Tensor, keep: Keep | None = None) -> Tensor:
+        """u [B, T, D] -> [B, T, D]; `keep` as in `mamba_mixer`."""
         assert self.conv1d.bias is not None
         return mamba_mixer(
             u, self.in_proj.weight, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias,
             self._rates(), self.D, self.norm.weight, self.out_proj.weight, state_dim=self.state_dim, eps=self.norm.eps,
-            chunk_size=choose_chunk(u.shape[1], self.chunk),
+            chunk_size=choose_chunk(u.shape[1], self.chunk), keep=keep,
         )  # fmt: skip
 
     def extend(self, u: Tensor, cache: MambaCache) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
+from eco_llm.ops.quantize import Keep
 from eco_llm.ops.swiglu import swiglu_mlp
 
 
@@ -16,6 +17,6 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(config.d_model, 2 * config.mlp_dim, bias=False)
         self.down = nn.Linear(config.mlp_dim, config.d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D], in the autocast type if autocast is on."""
-        return swiglu_mlp(x, self.gate_up.weight, self.down.weight)
+    def forward(self, x: Tensor, keep: Keep | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D], in the autocast type if autocast is on; `keep` as in `swiglu_mlp`."""
+        return swiglu_mlp(x, self.gate_up.weight, self.down.weight, keep=keep)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from stack_cases import SHAPE, Build, kept_bytes, loss_and_gradients, total_error
 from torch import Tensor
 
+from eco_llm.instant import compression
 from eco_llm.instant.compression import Bytes, Packing, is_activation
+from eco_llm.ops import quantize as quantizers
+from eco_llm.ops import swiglu
 
 
 @pytest.mark.parametrize(("bits", "limit"), [("8", 0.02), ("4", 0.35)])
@@ -40,7 +45,7 @@ def test_real_bytes(bits: str, least: float, build: Build, batch: tuple[Tensor, 
 def test_a_tensor_that_two_ops_keep_is_stored_once(device: torch.device) -> None:
     sizes, draw = Bytes(), torch.zeros((), dtype=torch.int64, device=device)
     x = torch.randn(2, 63, 64, device=device, requires_grad=True)
-    with Packing(8, draw, 0, (2, 63), [], sizes):
+    with Packing(8, draw, (2, 63), [], sizes):
         hidden = x * 2.0
         y = hidden.sin() + hidden.view(-1, 64).square().view(2, 63, 64) + hidden.cos()
     assert sizes.before == 2 * x.numel()
@@ -56,7 +61,7 @@ def test_a_tensor_that_two_ops_keep_is_stored_once(device: torch.device) -> None
 def test_a_tensor_that_changed_in_place_is_stored_anew(device: torch.device) -> None:
     sizes, draw = Bytes(), torch.zeros((), dtype=torch.int64, device=device)
     x = torch.randn(2, 63, 64, device=device)
-    packing = Packing(8, draw, 0, (2, 63), [], sizes)
+    packing = Packing(8, draw, (2, 63), [], sizes)
     with packing:
         packing.pack(x)
         packing.pack(x)
@@ -83,7 +88,7 @@ def test_layout_survives(mode: str, device: torch.device) -> None:
     draw = torch.zeros((), dtype=torch.int64, device=device)
     x = torch.randn(2, 4, 128, 16, device=device).transpose(1, 2)  # dense, not contiguous
     leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    with Packing(int(mode), draw, 0, (2, 128), [], Bytes()):
+    with Packing(int(mode), draw, (2, 128), [], Bytes()):
         y = leaf.sin()
     kept = y.grad_fn._saved_self  # type: ignore[union-attr]
     assert kept.shape == leaf.shape
@@ -95,8 +100,6 @@ def test_what_attention_keeps_of_itself_is_not_packed(
     build: Build, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of an MLA mixer one tensor is stored, its input; what its forward keeps is dropped: packing it would be waste."""
-    from eco_llm.instant import compression
-
     shapes: list[int] = []
     real = compression.quantize
 
@@ -108,7 +111,7 @@ def test_what_attention_keeps_of_itself_is_not_packed(
     model = build("compress", instant_bits="8")
     block, x = model._blocks()[2], torch.randn(2, 63, 64, device=batch[0].device, requires_grad=True)
     model.stack.prepare(x.device)
-    packing = Packing(8, model.stack._draw, 2, (2, 63), [], Bytes())  # type: ignore[arg-type]
+    packing = Packing(8, model.stack._draw(2), (2, 63), [], Bytes())
     compression.recompute_from_packed(block.mix, x, packing)
     assert shapes == [x.numel()]
     shapes.clear()
@@ -156,3 +159,56 @@ def test_less_is_kept(build: Build, batch: tuple[Tensor, Tensor]) -> None:
     everything = kept_bytes(plain, lambda: plain.stack(plain._blocks(), plain.embedding(batch[0])))
     assert beside + model.stack.sizes.after < 0.6 * everything
     assert SHAPE.n_layers == 6
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", ["8", "4"])
+@pytest.mark.parametrize("device", ["cpu" if INTERPRETED else "cuda"], indirect=True)
+def test_what_ops_write_as_codes_is_what_hooks_would_store(
+    bits: str, build: Build, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same loss, gradients and bytes, bit for bit, once every tensor has the same random numbers in both."""
+    width = SHAPE.mlp_dim
+    assert width % 64 == 0
+    draws: dict[int, int] = {}
+    packed: list[int] = []
+    real = compression.quantize
+
+    def numbered(x: Tensor, bits: int, *, step: Tensor, stream: int) -> quantizers.Quantized:
+        packed.append(x.numel())
+        if x.numel() == 2 * 63 * 2 * width:
+            return real(x, bits, step=step, stream=swiglu.A_STREAM)
+        stream = draws[int(step)] = draws.get(int(step), -1) + 1
+        return real(x, bits, step=step, stream=stream)
+
+    monkeypatch.setattr(compression, "quantize", numbered)
+    monkeypatch.setattr(swiglu, "uses_triton", lambda x: True)
+    # The mixer's codes have groups of their own, three tensors in the place of one: tests/ops compares those.
+    monkeypatch.setattr("eco_llm.ops.mamba_mixer.uses_triton", lambda x: False)
+    model = build("compress", instant_bits=bits)
+    ours = loss_and_gradients(model, batch)
+    assert 2 * 63 * 2 * width not in packed
+    draws.clear()
+    monkeypatch.setattr(quantizers.Keep, "serves", lambda *_: False)
+    twin = build("compress", instant_bits=bits)
+    theirs = loss_and_gradients(twin, batch)
+    assert packed.count(2 * 63 * 2 * width) == SHAPE.n_layers
+    assert [name for name, want in theirs.items() if not torch.equal(ours[name], want)] == []
+    assert (model.stack.sizes.before, model.stack.sizes.after) == (twin.stack.sizes.before, twin.stack.sizes.after)
+
+
+def test_blocks_and_forwards_draw_numbers_of_their_own(build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    model = build("compress")
+    model.stack.prepare(batch[0].device)
+    seen = set()
+    for _ in range(3):
+        seen |= {int(model.stack._draw(index)) for index in range(SHAPE.n_layers)}
+        model.loss(*batch)
+    assert len(seen) == 3 * SHAPE.n_layers
+    again = build("compress")
+    again.stack.prepare(batch[0].device)
+    again.stack.load_state_dict(model.stack.state_dict())
+    assert [int(again.stack._draw(i)) for i in range(6)] == [int(model.stack._draw(i)) for i in range(6)]

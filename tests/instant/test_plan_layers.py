@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eco_llm.config import SigmaConfig
+from eco_llm.instant.plan import layers as plan_layers
 from eco_llm.instant.plan.layers import Parts, Tape
 from eco_llm.instant.plan.sizes import MAX_CHANNELS, MOST_HEADS, PROGRAMS, TILE, Job, Shapes
 from eco_llm.model.block import Block
 from eco_llm.model.sigma_llm import SigmaLLM
-from eco_llm.ops import grid
+from eco_llm.ops import grid, quantize
 from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.mamba_mixer import _mixer, _mixer_backward, unsupported
 from eco_llm.ops.swiglu import _mlp
@@ -214,6 +215,7 @@ def test_temporaries_inside_operators(model: SigmaConfig, batch: int, time: int,
     from eco_llm.ops.swiglu.triton import mlp_backward, mlp_forward
 
     assert (MOST_HEADS, PROGRAMS) == (MOST_HEADS_GRADIENT, _PROGRAMS)
+    assert plan_layers.GROUP == quantize.GROUP
     inputs = mixer_inputs(model, batch, time, torch.float32)
     parts = parts_of(model, batch, time)
     assert planned_peak(parts, lambda: parts.mamba_forward("activations")) == pytest.approx(

@@ -180,3 +180,32 @@ def test_launchers_refuse_what_does_not_fit() -> None:
         gated_norm_forward(y, z, weight.double(), EPS)
     with pytest.raises(ValueError, match="dz_out"):
         gated_norm_backward(y, y, z, weight, EPS, z[:1], torch.empty_like(y))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("channels", [64, 192, 832] if INTERPRETED else [64, 192, 832, 1536, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_are_the_unfused_ones(dtype: torch.dtype, channels: int, bits: int) -> None:
+    """Forward writes what `quantize` makes of y and z; backward reads what `dequantize` would give; bit for bit."""
+    from eco_llm.ops.gated_norm import triton as norm
+    from eco_llm.ops.quantize import dequantize, quantize
+
+    wide = normal(2, 7, 2 * channels + 8, seed=1, dtype=dtype)
+    y, z = normal(2, 7, channels, seed=0, dtype=dtype), wide[..., :channels]
+    weight, dg = 1 + 0.3 * normal(channels, seed=2), normal(2, 7, channels, seed=3, dtype=dtype)
+    step = torch.tensor((3 << 32) + 5, device=y.device)
+    g, codes = norm.gated_norm_forward_to_codes(y, z, weight, 1e-5, bits, step, 70, 71)
+    assert torch.equal(g, norm.gated_norm_forward(y, z, weight, 1e-5))
+    expected = [quantize(x, bits, step=step, stream=s, backend="reference") for x, s in ((y, 70), (z, 71))]
+    for got, want in zip(codes[:4], (t for q in expected for t in q[:2]), strict=True):
+        assert torch.equal(got, want)
+    y, z = (dequantize(q, backend="reference") for q in expected)
+    found = []
+    for extra, inputs in (({}, (y, z)), ({"codes": codes}, (dg, dg))):
+        dy, dz, again = torch.empty_like(dg), torch.empty_like(wide)[..., :channels], torch.empty_like(dg)
+        partials = norm.gated_norm_backward_partials(dg, *inputs, weight, 1e-5, dz, dy, again, **extra)
+        found.append((dy, dz, again, partials))
+    for actual, want in zip(*found, strict=True):
+        assert torch.equal(actual, want)

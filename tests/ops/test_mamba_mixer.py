@@ -11,7 +11,9 @@ from kernel_cases import INTERPRETED
 from kernel_cases import KERNEL_DEVICE as DEVICE
 from torch import Tensor
 
-from eco_llm.ops.mamba_mixer import mamba_mixer, unsupported
+from eco_llm.ops import mamba_mixer as op
+from eco_llm.ops.mamba_mixer import STREAMS, mamba_mixer, unsupported
+from eco_llm.ops.quantize import Keep, dequantize, quantize
 
 only_gpu = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter, or about the GPU itself")
 NAMES = ("u", "in_weight", "conv_weight", "conv_bias", "dt_bias", "A", "D", "norm_weight", "out_weight")
@@ -160,3 +162,86 @@ def test_reference_gradients_reach_every_input() -> None:
         return mamba_mixer(*values, state_dim=3, eps=1e-5, chunk_size=4, backend="reference")
 
     assert torch.autograd.gradcheck(function, tuple(inputs.values()), fast_mode=True)
+
+
+# ---- y, z and xBC kept as codes: bit for bit what quantizing and dequantizing them does ---------------------------
+
+
+def keep_of(bits: int, step: int = (5 << 32) + 7) -> Keep:
+    return Keep(bits, torch.tensor(step, device=DEVICE))
+
+
+def slow_twin(inputs: dict[str, Tensor], state: int, keep: Keep, chunk: int = 64) -> dict[str, Tensor]:
+    """The unfused operators, between which y, z and xBC go through `quantize` and `dequantize`."""
+    from eco_llm.ops.mamba_mixer.triton import mixer_backward, mixer_forward
+
+    values = [value.detach() for value in inputs.values()]
+    kept = mixer_forward(*values, state, 1e-5, chunk)
+    inner, heads = inputs["norm_weight"].numel(), inputs["A"].numel()
+    *parts, dt = kept.zxbcdt.split((inner, kept.zxbcdt.shape[-1] - inner - heads, heads), dim=-1)
+    y, z, xbc = (
+        dequantize(quantize(x, keep.bits, step=keep.step, stream=stream, backend="reference"), backend="reference")
+        for x, stream in zip((kept.y, *parts), STREAMS, strict=True)
+    )
+    cotangent = torch.randn(kept.out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    again = kept._replace(zxbcdt=torch.cat((z, xbc, dt), dim=-1), y=y)
+    g = mixer_backward(cotangent.to(kept.out), again, *values, state, 1e-5, chunk)
+    dA, d_bias, dD = g.small.unbind()
+    gradients = (g.u, g.in_weight, g.conv_weight, g.conv_bias, d_bias, dA, dD, g.norm_weight, g.out_weight)
+    return {"out": kept.out} | dict(zip(inputs, gradients, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("time", "state"), [(1, 32), (19, 16), (63, 32)])  # 160 channels of xBC, or 192: whole groups
+def test_codes_are_their_slow_twin(time: int, state: int, bits: int) -> None:
+    inputs, keep = make_inputs(time, state=state), keep_of(bits)
+    got, expected = run(inputs, state, backend="triton", keep=keep), slow_twin(inputs, state, keep)
+    assert [name for name, want in expected.items() if not torch.equal(got[name], want)] == []
+    plain = run(inputs, state, backend="triton")
+    assert torch.equal(got["out"], plain["out"])  # forward is the exact one
+    assert not torch.equal(got["in_weight"], plain["in_weight"])
+
+
+@pytest.mark.gpu
+@only_gpu
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("time", "heads"), [(63, 24), (1000, 6)])
+def test_codes_at_default_widths_in_bf16(time: int, heads: int, weight_dtype: torch.dtype, bits: int) -> None:
+    shape = {"heads": heads, "width": 64, "state": 128, "model": 256}
+    inputs = make_inputs(time, **shape, dtype=torch.bfloat16, weight_dtype=weight_dtype)
+    keep = keep_of(bits)
+    got, expected = run(inputs, 128, 128, keep=keep), slow_twin(inputs, 128, keep, 128)
+    assert [name for name, want in expected.items() if not torch.equal(got[name], want)] == []
+    exact = run(inputs, 128, 128)
+    for name in NAMES:
+        error = (got[name].double() - exact[name].double()).norm() / exact[name].double().norm()
+        assert 0 < error < (0.04 if bits == 8 else 0.6), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_all_that_is_kept(bits: int) -> None:
+    inputs = make_inputs(63, state=32)
+    out = mamba_mixer(**inputs, state_dim=32, eps=1e-5, chunk_size=64, backend="triton", keep=keep_of(bits))
+    kept = [t for t in out.grad_fn.saved_tensors if t.data_ptr() not in {x.data_ptr() for x in inputs.values()}]
+    codes, rows = torch.int8 if bits == 8 else torch.uint8, 2 * 63
+    assert [(t.dtype, t.numel()) for t in kept if t.numel()] == [
+        pair
+        for width in (128, 128, 192)
+        for pair in ((codes, rows * width * bits // 8), (torch.bfloat16, rows * width // 64))
+    ] + [(torch.float32, rows * 2), (torch.float32, 2 * 2 * 2 * 64)]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+def test_operators_of_codes_keep_the_rules(bits: int) -> None:
+    inputs, keep = make_inputs(5, state=16), keep_of(bits)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (*inputs.values(), 16, 1e-5, 64, bits)
+    torch.library.opcheck(op._mixer_to_codes, (*arguments, keep.step), test_utils=checks)
+    values = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
+    out, *kept = op._mixer_to_codes(*values, keep.step)
+    torch.library.opcheck(op._mixer_from_codes, (out, *kept, *values), test_utils=checks)

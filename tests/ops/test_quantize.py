@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def number_at(index: int, step: int, stream: int) -> int:
         keys.append(key)
     mixed = folded(folded(index // 4 ^ keys[0], p0) ^ keys[1], p1)
     word = folded(mixed, p2 if index % 4 < 2 else p3)
-    return word & 0x7FFF if index % 2 == 0 else word >> 17
+    return word >> 1 & 0x7FFF if index % 2 == 0 else word >> 17
 
 
 def slowly(x: Tensor, bits: int, step: int, stream: int) -> tuple[list[int], list[float], list[float]]:
@@ -129,6 +130,24 @@ def test_reference_is_the_loop_over_groups(shape: tuple[int, ...], dtype: torch.
     wide = x.double()
     assert float(error) == pytest.approx(float((y.double() - wide).square().sum()), rel=1e-5)
     assert float(squares) == pytest.approx(float(wide.square().sum()), rel=1e-5)
+
+
+def test_a_step_of_newton_divides_as_the_kernel_needs() -> None:
+    """By every scale, from any reciprocal within 8 units of the right one; exponents change nothing."""
+
+    def nearest(x: Fraction) -> Fraction:
+        unit = Fraction(2) ** (math.floor(math.log2(x)) - 23)
+        return round(x / unit) * unit  # ties to even, of which there are none but exact ones
+
+    for significand in range(128, 256):
+        scale = Fraction(significand)
+        right = nearest(1 / scale)
+        unit = Fraction(2) ** (math.floor(math.log2(right)) - 23)
+        for ulps in range(-8, 9):
+            r = right + ulps * unit
+            error = 1 - scale * r
+            assert error == 0 or nearest(abs(error)) == abs(error)  # a float32: the first multiply-add is exact
+            assert nearest(r + r * error) == right
 
 
 def test_an_even_element_lies_in_the_lower_nibble() -> None:
@@ -592,3 +611,16 @@ def test_every_kernel_fits_a_consumer_card_and_moves_16_bytes_at_a_time(
         assert "fma.rn.f32" not in ptx
         wide = "st.global.v4.b32" if name == "dequantize_kernel" else "ld.global.v4.b32"
         assert wide in ptx, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("first", "channels"), [(0, 64), (8, 192), (3, 128), (64, 40)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 63), (1, 70)], ids=str)
+def test_slices_along_the_last_axis_are_read_where_they_lie(
+    shape: tuple[int, int], first: int, channels: int, bits: int
+) -> None:
+    wide = sample(*shape, 264, seed=5, device=KERNEL_DEVICE, dtype=torch.bfloat16)
+    x = wide[..., first : first + channels]
+    q = quantize(x, bits, step=at(9, KERNEL_DEVICE), stream=2, backend="triton")
+    assert_same_bits(q, quantize(x.contiguous(), bits, step=at(9, KERNEL_DEVICE), stream=2, backend="reference"))

@@ -18,6 +18,9 @@ from eco_llm.instant.plan.sizes import Job, Scan, Shapes
 Kind = Literal["weights", "gradients", "optimizer", "activations", "temporaries"]
 KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer", "activations", "temporaries")
 F32 = 4
+BITS = {8: 8.25, 4: 4.25}
+"""Of a number that `compress` stores, with its share of the scales."""
+GROUP = 64  # as ops.quantize.GROUP, which a test compares too
 
 
 class Buffer:
@@ -89,6 +92,10 @@ class Parts:
         self.gradients.append(buffer)
         return buffer
 
+    def packed(self, numbers: int) -> Buffer:
+        """What `compress` stores of so many."""
+        return self.tape.take(numbers * BITS[self.job.bits] / 8, "activations")
+
     def vectors(self, mixer: str) -> None:
         """Gradients of a block's vectors, which come as it ends."""
         for length in self.shapes.vectors(mixer):
@@ -96,23 +103,37 @@ class Parts:
 
     # -- Mamba mixer --
 
-    def mamba_forward(self, kind: Kind) -> tuple[Buffer, list[Buffer]]:
-        """(result, kept): zxbcdt, y, decays, casts of the weights."""
+    @property
+    def mixer_writes_codes(self) -> bool:
+        """Whether a Mamba mixer quantizes y, z and xBC itself, under `compress`."""
+        return self.inner % GROUP == 0
+
+    def mamba_forward(self, kind: Kind, codes: bool = False) -> tuple[Buffer, list[Buffer]]:
+        """(result, kept): zxbcdt, y, decays, casts of the weights. With `codes`, those of y, z and xBC, and the raw
+        steps, activations, in the places of the first two.
+        """
         take, give, M, c, s = self.tape.take, self.tape.give, self.M, self.c, self.scan
         w_in, w_out = self.shapes.mamba().values()
         casts = self.cast(w_in.numbers, kind) + self.cast(w_out.numbers, kind)
-        zxbcdt = take(c * M * w_in.rows, kind)
-        conv = take(c * M * (self.inner + 2 * self.state))
+        own: Kind = "temporaries" if codes else kind
+        channels = self.inner + 2 * self.state
+        zxbcdt = take(c * M * w_in.rows, own)
+        written = [self.packed(M * channels)] if codes else []
+        conv = take(c * M * channels)
         decays = take(s.decays(s.chunk), kind)
         states = take(s.states(s.chunk))
-        y = take(c * M * self.inner, kind)
-        give(states)
+        y = take(c * M * self.inner, own)
+        give(states, conv)
         gated = take(c * M * self.inner)
+        if codes:
+            written += [self.packed(M * self.inner), self.packed(M * self.inner)]
+            written.append(take(c * M * self.heads, "activations"))
+            give(zxbcdt, y)
         out = self.narrow(kind)
-        give(gated, conv)
-        return out, [zxbcdt, y, decays, *casts]
+        give(gated)
+        return out, [*(written or (zxbcdt, y)), decays, *casts]
 
-    def mamba_backward(self) -> Buffer:
+    def mamba_backward(self, codes: bool = False) -> Buffer:
         """The gradient of u; what forward kept is the caller's to free."""
         take, give, M, c, s = self.tape.take, self.tape.give, self.M, self.c, self.scan
         w_in, w_out = self.shapes.mamba().values()
@@ -120,6 +141,7 @@ class Parts:
         d_zxbcdt, d_gated, gated = take(c * M * w_in.rows), take(c * M * self.inner), take(c * M * self.inner)
         self.gradient(w_out.numbers)
         give(gated)
+        xbc = [take(c * M * channels)] if codes else []
         conv = take(c * M * channels)
         tile = s.block
         again = [] if s.chunk == tile else [take(s.decays(tile))]
@@ -132,17 +154,25 @@ class Parts:
         conv_partials = take(F32 * channels * (self.job.model.mamba_conv_width + 1) * -(-M // _CONV_STRIP))
         d_u = self.narrow()
         self.gradient(w_in.numbers)
-        give(d_zxbcdt, d_gated, conv, dx, d_bc, conv_partials)
+        give(d_zxbcdt, d_gated, conv, dx, d_bc, conv_partials, *xbc)
         return d_u
 
     # -- SwiGLU --
 
-    def mlp_forward(self, kind: Kind) -> tuple[Buffer, list[Buffer]]:
-        """(result, kept): a [M, 2F], casts of the weights."""
+    @property
+    def mlp_writes_codes(self) -> bool:
+        """Whether the MLP quantizes `a` itself, under `compress`."""
+        return self.job.model.mlp_dim % GROUP == 0
+
+    def mlp_forward(self, kind: Kind, codes: bool = False) -> tuple[Buffer, list[Buffer]]:
+        """(result, kept): a [M, 2F], casts of the weights. With `codes`, those of a, an activation, in its place."""
         w_up, w_down = self.shapes.mlp().values()
         casts = self.cast(w_up.numbers, kind) + self.cast(w_down.numbers, kind)
-        a = self.tape.take(self.c * self.M * w_up.rows, kind)
+        a = self.tape.take(self.c * self.M * w_up.rows, "temporaries" if codes else kind)
         h = self.tape.take(self.c * self.M * w_down.columns)
+        if codes:
+            wide, a = a, self.packed(self.M * w_up.rows)
+            self.tape.give(wide)
         y = self.narrow()
         self.tape.give(h)
         return y, [a, *casts]
@@ -218,12 +248,12 @@ class Parts:
 
     # -- sub-layers: norm → mixer, norm → MLP --
 
-    def mixer_forward(self, mixer: str, kind: Kind) -> tuple[Buffer, list[Buffer]]:
-        """A mixer of either kind."""
-        return self.mla_forward(kind) if mixer == "mla" else self.mamba_forward(kind)
+    def mixer_forward(self, mixer: str, kind: Kind, codes: bool = False) -> tuple[Buffer, list[Buffer]]:
+        """A mixer of either kind; `codes` only for Mamba."""
+        return self.mla_forward(kind) if mixer == "mla" else self.mamba_forward(kind, codes)
 
-    def mixer_backward(self, mixer: str) -> Buffer:
-        return self.mla_backward() if mixer == "mla" else self.mamba_backward()
+    def mixer_backward(self, mixer: str, codes: bool = False) -> Buffer:
+        return self.mla_backward() if mixer == "mla" else self.mamba_backward(codes)
 
     def normed(self, kind: Kind, narrow: bool = False) -> list[Buffer]:
         """A norm's result in the compute type, and its statistics; uncompiled, the float32 result of an input that is
@@ -237,25 +267,31 @@ class Parts:
         self.tape.give(passing)
         return [statistics, u]
 
-    def sub_forward(self, part: str, kind: Kind, *, narrow: bool = False) -> tuple[Buffer, list[Buffer]]:
-        """`mix` of a mixer ("mamba", "mla") or `feed` ("mlp"): (result, kept). The input is the caller's; `narrow`: it
-        is in the compute type.
+    def sub_forward(
+        self, part: str, kind: Kind, codes: bool = False, *, narrow: bool = False
+    ) -> tuple[Buffer, list[Buffer]]:
+        """`mix` of a mixer ("mamba", "mla") or `feed` ("mlp"): (result, kept). The input is the caller's. With `codes`,
+        ops that can keep codes; `narrow`: the input is in the compute type.
         """
         kept = self.normed(kind, narrow)
-        out, more = self.mlp_forward(kind) if part == "mlp" else self.mixer_forward(part, kind)
+        if part == "mlp":
+            out, more = self.mlp_forward(kind, codes and self.mlp_writes_codes)
+        else:
+            out, more = self.mixer_forward(part, kind, codes and self.mixer_writes_codes)
         return out, kept + more
 
     def sub_backward(
-        self, part: str, kept: list[Buffer], into: Buffer | None = None, *, narrow: bool = False
+        self, part: str, kept: list[Buffer], into: Buffer | None = None, codes: bool = False, *, narrow: bool = False
     ) -> Buffer:
         """The gradient of the sub-layer's input, [B, T, D] float32; frees what forward kept.
 
         Args:
-            narrow: the input, and so its gradient, is in the compute type.
             into: a [B, T, D] float32 buffer whose place the result takes, where blocks are compiled.
+            codes: as of `sub_forward`.
+            narrow: the input, and so its gradient, is in the compute type.
         """
         dy = [] if self.c == F32 else [self.narrow()]
-        d_u = self.mlp_backward() if part == "mlp" else self.mixer_backward(part)
+        d_u = self.mlp_backward() if part == "mlp" else self.mixer_backward(part, codes and self.mixer_writes_codes)
         self.tape.give(*dy, *kept)
         if narrow:
             d_x = self.narrow()

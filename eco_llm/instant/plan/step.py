@@ -19,8 +19,6 @@ INVERSIONS = 3
 """Iterations of `fixed-point`, which the run chooses by itself: assumed."""
 FORWARDS = {"none": 0.0, "compress": 0.0, "recompute": 1.0, "coupled": 1.0, "fixed-point": INVERSIONS + 1.0}
 """Extra forward work of a block in backward."""
-BITS = {8: 8.25, 4: 4.25}
-"""Of a number that `compress` stores, with its share of the scales."""
 
 
 @dataclass(frozen=True)
@@ -263,31 +261,34 @@ class _Step:
     def _forward(self, mixer: str, mode: str, x: Buffer) -> tuple[Buffer, Kept]:
         """(the block's output, what it keeps); its input, unless kept, is the caller's to free."""
         tape = self.tape
-        y, kept = self._residuals(mixer, "activations" if mode == "none" else "temporaries")
+        y, kept = self._residuals(mixer, "activations" if mode == "none" else "temporaries", mode == "compress")
         if mode == "none":
             kept.x = [x]
         elif mode == "recompute":
             tape.give(*kept.all())
             kept = Kept(x=[x])
         elif mode == "compress":
-            packed = self._packed(mixer)
-            tape.give(*kept.all())
+            # Codes that ops wrote are the activations among temporaries.
+            packed = self._packed(
+                mixer, *([b for b in part if b.kind != "temporaries"] for part in (kept.mixer, kept.mlp))
+            )
+            tape.give(*(b for b in kept.all() if b.kind == "temporaries"))
             kept = packed
         else:
             tape.give(*kept.all())
             kept = Kept()
         return y, kept
 
-    def _residuals(self, mixer: str, kind: Kind) -> tuple[Buffer, Kept]:
-        """x + mix(x), then + feed: (output, kept), the input being the caller's."""
+    def _residuals(self, mixer: str, kind: Kind, codes: bool = False) -> tuple[Buffer, Kept]:
+        """x + mix(x), then + feed: (output, kept), the input being the caller's. `codes`: as of `Parts.sub_forward`."""
         parts, tape = self.parts, self.tape
-        mixed, first = parts.sub_forward(mixer, kind)
+        mixed, first = parts.sub_forward(mixer, kind, codes and mixer == "mamba")
         if self.job.compiled:
             middle = mixed  # x + mix(x) is added again in backward
         else:
             middle = parts.wide(kind)
             tape.give(mixed)
-        fed, second = parts.sub_forward("mlp", kind)
+        fed, second = parts.sub_forward("mlp", kind, codes)
         second.append(middle)
         y = parts.wide("activations")
         tape.give(fed)
@@ -308,21 +309,26 @@ class _Step:
         tape.give(*kept.x, *output, dy)
         return dx
 
-    def _packed(self, mixer: str) -> Kept:
-        """What `compress` keeps of a block: of an MLA mixer its input, else all that grows with M; casts of weights."""
+    def _packed(self, mixer: str, mixers: list[Buffer], mlps: list[Buffer]) -> Kept:
+        """What `compress` keeps of a block: of an MLA mixer its input, else all that grows with M; casts of weights.
+
+        Args:
+            mixers, mlps: what these quantized themselves, if anything.
+        """
         parts, shapes = self.parts, self.parts.shapes
         M, D = parts.M, parts.D
 
         def pack(*numbers: int) -> list[Buffer]:
-            return [self.tape.take(n * BITS[self.job.bits] / 8, "activations") for n in numbers]
+            return [parts.packed(n) for n in numbers]
 
         weights = shapes.mlp()
         # The MLP's: statistics, u, a, and x + mix(x) or what it is made from.
-        kept = Kept(x=pack(M * D), mlp=pack(M, M * D, M * weights["gate_up"].rows, M * D))
+        kept = Kept(x=pack(M * D), mlp=[*pack(M, M * D), *(mlps or pack(M * weights["gate_up"].rows)), *pack(M * D)])
         for w in weights.values():
             kept.mlp += parts.cast(w.numbers, "activations")
         if mixer == "mamba":
-            kept.mixer = pack(M, M * D, M * shapes.mamba()["in_proj"].rows, M * parts.inner)  # statistics, u, zxbcdt, y
+            kept.mixer = pack(M, M * D)  # statistics, u, zxbcdt, y
+            kept.mixer += mixers or pack(M * shapes.mamba()["in_proj"].rows, M * parts.inner)
             kept.mixer.append(self.tape.take(parts.scan.decays(parts.scan.chunk), "activations"))
             for w in shapes.mamba().values():
                 kept.mixer += parts.cast(w.numbers, "activations")
@@ -334,9 +340,11 @@ class _Step:
         """
         parts, tape, job = self.parts, self.tape, self.job
         M, D, c = parts.M, parts.D, parts.c
-        a = c * M * parts.shapes.mlp()["gate_up"].rows
-        own = [c * M * D, c * M * parts.shapes.mamba()["in_proj"].rows, c * M * parts.inner] if mixer == "mamba" else []
-        mine = [tape.take(size) for size in (c * M * D, a)]
+        a = [] if parts.mlp_writes_codes else [c * M * parts.shapes.mlp()["gate_up"].rows]
+        own = [c * M * D] if mixer == "mamba" else []
+        if own and not parts.mixer_writes_codes:
+            own += [c * M * parts.shapes.mamba()["in_proj"].rows, c * M * parts.inner]
+        mine = [tape.take(size) for size in (c * M * D, *a)]
         later: list[Buffer] = []
         if job.compiled:
             mine.append(parts.narrow() if mixer == "mamba" else parts.wide())
@@ -352,7 +360,7 @@ class _Step:
             tape.give(x, out, dx, middle, dy, *kept.x)
             return total
         later = later or [tape.take(size) for size in own]
-        dx = parts.sub_backward(mixer, later, into=middle)
+        dx = parts.sub_backward(mixer, later, into=middle, codes=True)
         tape.give(dy, *kept.mixer, *kept.x)
         return dx
 

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.partials import sum_partials
+from eco_llm.ops.quantize import reference as numbers
+from eco_llm.ops.quantize.triton import GROUP, from_codes, signed_keys, step_keys, to_codes
 from eco_llm.ops.sigmoid import sigmoid
 
 _CHUNKS = 3  # at most; more of them would not fit the registers in backward
@@ -58,6 +60,47 @@ def _load_row(pointer, C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _load_row_of_codes(
+    codes, scales, row, C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr,
+    BITS: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """`_load_row` of row `row` of what the codes of a [rows, C] stand for, in DTYPE."""
+    GROUPS: tl.constexpr = CHUNK // GROUP
+    BYTES: tl.constexpr = GROUP * BITS // 8
+    group = tl.arange(0, GROUPS)[:, None]
+    codes += tl.cast(row, tl.int64) * (C // GROUP * BYTES)
+    scales += tl.cast(row, tl.int64) * (C // GROUP)
+    read = ()
+    for k in tl.static_range(N):
+        here = k * GROUPS + group
+        inside = here < C // GROUP
+        packed = tl.load(codes + here * BYTES + tl.arange(0, BYTES)[None, :], mask=inside, other=0)
+        scale_bits = tl.load(scales + here, mask=inside, other=0)
+        read = read + (tl.reshape(from_codes(packed, scale_bits, GROUPS, BITS, DTYPE, LARGEST), (CHUNK,)),)
+    return read
+
+
+@triton.jit
+def _store_codes(
+    codes, scales, values, row, k: tl.constexpr, key0, key1, C: tl.constexpr, CHUNK: tl.constexpr,
+    BITS: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    """Chunk k of row `row`, [CHUNK], as codes and scales of a [rows, C]."""
+    GROUPS: tl.constexpr = CHUNK // GROUP
+    BYTES: tl.constexpr = GROUP * BITS // 8
+    group = k * GROUPS + tl.arange(0, GROUPS)[:, None]
+    first = row.to(tl.int64) * (C // GROUP)
+    quads = (first * (GROUP // 4)).to(tl.uint32) + (group * (GROUP // 4) + tl.arange(0, GROUP // 4)[None, :]).to(
+        tl.uint32
+    )
+    values = tl.reshape(values.to(tl.float32), (GROUPS, GROUP))
+    packed, scale_bits = to_codes(values, quads, key0, key1, GROUPS, BITS, SLOPE)
+    inside = group < C // GROUP
+    tl.store(codes + first * BYTES + group * BYTES + tl.arange(0, BYTES)[None, :], packed, mask=inside)
+    tl.store(scales + first + group, scale_bits, mask=inside)
+
+
+@triton.jit
 def _store_chunk(pointer, value, k: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
     columns = k * CHUNK + tl.arange(0, CHUNK)
     if (k + 1) * CHUNK <= C:
@@ -81,11 +124,14 @@ def _split_row(row, T, FLAT: tl.constexpr):
     return batch, row - batch * T
 
 
-@triton.jit(do_not_specialize=["T", "y_batch", "y_row", "z_batch", "z_row"])
+@triton.jit(do_not_specialize=["T", "y_batch", "y_row", "z_batch", "z_row", "y_key0", "y_key1", "z_key0", "z_key1"])
 def gated_norm_forward_kernel(
     y, z, weight, g, eps, T, y_batch, y_row, z_batch, z_row,
+    y_codes, y_scales, z_codes, z_scales, step, y_key0, y_key1, z_key0, z_key1,
     C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr,
+    BITS: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
+    """BITS: 0, and the third line of arguments is not read; or what y and z are written in too, by `quantize`."""
     row = tl.program_id(0)
     batch, token = _split_row(row, T, FLAT)
     y_now = _load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
@@ -102,6 +148,12 @@ def gated_norm_forward_kernel(
     out = g + row.to(tl.int64) * C
     for k in tl.static_range(N):
         _store_chunk(out, gated[k] * inverse * scale[k], k, C, CHUNK)
+    if BITS:
+        y_key0, y_key1 = step_keys(step, y_key0, y_key1)
+        z_key0, z_key1 = step_keys(step, z_key0, z_key1)
+        for k in tl.static_range(N):
+            _store_codes(y_codes, y_scales, y_now[k], row, k, y_key0, y_key1, C, CHUNK, BITS, SLOPE)
+            _store_codes(z_codes, z_scales, z_now[k], row, k, z_key0, z_key1, C, CHUNK, BITS, SLOPE)
 
 
 @triton.jit(
@@ -111,17 +163,21 @@ def gated_norm_forward_kernel(
     ]
 )  # fmt: skip
 def gated_norm_backward_kernel(
-    dg, y, z, weight, dy, dz, g, partials, eps, rows, T,
+    dg, y, z, y_scales, z_scales, weight, dy, dz, g, partials, eps, rows, T,
     dg_batch, dg_row, y_batch, y_row, z_batch, z_row, dy_batch, dy_row, dz_batch, dz_row, g_batch, g_row,
     C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr,
-    STORE_G: tl.constexpr, PREFETCH: tl.constexpr,
+    STORE_G: tl.constexpr, PREFETCH: tl.constexpr, BITS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """dy may lie where dg lies: a row is wholly read, by the sums over it, before its first write."""
+    """dy may lie where dg lies: a row is wholly read, by the sums over it, before its first write.
+
+    BITS: 0, or what y and z, of the type of dy, are given in: y and z are their codes then, and scales are read.
+    """
     first = tl.program_id(0)
     scale = _load_row(weight, C, CHUNK, N)
     d_scale = ()
     for _ in tl.static_range(N):
         d_scale = d_scale + (tl.zeros((CHUNK,), tl.float32),)
+    tl.static_assert(BITS == 0 or not PREFETCH)
     if PREFETCH:
         batch, token = _split_row(first, T, FLAT)
         dg_ahead = _load_row(dg + _row_offset(batch, token, dg_batch, dg_row, UNIT), C, CHUNK, N)
@@ -140,8 +196,12 @@ def gated_norm_backward_kernel(
             z_ahead = _load_row(z + _row_offset(next_batch, next_token, z_batch, z_row, UNIT), C, CHUNK, N)
         else:
             dg_now = _load_row(dg + _row_offset(batch, token, dg_batch, dg_row, UNIT), C, CHUNK, N)
-            y_now = _load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
-            z_now = _load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
+            if BITS:
+                y_now = _load_row_of_codes(y, y_scales, row, C, CHUNK, N, BITS, dy.dtype.element_ty, LARGEST)
+                z_now = _load_row_of_codes(z, z_scales, row, C, CHUNK, N, BITS, dy.dtype.element_ty, LARGEST)
+            else:
+                y_now = _load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
+                z_now = _load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
 
         squares = tl.zeros((CHUNK,), tl.float32)
         products = tl.zeros((CHUNK,), tl.float32)
@@ -259,15 +319,60 @@ def gated_norm_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tens
     unit = math.gcd(8, *strides)
     if g.numel():
         gated_norm_forward_kernel[(batch * tokens,)](
-            y, z, weight, g, eps, tokens, *(stride // unit for stride in strides), UNIT=unit, FLAT=flat,
-            **_shape(channels, 8),
+            y, z, weight, g, eps, tokens, *(stride // unit for stride in strides), *[g] * 5, 0, 0, 0, 0,
+            UNIT=unit, FLAT=flat, BITS=0, SLOPE=0.0, **_shape(channels, 8),
         )  # fmt: skip
     return g
 
 
+class Codes(NamedTuple):
+    """What `quantize` makes of y and z [B, T, C], C a multiple of 64."""
+
+    y: Tensor
+    y_scales: Tensor
+    z: Tensor
+    z_scales: Tensor
+    bits: int
+
+
+def gated_norm_forward_to_codes(
+    y: Tensor, z: Tensor, weight: Tensor, eps: float, bits: int, step: Tensor, y_stream: int, z_stream: int
+) -> tuple[Tensor, Codes]:
+    """`gated_norm_forward`, and what `quantize` makes of y and z, from one reading of them.
+
+    Args:
+        y, z, weight, eps: as in `gated_norm_forward`; C a multiple of 64, fewer than 2^34 elements.
+        bits, step, y_stream, z_stream: as in `eco_llm.ops.quantize.quantize`.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit.
+    """
+    _check(y, weight, z=z)
+    batch, tokens, channels = y.shape
+    if channels % numbers.GROUP:
+        raise ValueError(f"need C a multiple of {numbers.GROUP}, got {channels}")
+    g = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    dtype = torch.int8 if bits == 8 else torch.uint8
+    y_codes, z_codes = (torch.empty(y.numel() * bits // 8, dtype=dtype, device=y.device) for _ in (y, z))
+    y_scales, z_scales = (
+        torch.empty(y.numel() // numbers.GROUP, dtype=torch.bfloat16, device=y.device) for _ in (y, z)
+    )
+    flat = _is_flat((y, z))
+    strides = (*_strides(y, flat), *_strides(z, flat))
+    unit = math.gcd(8, *strides)
+    if g.numel():
+        gated_norm_forward_kernel[(batch * tokens,)](
+            y, z, weight, g, eps, tokens, *(stride // unit for stride in strides),
+            y_codes, y_scales.view(torch.int16), z_codes, z_scales.view(torch.int16), step,
+            *signed_keys(y_stream), *signed_keys(z_stream),
+            UNIT=unit, FLAT=flat, BITS=bits, SLOPE=numbers.slope(bits), **_shape(channels, 8),
+        )  # fmt: skip
+    return g, Codes(y_codes, y_scales, z_codes, z_scales, bits)
+
+
 def gated_norm_backward_partials(
     dg: Tensor, y: Tensor, z: Tensor, weight: Tensor, eps: float, dz_out: Tensor, dy_out: Tensor,
-    g_out: Tensor | None = None,
+    g_out: Tensor | None = None, codes: Codes | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradients of `gated_norm_forward`; statistics are computed again. Deterministic.
 
@@ -277,6 +382,7 @@ def gated_norm_backward_partials(
         dz_out, dy_out: [B, T, C] that dz and dy are written into, each in its own type. dy_out may be dg itself;
             otherwise outputs overlap nothing.
         g_out: [B, T, C] for the output of the forward, computed again; None to leave it out.
+        codes: of y and z, in whose type dy_out is then; y and z only give the shape, and may be any tensors of it.
 
     All [B, T, C] have a last stride of 1 and free other strides.
 
@@ -297,11 +403,15 @@ def gated_norm_backward_partials(
     strides = [stride for tensor in tensors for stride in _strides(tensor, flat)]
     unit = math.gcd(8, *strides)
     strides += [0] * (12 - len(strides))
+    inputs = (y, z, weight, weight)
+    if codes is not None:
+        inputs = (codes.y, codes.z, codes.y_scales.view(torch.int16), codes.z_scales.view(torch.int16))
     programs = _programs(rows, _shape(channels, _BACKWARD.channels)["num_warps"], y.device)
     partials = torch.empty((programs, channels), dtype=torch.float32, device=y.device)
     gated_norm_backward_kernel[(programs,)](
-        dg, y, z, weight, dy_out, dz_out, g, partials, eps, rows, tokens, *(stride // unit for stride in strides),
-        UNIT=unit, FLAT=flat, STORE_G=g_out is not None, **_backward_shape(channels),
+        dg, *inputs, weight, dy_out, dz_out, g, partials, eps, rows, tokens, *(stride // unit for stride in strides),
+        UNIT=unit, FLAT=flat, STORE_G=g_out is not None, BITS=codes.bits if codes else 0,
+        LARGEST=torch.finfo(dy_out.dtype).max, **_backward_shape(channels),
     )  # fmt: skip
     return partials
 

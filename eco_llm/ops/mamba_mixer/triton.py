@@ -2,8 +2,10 @@
 
 Forward keeps the input, the in-projection's output and y for backward: (768 + 3352 + 1536) · 2 = 11.3 kB a token at the
 default width of 768, and 0.2 kB of decays. What the convolution, the norm and the state passing made is made again in
-backward, where it costs a few kernels that only move bytes. The products with weights are cuBLAS's; the weights'
-gradients leave them in the weights' own type, and their compute-type copies are made once a step.
+backward, where it costs a few kernels that only move bytes. Where codes are kept instead (`mixer_forward_to_codes`),
+the norm's kernels write and read those of y and z, and the convolution's input passes through the quantizer. The
+products with weights are cuBLAS's; the weights' gradients leave them in the weights' own type, and their compute-type
+copies are made once a step.
 """
 
 from __future__ import annotations
@@ -14,9 +16,15 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.causal_conv.triton import conv_silu_backward_partials, conv_silu_forward
-from eco_llm.ops.gated_norm.triton import gated_norm_backward_partials, gated_norm_forward
+from eco_llm.ops.gated_norm.triton import (
+    Codes,
+    gated_norm_backward_partials,
+    gated_norm_forward,
+    gated_norm_forward_to_codes,
+)
 from eco_llm.ops.partials import sum_partials
 from eco_llm.ops.products import cast_weight, weight_gradient
+from eco_llm.ops.quantize.triton import dequantize_triton, quantize_triton
 from eco_llm.ops.ssd import triton as ssd
 
 
@@ -73,12 +81,60 @@ def mixer_forward(
     out_weight, kept_out = cast_weight(out_weight, u)
     zxbcdt = u @ in_weight.t()
     z, xbc, dt = _split(zxbcdt, inner, heads)
-    x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias), inner, heads, state_dim)
+    y, decays = _scan(xbc, dt, conv_weight, conv_bias, dt_bias, A, D, inner, state_dim, chunk_size)
+    return Kept(gated_norm_forward(y, z, norm_weight, eps) @ out_weight.t(), zxbcdt, y, decays, kept_in, kept_out)
+
+
+def _scan(
+    xbc: Tensor, dt: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    inner: int, state_dim: int, chunk_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [B, T, H·P], decays)."""
+    x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias), inner, dt_bias.shape[0], state_dim)
     s = ssd.shape_of(x, B, chunk_size)
     decays = ssd.decays(dt, dt_bias, A, s)
     y, _ = ssd.forward(x, decays, B, C, D, s, initial=None, final=False)
-    y = y.view(*u.shape[:2], inner)
-    return Kept(gated_norm_forward(y, z, norm_weight, eps) @ out_weight.t(), zxbcdt, y, decays, kept_in, kept_out)
+    return y.view(*xbc.shape[:2], inner), decays
+
+
+class KeptCodes(NamedTuple):
+    """What `mixer_forward_to_codes` returns: `Kept` with codes and scales of y, z and xBC (ops/quantize)."""
+
+    out: Tensor
+    """[B, T, D]."""
+    y: Tensor
+    y_scales: Tensor
+    z: Tensor
+    z_scales: Tensor
+    xbc: Tensor
+    xbc_scales: Tensor
+    dt: Tensor
+    """[B·T·H], the raw steps, whole: a hundredth of the rest."""
+    decays: Tensor
+    in_weight: Tensor
+    out_weight: Tensor
+
+
+def mixer_forward_to_codes(
+    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int, bits: int, step: Tensor,
+    streams: tuple[int, int, int],
+) -> KeptCodes:  # fmt: skip
+    """`mixer_forward`; `streams` of the random numbers for y, z and xBC."""
+    heads, inner = dt_bias.shape[0], norm_weight.shape[0]
+    in_weight, kept_in = cast_weight(in_weight, u)
+    out_weight, kept_out = cast_weight(out_weight, u)
+    zxbcdt = u @ in_weight.t()
+    z, xbc, dt = _split(zxbcdt, inner, heads)
+    xbc_codes, xbc_scales = quantize_triton(xbc, bits, step, streams[2])
+    y, decays = _scan(xbc, dt, conv_weight, conv_bias, dt_bias, A, D, inner, state_dim, chunk_size)
+    gated, codes = gated_norm_forward_to_codes(y, z, norm_weight, eps, bits, step, streams[0], streams[1])
+    dt = dt.clone(memory_format=torch.contiguous_format).view(-1)  # of its own, else all of zxbcdt would live on
+    del y, z, xbc, zxbcdt
+    return KeptCodes(
+        gated @ out_weight.t(), codes.y, codes.y_scales, codes.z, codes.z_scales, xbc_codes, xbc_scales, dt, decays,
+        kept_in, kept_out,
+    )  # fmt: skip
 
 
 class MixerGradients(NamedTuple):
@@ -95,26 +151,35 @@ class MixerGradients(NamedTuple):
 
 
 def mixer_backward(
-    d_out: Tensor, kept: Kept, u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor,
-    A: Tensor, D: Tensor, norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int,
+    d_out: Tensor, kept: Kept | KeptCodes, u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor,
+    dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float,
+    chunk_size: int, bits: int = 0,
 ) -> MixerGradients:  # fmt: skip
-    """Every gradient; d_out [B, T, D]. `kept.out` is not read."""
+    """Every gradient; d_out [B, T, D]. `kept.out` is not read; `bits` are of codes, where those were kept."""
     heads, inner = dt_bias.shape[0], norm_weight.shape[0]
     narrow_in = kept.in_weight if kept.in_weight.numel() else in_weight
     narrow_out = kept.out_weight if kept.out_weight.numel() else out_weight
-    y = kept.y
-    z, xbc, dt = _split(kept.zxbcdt, inner, heads)
-    d_zxbcdt = torch.empty_like(kept.zxbcdt)  # filled through its three views: no concatenation
+    d_zxbcdt = u.new_empty(*u.shape[:2], in_weight.shape[0])  # filled through its three views: no concatenation
     d_z, d_xbc, d_dt = _split(d_zxbcdt, inner, heads)
 
     d_out = d_out.contiguous()
     d_gated = d_out @ narrow_out
-    gated = torch.empty_like(y)
-    norm_partials = gated_norm_backward_partials(d_gated, y, z, norm_weight, eps, d_z, d_gated, gated)
+    gated = torch.empty_like(d_gated)
+    if isinstance(kept, KeptCodes):
+        codes = Codes(kept.y, kept.y_scales, kept.z, kept.z_scales, bits)
+        norm_partials = gated_norm_backward_partials(
+            d_gated, d_gated, d_z, norm_weight, eps, d_z, d_gated, gated, codes=codes
+        )
+    else:
+        z, xbc, dt = _split(kept.zxbcdt, inner, heads)
+        norm_partials = gated_norm_backward_partials(d_gated, kept.y, z, norm_weight, eps, d_z, d_gated, gated)
     d_y = d_gated  # overwritten in place
     d_out_weight = weight_gradient(d_out.flatten(0, 1), gated.flatten(0, 1), out_weight.dtype)
     del gated
 
+    if isinstance(kept, KeptCodes):
+        xbc = dequantize_triton(kept.xbc, kept.xbc_scales, d_xbc.shape, u.dtype, bits)
+        dt = kept.dt.view(d_dt.shape)
     x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias), inner, heads, state_dim)
     s = ssd.shape_of(x, B, chunk_size)
     by_head = d_y.view(*d_y.shape[:2], heads, inner // heads)

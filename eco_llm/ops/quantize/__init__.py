@@ -11,9 +11,33 @@ from torch import Tensor
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.quantize.reference import GROUP, dequantize_reference, error_reference, quantize_reference
 
-__all__ = ["GROUP", "Quantized", "dequantize", "quantization_error", "quantize"]
+__all__ = ["GROUP", "OPS_STREAMS", "Keep", "Quantized", "dequantize", "quantization_error", "quantize"]
 
 Backend = Literal["auto", "reference", "triton"]
+
+OPS_STREAMS = 1 << 16
+"""Ops that quantize for themselves (`Keep`) have streams from here on, so that they share none with their callers."""
+
+
+class Keep(NamedTuple):
+    """Asks an op to keep for backward codes and scales of what it can quantize by itself, while it is in registers."""
+
+    bits: int
+    """8 or 4."""
+    step: Tensor
+    """Of `quantize`; another for every call of an op, since the stream is the op's own."""
+
+    def serves(self, x: Tensor, numel: int) -> bool:
+        """Whether so many numbers, computed from x, can be quantized.
+
+        Raises:
+            ValueError: bits or step that no tensor on the device of x can be quantized with.
+        """
+        _check(x.device, self.bits, self.step)
+        return numel < _TOO_MANY
+
+
+_TOO_MANY = 2**34
 
 
 class Quantized(NamedTuple):
@@ -93,18 +117,21 @@ def quantization_error(
 def _takes_triton(x: Tensor, bits: int, step: Tensor, stream: int, backend: Backend) -> bool:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"can quantize float32, bfloat16 or float16, not {x.dtype}")
-    if bits not in (8, 4):
-        raise ValueError(f"can quantize to 8 or 4 bits, not {bits}")
-    if step.ndim or step.dtype not in (torch.int32, torch.int64) or step.device != x.device:
-        raise ValueError(
-            f"step must be a 0-dim int32 or int64 tensor on {x.device},"
-            f" not {step.ndim}-dim {step.dtype} on {step.device}"
-        )
+    _check(x.device, bits, step)
     if not 0 <= stream < 2**31:
         raise ValueError(f"stream must be 0 … 2^31 - 1, not {stream}")
-    if x.numel() >= 2**34:
+    if x.numel() >= _TOO_MANY:
         raise ValueError(f"can quantize fewer than 2^34 elements, not {x.numel()}")
     return _named(backend, x)
+
+
+def _check(device: torch.device, bits: int, step: Tensor) -> None:
+    if bits not in (8, 4):
+        raise ValueError(f"can quantize to 8 or 4 bits, not {bits}")
+    if step.ndim or step.dtype not in (torch.int32, torch.int64) or step.device != device:
+        raise ValueError(
+            f"step must be a 0-dim int32 or int64 tensor on {device}, not {step.ndim}-dim {step.dtype} on {step.device}"
+        )
 
 
 def _named(backend: Backend, x: Tensor) -> bool:

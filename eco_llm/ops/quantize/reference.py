@@ -80,8 +80,8 @@ def random_numbers(count: int, step: Tensor, stream: int) -> Tensor:
     numbers = torch.empty(mixed.numel(), 4, dtype=torch.int32, device=step.device)
     for half, prime in ((numbers[:, :2], PRIMES[2]), (numbers[:, 2:], PRIMES[3])):
         word = _fold(mixed, prime)
-        half[:, 1] = word >> (32 - FRACTION)
-        half[:, 0] = word.bitwise_and_((1 << FRACTION) - 1)
+        half[:, 1] = word >> 17
+        half[:, 0] = (word >> 1).bitwise_and_((1 << FRACTION) - 1)
     return numbers.flatten()
 
 

@@ -3,6 +3,8 @@
 A program owns 64 groups of 64 elements. Integer work is what could make a kernel slower than its bytes, so a random
 number costs little of it: two wide products serve four elements, and their words another one each. Products and sums
 are not contracted into multiply-adds: the reference in PyTorch ops has no such thing, and the bits are the same.
+
+Ops that quantize what they have in registers anyway take `step_keys`, `to_codes` and `from_codes` from here.
 """
 
 from __future__ import annotations
@@ -24,14 +26,8 @@ _WARPS = 4
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 GROUP = tl.constexpr(numbers.GROUP)
-FRACTION = tl.constexpr(numbers.FRACTION)
 UNIT = tl.constexpr(numbers.UNIT)
 MAGIC = tl.constexpr(numbers.MAGIC)
-# What a sum of bits and a random number holds beside the code: MAGIC's own bits; less what a nibble is stored with.
-SIGNED = tl.constexpr(numbers.MAGIC_BITS)
-NIBBLE = tl.constexpr(numbers.MAGIC_BITS - (numbers.ZERO_NIBBLE << numbers.FRACTION))
-LOW_BITS = tl.constexpr((1 << numbers.FRACTION) - 1)
-HIGH_SHIFT = tl.constexpr(32 - numbers.FRACTION)
 SMALLEST_SCALE = tl.constexpr(numbers.SMALLEST_SCALE)
 NAN_BITS = tl.constexpr(numbers.NAN_BITS)
 INFINITY_BITS = tl.constexpr(numbers.INFINITY_BITS)
@@ -62,7 +58,7 @@ def _fold(x, PRIME: tl.constexpr):
 
 
 @triton.jit
-def _step_keys(step, key0, key1):
+def step_keys(step, key0, key1):
     """The stream's keys with the step mixed in."""
     s = tl.load(step).to(tl.int64)
     low, high = s.to(tl.uint32), (s >> 32).to(tl.uint32)
@@ -72,7 +68,7 @@ def _step_keys(step, key0, key1):
 
 
 @triton.jit
-def _lanes(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+def lanes_of(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
     """[GROUPS, WIDTH]: 0, 1, … in row-major order."""
     return tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
@@ -81,45 +77,206 @@ def _lanes(GROUPS: tl.constexpr, WIDTH: tl.constexpr):
 def _read(x, units, GROUPS: tl.constexpr, ALIGN: tl.constexpr):
     """float32 [GROUPS, GROUP] of this program, 0 past the end. x has units · ALIGN elements."""
     start = tl.program_id(0).to(tl.int64) * (GROUPS * GROUP)
-    lanes = _lanes(GROUPS, GROUP)
+    lanes = lanes_of(GROUPS, GROUP)
     inside = lanes < units.to(tl.int64) * ALIGN - start
     return tl.load(x + start + lanes, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _read_rows(
+    x, gap, units, GROUPS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, UNIT_OF_GAP: tl.constexpr
+):
+    """`_read` of rows of WIDTH groups with gap · UNIT_OF_GAP further elements between them."""
+    start = tl.program_id(0).to(tl.int64) * GROUPS
+    first_row = start // WIDTH
+    here = tl.arange(0, GROUPS)[:, None]
+    further = ((start - first_row * WIDTH).to(tl.int32) + here) // WIDTH
+    gap = gap.to(tl.int64) * UNIT_OF_GAP
+    inside = here * GROUP < units.to(tl.int64) * ALIGN - start * GROUP
+    pointers = x + (start * GROUP + first_row * gap) + (here * GROUP + further * gap) + tl.arange(0, GROUP)[None, :]
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _scales(x, SLOPE: tl.constexpr):
     """int32 [GROUPS, 1], the bits of the scales as float32, whose lower 16 are 0; NaN for a group not finite."""
     # As integers, magnitudes sort as they do as numbers, and NaN comes last.
-    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
+    if _INTERPRETED:
+        top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
+    else:  # one instruction a number: the sign costs none, and NaN stays
+        top = tl.reduce(tl.abs(x), 1, _larger, keep_dims=True).to(tl.int32, bitcast=True)
     scale = tl.maximum(top.to(tl.float32, bitcast=True) * SLOPE, SMALLEST_SCALE)
     up = (scale.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
-    return tl.where(top < INFINITY_BITS, up, NAN_BITS)
+    return tl.where((top & 0x7FFFFFFF) < INFINITY_BITS, up, NAN_BITS)
 
 
 @triton.jit
-def _codes(x, scale, key0, key1, GROUPS: tl.constexpr, BIAS: tl.constexpr):
-    """Codes, signed or as nibbles, as four int32 [GROUPS, GROUP / 4]: those of elements 0, 4, …; 1, 5, …; and so on.
-
-    Meaningless, beyond the bits of a code too, where the scale is NaN.
-    """
+def _quads(GROUPS: tl.constexpr):
+    """uint32 [GROUPS, GROUP / 4]: a quarter of the indices of this program's elements 0, 4, …"""
     first = (tl.program_id(0).to(tl.int64) * (GROUPS * GROUP // 4)).to(tl.uint32)
-    quads = first + _lanes(GROUPS, GROUP // 4).to(tl.uint32)
+    return first + lanes_of(GROUPS, GROUP // 4).to(tl.uint32)
+
+
+@triton.jit
+def _fixed_point(x, inverse):
+    """x · inverse + MAGIC, rounded twice, whatever the kernel's other sums of products are contracted to."""
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 p;
+            mul.rn.f32 p, $1, $2;
+            add.rn.f32 $0, p, 0f4B400000;
+            }""",
+            "=f,f,f",
+            [x, inverse],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return x * inverse + MAGIC
+
+
+@triton.jit
+def _sums(x, scale, quads, key0, key1, GROUPS: tl.constexpr):
+    """Codes beside other bits, as four uint32 [GROUPS, GROUP / 4]: those of elements 0, 4, …; 1, 5, …; and so on.
+
+    Bits 16 … 23 are the code + 128: 2 · fixed is 2 · MAGIC_BITS + 2 · v, and of a random word's half the lowest bit
+    cannot carry into an even number. Meaningless where the scale is NaN.
+    """
     mixed = _fold(_fold(quads ^ key0, P0) ^ key1, P1)
     word0, word1 = _fold(mixed, P2), _fold(mixed, P3)
-    inverse = tl.div_rn(tl.full(scale.shape, UNIT, tl.float32), scale)
-    fixed = (x * inverse + MAGIC).to(tl.int32, bitcast=True)
-    even, odd = tl.split(tl.reshape(fixed, (GROUPS, GROUP // 4, 2, 2)))
+    fixed = _fixed_point(x, _unit_over(scale)).to(tl.uint32, bitcast=True)
+    even, odd = tl.split(tl.reshape(fixed * 2, (GROUPS, GROUP // 4, 2, 2)))
     fixed0, fixed2 = tl.split(even)
     fixed1, fixed3 = tl.split(odd)
-    code0 = (fixed0 + (word0 & LOW_BITS).to(tl.int32) - BIAS) >> FRACTION
-    code1 = (fixed1 + (word0 >> HIGH_SHIFT).to(tl.int32) - BIAS) >> FRACTION
-    code2 = (fixed2 + (word1 & LOW_BITS).to(tl.int32) - BIAS) >> FRACTION
-    code3 = (fixed3 + (word1 >> HIGH_SHIFT).to(tl.int32) - BIAS) >> FRACTION
-    return code0, code1, code2, code3
+    return fixed0 + (word0 & 0xFFFF), fixed1 + (word0 >> 16), fixed2 + (word1 & 0xFFFF), fixed3 + (word1 >> 16)
 
 
 @triton.jit
-def _rounded(y, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
+def _third_bytes(sums):
+    """int8: the third bytes of `_sums`, less 128."""
+    if _PTX:  # four at once, by instructions that the compiler does not find
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 l, h;
+            prmt.b32 l, $1, $2, 0x0062;
+            prmt.b32 h, $3, $4, 0x0062;
+            prmt.b32 l, l, h, 0x5410;
+            xor.b32 $0, l, 0x80808080;
+            }""",
+            "=r,r,r,r,r",
+            [sums],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return (((sums >> 16) & 0xFF) ^ 0x80).to(tl.int8)
+
+
+@triton.jit
+def _nibbles(even, odd):
+    """uint8: from the third bytes of `_sums` of two neighbours, codes + 8, the first one in the lower half."""
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 e, o, h;
+            prmt.b32 e, $1, $2, 0x0062;
+            prmt.b32 h, $3, $4, 0x0062;
+            prmt.b32 e, e, h, 0x5410;
+            prmt.b32 o, $5, $6, 0x0062;
+            prmt.b32 h, $7, $8, 0x0062;
+            prmt.b32 o, o, h, 0x5410;
+            shl.b32 o, o, 4;
+            and.b32 e, e, 0x0F0F0F0F;
+            and.b32 o, o, 0xF0F0F0F0;
+            or.b32 e, e, o;
+            xor.b32 $0, e, 0x88888888;
+            }""",
+            "=r,r,r,r,r,r,r,r,r",
+            [even, odd],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return ((((even >> 16) & 0xF) | ((odd >> 12) & 0xF0)) ^ 0x88).to(tl.uint8)
+
+
+@triton.jit
+def _unit_over(scale):
+    """UNIT / scale, rounded to nearest, for what `_scales` gives.
+
+    Such a scale has 8 significant bits, so one step of Newton's suffices: 1 − scale · r is exact, what is then left is
+    2⁻⁴⁰ of the quotient at most, and none is nearer than 2⁻³³ to where rounding turns. A test does it for every scale.
+    Neither scale nor inverse is denormal.
+    """
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 r, n, e;
+            rcp.approx.ftz.f32 r, $1;
+            neg.f32 n, $1;
+            fma.rn.f32 e, n, r, 0f3F800000;
+            fma.rn.f32 r, r, e, r;
+            mul.rn.f32 $0, r, $2;
+            }""",
+            "=f,f,f",
+            [scale, UNIT],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.div_rn(tl.full(scale.shape, UNIT, tl.float32), scale)
+
+
+@triton.jit
+def to_codes(x, quads, key0, key1, GROUPS: tl.constexpr, BITS: tl.constexpr, SLOPE: tl.constexpr):
+    """Quantize whole groups. Elsewhere than with NVIDIA's compiler, launch with `enable_fp_fusion=False`.
+
+    Args:
+        x: float32 [GROUPS, GROUP], groups of the tensor in row-major order, any of them.
+        quads: uint32 [GROUPS, GROUP / 4], a quarter of the indices that elements 0, 4, … have in the tensor.
+        key0, key1: by `step_keys`.
+        GROUPS, BITS, SLOPE: groups; 8 or 4; `reference.slope(BITS)`.
+
+    Returns:
+        (int8 [GROUPS, GROUP] or uint8 [GROUPS, GROUP / 2], as they are stored; int16 [GROUPS, 1], the scales' bits).
+    """
+    scale_bits = _scales(x, SLOPE)
+    scale = scale_bits.to(tl.float32, bitcast=True)
+    sum0, sum1, sum2, sum3 = _sums(x, scale, quads, key0, key1, GROUPS)
+    even, odd = tl.join(sum0, sum2), tl.join(sum1, sum3)
+    if BITS == 8:
+        packed = _third_bytes(tl.reshape(tl.join(even, odd), (GROUPS, GROUP)))
+    else:
+        packed = _nibbles(tl.reshape(even, (GROUPS, GROUP // 2)), tl.reshape(odd, (GROUPS, GROUP // 2)))
+    return packed, (scale_bits >> 16).to(tl.int16)
+
+
+@triton.jit
+def from_codes(
+    packed, scale_bits, GROUPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.constexpr
+):
+    """What `to_codes` returned, as DTYPE [GROUPS, GROUP]; LARGEST is the largest number of that type."""
+    scale = (scale_bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if BITS == 8:
+        code = packed.to(tl.float32)
+    else:
+        pair = packed.to(tl.int32)
+        code = tl.reshape(tl.join((pair & 15) - ZERO_NIBBLE, (pair >> 4) - ZERO_NIBBLE), (GROUPS, GROUP)).to(tl.float32)
+    return rounded(code * scale, DTYPE, LARGEST)
+
+
+@triton.jit
+def rounded(y, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
     """y in DTYPE, to nearest, ties to even; within ±LARGEST, but NaN stays."""
     y = tl.clamp(y, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     if _INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter truncates
@@ -129,30 +286,27 @@ def _rounded(y, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
     return y.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["units", "key0", "key1"])
+@triton.jit(do_not_specialize=["units", "key0", "key1", "gap"])
 def quantize_kernel(
-    x, codes, scales, step, key0, key1, units,
-    BITS: tl.constexpr, SLOPE: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
+    x, codes, scales, step, key0, key1, units, gap,
+    BITS: tl.constexpr, SLOPE: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr,
+    UNIT_OF_GAP: tl.constexpr,
 ):  # fmt: skip
-    """codes int8 or uint8; scales int16, the upper bits of float32 numbers."""
-    key0, key1 = _step_keys(step, key0, key1)
-    values = _read(x, units, GROUPS, ALIGN)
-    scale_bits = _scales(values, SLOPE)
-    scale = scale_bits.to(tl.float32, bitcast=True)
+    """codes int8 or uint8; scales int16, the upper bits of float32 numbers. WIDTH: of `_read_rows`; 0 without gaps."""
+    key0, key1 = step_keys(step, key0, key1)
+    if WIDTH:
+        values = _read_rows(x, gap, units, GROUPS, ALIGN, WIDTH, UNIT_OF_GAP)
+    else:
+        values = _read(x, units, GROUPS, ALIGN)
     program = tl.program_id(0).to(tl.int64)
     numel = units.to(tl.int64) * ALIGN
+    packed, scale_bits = to_codes(values, _quads(GROUPS), key0, key1, GROUPS, BITS, SLOPE)
     if BITS == 8:
-        code0, code1, code2, code3 = _codes(values, scale, key0, key1, GROUPS, SIGNED)
-        even, odd = tl.join(code0.to(tl.int8), code2.to(tl.int8)), tl.join(code1.to(tl.int8), code3.to(tl.int8))
-        packed = tl.reshape(tl.join(even, odd), (GROUPS, GROUP))
-        lanes = _lanes(GROUPS, GROUP)
+        lanes = lanes_of(GROUPS, GROUP)
         start = program * (GROUPS * GROUP)
         tl.store(codes + start + lanes, packed, mask=lanes < numel - start)
     else:
-        code0, code1, code2, code3 = _codes(values, scale, key0, key1, GROUPS, NIBBLE)
-        low, high = (code0 & 15) | (code1 << 4), (code2 & 15) | (code3 << 4)
-        packed = tl.reshape(tl.join(low.to(tl.uint8), high.to(tl.uint8)), (GROUPS, GROUP // 2))
-        lanes = _lanes(GROUPS, GROUP // 2)
+        lanes = lanes_of(GROUPS, GROUP // 2)
         start = program * (GROUPS * GROUP // 2)
         if ALIGN % 2 == 0:
             size = units.to(tl.int64) * (ALIGN // 2)
@@ -161,7 +315,7 @@ def quantize_kernel(
         tl.store(codes + start + lanes, packed, mask=lanes < size - start)
     group = tl.arange(0, GROUPS)[:, None]
     left = (numel + (GROUP - 1)) // GROUP - program * GROUPS
-    tl.store(scales + program * GROUPS + group, (scale_bits >> 16).to(tl.int16), mask=group < left)
+    tl.store(scales + program * GROUPS + group, scale_bits, mask=group < left)
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -172,21 +326,20 @@ def dequantize_kernel(
     numel = units.to(tl.int64) * ALIGN
     group = tl.arange(0, GROUPS)[:, None]
     left = (numel + (GROUP - 1)) // GROUP - program * GROUPS
-    scale = tl.load(scales + program * GROUPS + group, mask=group < left, other=0).to(tl.int32) << 16
-    scale = scale.to(tl.float32, bitcast=True)
+    scale_bits = tl.load(scales + program * GROUPS + group, mask=group < left, other=0)
     start = program * (GROUPS * GROUP)
-    lanes = _lanes(GROUPS, GROUP)
+    lanes = lanes_of(GROUPS, GROUP)
     if BITS == 8:
-        code = tl.load(codes + start + lanes, mask=lanes < numel - start, other=0).to(tl.float32)
+        packed = tl.load(codes + start + lanes, mask=lanes < numel - start, other=0)
     else:
-        half = _lanes(GROUPS, GROUP // 2)
+        half = lanes_of(GROUPS, GROUP // 2)
         if ALIGN % 2 == 0:
             size = units.to(tl.int64) * (ALIGN // 2)
         else:
             size = (numel + 1) // 2
-        pair = tl.load(codes + start // 2 + half, mask=half < size - start // 2, other=0).to(tl.int32)
-        code = tl.reshape(tl.join((pair & 15) - ZERO_NIBBLE, (pair >> 4) - ZERO_NIBBLE), (GROUPS, GROUP)).to(tl.float32)
-    tl.store(y + start + lanes, _rounded(code * scale, y.dtype.element_ty, LARGEST), mask=lanes < numel - start)
+        packed = tl.load(codes + start // 2 + half, mask=half < size - start // 2, other=0)
+    value = from_codes(packed, scale_bits, GROUPS, BITS, y.dtype.element_ty, LARGEST)
+    tl.store(y + start + lanes, value, mask=lanes < numel - start)
 
 
 @triton.jit(do_not_specialize=["units", "key0", "key1"])
@@ -195,24 +348,35 @@ def error_kernel(
     SLOPE: tl.constexpr, LARGEST: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """partials float32 [2, programs]: this program's squared error and squares."""
-    key0, key1 = _step_keys(step, key0, key1)
+    key0, key1 = step_keys(step, key0, key1)
     values = _read(x, units, GROUPS, ALIGN)
     scale = _scales(values, SLOPE).to(tl.float32, bitcast=True)
-    code0, code1, code2, code3 = _codes(values, scale, key0, key1, GROUPS, SIGNED)
-    code = tl.reshape(tl.join(tl.join(code0, code2), tl.join(code1, code3)), (GROUPS, GROUP)).to(tl.float32)
-    error = _rounded(code * scale, x.dtype.element_ty, LARGEST).to(tl.float32) - values
+    sum0, sum1, sum2, sum3 = _sums(values, scale, _quads(GROUPS), key0, key1, GROUPS)
+    sums = tl.reshape(tl.join(tl.join(sum0, sum2), tl.join(sum1, sum3)), (GROUPS, GROUP))
+    code = _third_bytes(sums).to(tl.float32)
+    error = rounded(code * scale, x.dtype.element_ty, LARGEST).to(tl.float32) - values
     program = tl.program_id(0)
     tl.store(partials + program, tl.sum(error * error))
     tl.store(partials + tl.num_programs(0) + program, tl.sum(values * values))
 
 
-def _keys(stream: int) -> list[int]:
+def signed_keys(stream: int) -> list[int]:
     """`stream_keys` as signed numbers, which the launcher passes in 32 bits."""
     return [key - (key >> 31 << 32) for key in numbers.stream_keys(stream)]
 
 
 def _programs(numel: int) -> int:
     return triton.cdiv(numel, _GROUPS * numbers.GROUP)
+
+
+def _gap(x: Tensor) -> int | None:
+    """Elements between rows of whole groups, if x [B, T, C] is a slice along C of a contiguous tensor; else None."""
+    if x.ndim != 3 or x.is_contiguous() or x.shape[2] % numbers.GROUP or x.stride(2) != 1:
+        return None
+    if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
+        return None
+    gap = x.stride(1) - x.shape[2]
+    return gap if x.shape[1] > 1 and gap > 0 else None
 
 
 def quantize_triton(x: Tensor, bits: int, step: Tensor, stream: int) -> tuple[Tensor, Tensor]:
@@ -223,9 +387,13 @@ def quantize_triton(x: Tensor, bits: int, step: Tensor, stream: int) -> tuple[Te
     codes = torch.empty(size, dtype=dtype, device=x.device)
     if n:
         align = math.gcd(n, 16)  # all that wide loads need to know of the masks
+        gap = _gap(x)
+        x, width = (x.contiguous(), 0) if gap is None else (x, x.shape[-1] // numbers.GROUP)
+        unit = math.gcd(gap or 16, 16)
         quantize_kernel[(_programs(n),)](
-            x.contiguous(), codes, scales.view(torch.int16), step, *_keys(stream), n // align,
-            BITS=bits, SLOPE=numbers.slope(bits), GROUPS=_GROUPS, ALIGN=align, num_warps=_WARPS, enable_fp_fusion=False,
+            x, codes, scales.view(torch.int16), step, *signed_keys(stream), n // align, (gap or 0) // unit,
+            BITS=bits, SLOPE=numbers.slope(bits), GROUPS=_GROUPS, ALIGN=align, WIDTH=width, UNIT_OF_GAP=unit,
+            num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales
 
@@ -249,7 +417,7 @@ def error_triton(x: Tensor, bits: int, step: Tensor, stream: int) -> Tensor:
     if n:
         align = math.gcd(n, 16)
         error_kernel[(_programs(n),)](
-            x.contiguous(), partials, step, *_keys(stream), n // align, SLOPE=numbers.slope(bits),
+            x.contiguous(), partials, step, *signed_keys(stream), n // align, SLOPE=numbers.slope(bits),
             LARGEST=torch.finfo(x.dtype).max, GROUPS=_GROUPS, ALIGN=align, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return partials.sum(dim=1)

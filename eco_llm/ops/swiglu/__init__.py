@@ -9,14 +9,19 @@ from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.products import compute_dtype, linear
+from eco_llm.ops.quantize import GROUP, OPS_STREAMS, Keep
 from eco_llm.ops.swiglu.reference import swiglu_mlp_reference
 
 __all__ = ["swiglu_mlp"]
 
 Backend = Literal["auto", "reference", "triton"]
+A_STREAM = OPS_STREAMS
+"""Of the random numbers with which a = gate_up · x is quantized."""
 
 
-def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: Backend = "auto") -> Tensor:
+def swiglu_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, *, keep: Keep | None = None, backend: Backend = "auto"
+) -> Tensor:
     """down · (silu(gate) · up), with gate and up the two halves of gate_up · x (arXiv 2002.05202).
 
     Computed in the autocast type if autocast is on, else in the type of x; silu · up is float32 inside through
@@ -26,6 +31,8 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: Backend = "
         x: [B, T, D], free strides.
         gate_up: [2F, D]; rows 0…F−1 gate, F…2F−1 up.
         down: [D, F]. Weights are cast to the type of the products inside.
+        keep: how a, gate and up before the gate, is kept for backward: as it is (None), or in few bits, in row-major
+            order. Through Triton, F a multiple of 64; else a is kept as it is, and hooks of autograd may pack it.
         backend: `auto` takes Triton where it serves (CUDA; products and weights in float32 or bfloat16), else the
             reference.
 
@@ -33,7 +40,8 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: Backend = "
         [B, T, D] in the type of the products.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, or `triton` asked for a type that it does not serve.
+        ValueError: shapes that do not fit, an unknown backend, `triton` asked for a type that it does not serve, or a
+            `keep` that no tensor on the device of x can be quantized with.
     """
     if x.ndim != 3 or gate_up.ndim != 2 or gate_up.shape != (2 * down.shape[-1], x.shape[-1]):
         raise ValueError(f"need x [B, T, D] and gate_up [2F, D], got {tuple(x.shape)}, {tuple(gate_up.shape)}")
@@ -50,9 +58,13 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: Backend = "
     if not torch.is_grad_enabled():
         # The same numbers with nothing kept. `linear` shares autocast's cast of a weight among the tokens generated.
         return linear(_silu_mul(linear(x, gate_up)), down)
+    y: Tensor
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = _mlp(x, gate_up, down)[0]
-        return y
+        if keep is not None and down.shape[1] % GROUP == 0 and keep.serves(x, x.shape[:2].numel() * gate_up.shape[0]):
+            y = _mlp_to_codes(x, gate_up, down, keep.bits, keep.step)[0]
+        else:
+            y = _mlp(x, gate_up, down)[0]
+    return y
 
 
 # Operators, so that torch.compile sees opaque nodes with known shapes: it would otherwise trace into the launchers.
@@ -118,3 +130,63 @@ def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor, Tensor, Tens
 
 
 _mlp.register_autograd(_differentiate, setup_context=_save)
+
+
+# The same with codes and scales in the place of a: operators of their own, for these return the same tensors always.
+@torch.library.custom_op("eco_llm::swiglu_mlp_to_codes", mutates_args=())
+def _mlp_to_codes(
+    x: Tensor, gate_up: Tensor, down: Tensor, bits: int, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from eco_llm.ops.swiglu.triton import mlp_forward_to_codes
+
+    return mlp_forward_to_codes(x, gate_up, down, bits, step, A_STREAM)
+
+
+@_mlp_to_codes.register_fake
+def _(
+    x: Tensor, gate_up: Tensor, down: Tensor, bits: int, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    numel = x.shape[0] * x.shape[1] * gate_up.shape[0]
+    codes = x.new_empty(numel * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    w_gate_up, w_down = (x.new_empty(0 if w.dtype == x.dtype else w.shape) for w in (gate_up, down))
+    return x.new_empty(x.shape), codes, x.new_empty(numel // GROUP, dtype=torch.bfloat16), w_gate_up, w_down
+
+
+@torch.library.custom_op("eco_llm::swiglu_mlp_from_codes", mutates_args=())
+def _mlp_from_codes(
+    dy: Tensor, x: Tensor, codes: Tensor, scales: Tensor, gate_up: Tensor, down: Tensor, bits: int,
+    gate_up_dtype: torch.dtype, down_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from eco_llm.ops.swiglu.triton import Codes, mlp_backward
+
+    return mlp_backward(dy, x, Codes(codes, scales, bits), gate_up, down, gate_up_dtype, down_dtype)
+
+
+@_mlp_from_codes.register_fake
+def _(
+    dy: Tensor, x: Tensor, codes: Tensor, scales: Tensor, gate_up: Tensor, down: Tensor, bits: int,
+    gate_up_dtype: torch.dtype, down_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_gate_up, d_down = (
+        gate_up.new_empty(gate_up.shape, dtype=gate_up_dtype),
+        down.new_empty(down.shape, dtype=down_dtype),
+    )
+    return x.new_empty(x.shape), d_gate_up, d_down
+
+
+def _save_codes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *weights, ctx.bits, _ = inputs
+    _, codes, scales, *casts = output
+    used = (w if w.dtype == x.dtype else cast for w, cast in zip(weights, casts, strict=True))
+    ctx.save_for_backward(x, codes, scales, *used)
+    ctx.dtypes = tuple(w.dtype for w in weights)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_from_codes(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    with torch.autocast(dy.device.type, enabled=False):
+        d_x, d_gate_up, d_down = _mlp_from_codes(dy, *ctx.saved_tensors, ctx.bits, *ctx.dtypes)
+    return d_x, d_gate_up, d_down, None, None
+
+
+_mlp_to_codes.register_autograd(_differentiate_from_codes, setup_context=_save_codes)

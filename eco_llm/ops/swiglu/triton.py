@@ -3,9 +3,14 @@
 Everything between the products is contiguous, so the kernels run over the [rows, F] elements of h as one flat range:
 no lane is idle whatever F is. An element's gate lies `row · F` elements further on in a [rows, 2F] array. F is a
 constant of the kernel, from whose powers of two the compiler sees how wide it may load.
+
+Where a is kept as codes, kernels run over groups of 64 elements of h instead; those of its gates lie F / 64 groups of a
+before those of its ups.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,9 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from eco_llm.ops.products import cast_weight, weight_gradient
+from eco_llm.ops.quantize import reference as numbers
+from eco_llm.ops.quantize.triton import GROUP, from_codes, signed_keys, step_keys, to_codes
 from eco_llm.ops.sigmoid import sigmoid
 
 _BLOCK = 1024  # elements of h a program
+_TO_CODES, _FROM_CODES = 32, 16  # groups of h a program: hashing gains from many, as few registers as can be from few
 _WARPS = 4
 
 
@@ -56,6 +64,83 @@ def silu_mul_backward_kernel(a, dh, da, rows, F: tl.constexpr, BLOCK: tl.constex
     tl.store(here, (silu * up).to(dh.dtype.element_ty), mask=inside)
     tl.store(da + start + gates, d_gate.to(da.dtype.element_ty), mask=inside)
     tl.store(da + start + gates + F, (gradient * silu).to(da.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _group_tile(groups, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """(first group of h, this program's from there, first group of a, those of the gates from there, mask); the middle
+    ones [GROUPS, 1]. WIDTH = F / 64.
+    """
+    start = tl.program_id(0).to(tl.int64) * GROUPS
+    first_row = start // WIDTH
+    here = tl.arange(0, GROUPS)[:, None]
+    further = ((start - first_row * WIDTH).to(tl.int32) + here) // WIDTH
+    return start, here, start + first_row * WIDTH, here + further * WIDTH, here < groups.to(tl.int64) - start
+
+
+@triton.jit
+def _quads_of(first, groups, GROUPS: tl.constexpr):
+    """uint32 [GROUPS, 16]: a quarter of the indices of elements 0, 4, … of groups [GROUPS, 1] counted from `first`."""
+    return (first * (GROUP // 4)).to(tl.uint32) + (groups * (GROUP // 4) + tl.arange(0, GROUP // 4)[None, :]).to(
+        tl.uint32
+    )
+
+
+@triton.jit(do_not_specialize=["groups", "key0", "key1"])
+def silu_mul_to_codes_kernel(
+    a, h, codes, scales, step, key0, key1, groups,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, SLOPE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """`silu_mul_forward_kernel` and `quantize_kernel` of a at once; groups of h [rows, F / 64]."""
+    key0, key1 = step_keys(step, key0, key1)
+    start, here, first, gates, inside = _group_tile(groups, WIDTH, GROUPS)
+    ups = gates + WIDTH
+    lanes = tl.arange(0, GROUP)[None, :]
+    a += first * GROUP
+    gate = tl.load(a + gates * GROUP + lanes, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(a + ups * GROUP + lanes, mask=inside, other=0.0).to(tl.float32)
+    tl.store(h + start * GROUP + here * GROUP + lanes, (gate * sigmoid(gate) * up).to(h.dtype.element_ty), mask=inside)
+    BYTES: tl.constexpr = GROUP * BITS // 8
+    bytes_of = tl.arange(0, BYTES)[None, :]
+    codes += first * BYTES
+    scales += first
+    packed, scale_bits = to_codes(gate, _quads_of(first, gates, GROUPS), key0, key1, GROUPS, BITS, SLOPE)
+    tl.store(codes + gates * BYTES + bytes_of, packed, mask=inside)
+    tl.store(scales + gates, scale_bits, mask=inside)
+    packed, scale_bits = to_codes(up, _quads_of(first, ups, GROUPS), key0, key1, GROUPS, BITS, SLOPE)
+    tl.store(codes + ups * BYTES + bytes_of, packed, mask=inside)
+    tl.store(scales + ups, scale_bits, mask=inside)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def silu_mul_from_codes_kernel(
+    codes, scales, dh, da, groups,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, LARGEST: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """`silu_mul_backward_kernel` of what the codes stand for: dh becomes h."""
+    start, here, first, gates, inside = _group_tile(groups, WIDTH, GROUPS)
+    ups = gates + WIDTH
+    lanes = tl.arange(0, GROUP)[None, :]
+    BYTES: tl.constexpr = GROUP * BITS // 8
+    bytes_of = tl.arange(0, BYTES)[None, :]
+    codes += first * BYTES
+    scales += first
+    mine = dh + start * GROUP + here * GROUP + lanes
+    gradient = tl.load(mine, mask=inside, other=0.0).to(tl.float32)
+    packed = tl.load(codes + gates * BYTES + bytes_of, mask=inside, other=0)
+    scale_bits = tl.load(scales + gates, mask=inside, other=0)
+    gate = from_codes(packed, scale_bits, GROUPS, BITS, da.dtype.element_ty, LARGEST).to(tl.float32)
+    packed = tl.load(codes + ups * BYTES + bytes_of, mask=inside, other=0)
+    scale_bits = tl.load(scales + ups, mask=inside, other=0)
+    up = from_codes(packed, scale_bits, GROUPS, BITS, da.dtype.element_ty, LARGEST).to(tl.float32)
+    tl.debug_barrier()  # codes and gradients may be spread over the threads in unlike ways: see the kernel above
+    share = sigmoid(gate)
+    silu = gate * share
+    d_gate = gradient * up * (share + silu * (1.0 - share))
+    tl.store(mine, (silu * up).to(dh.dtype.element_ty), mask=inside)
+    da += first * GROUP
+    tl.store(da + gates * GROUP + lanes, d_gate.to(da.dtype.element_ty), mask=inside)
+    tl.store(da + ups * GROUP + lanes, (gradient * silu).to(da.dtype.element_ty), mask=inside)
 
 
 def silu_mul_forward(a: Tensor) -> Tensor:
@@ -100,6 +185,67 @@ def silu_mul_backward(a: Tensor, dh: Tensor) -> Tensor:
     return da
 
 
+class Codes(NamedTuple):
+    """What `quantize` makes of a [rows, 2F]."""
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+
+
+def silu_mul_to_codes(a: Tensor, bits: int, step: Tensor, stream: int) -> tuple[Tensor, Codes]:
+    """`silu_mul_forward`, and what `quantize` makes of a, from one reading of a.
+
+    Args:
+        a: [rows, 2F], contiguous, F a multiple of 64, fewer than 2^34 elements.
+        bits, step, stream: as in `eco_llm.ops.quantize.quantize`.
+
+    Returns:
+        (h [rows, F] in the type of a, the codes).
+
+    Raises:
+        ValueError: a shape or strides that do not fit.
+    """
+    rows, width = a.shape[0], a.shape[1] // 2
+    if a.shape[1] % (2 * numbers.GROUP) or not a.is_contiguous():
+        raise ValueError(f"need a [rows, 2F], contiguous, F a multiple of {numbers.GROUP}, got {tuple(a.shape)}")
+    h = torch.empty((rows, width), dtype=a.dtype, device=a.device)
+    codes = torch.empty(a.numel() * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device=a.device)
+    scales = torch.empty(a.numel() // numbers.GROUP, dtype=torch.bfloat16, device=a.device)
+    if groups := h.numel() // numbers.GROUP:
+        silu_mul_to_codes_kernel[(triton.cdiv(groups, _TO_CODES),)](
+            a, h, codes, scales.view(torch.int16), step, *signed_keys(stream), groups, WIDTH=width // numbers.GROUP,
+            BITS=bits, SLOPE=numbers.slope(bits), GROUPS=_TO_CODES, num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return h, Codes(codes, scales, bits)
+
+
+def silu_mul_from_codes(a: Codes, dh: Tensor) -> Tensor:
+    """`silu_mul_backward` of the a that the codes stand for, which is nowhere written.
+
+    Args:
+        a: of `silu_mul_to_codes`.
+        dh: [rows, F], contiguous, the gradient of h; becomes h.
+
+    Returns:
+        [rows, 2F], contiguous, in the type of dh.
+
+    Raises:
+        ValueError: shapes or strides that do not fit.
+    """
+    rows, width = dh.shape
+    codes, scales, bits = a
+    if width % numbers.GROUP or codes.numel() * 8 != 2 * dh.numel() * bits or not dh.is_contiguous():
+        raise ValueError(f"need dh [rows, F], contiguous, of {codes.numel()} bytes of codes, got {tuple(dh.shape)}")
+    da = torch.empty((rows, 2 * width), dtype=dh.dtype, device=dh.device)
+    if groups := dh.numel() // numbers.GROUP:
+        silu_mul_from_codes_kernel[(triton.cdiv(groups, _FROM_CODES),)](
+            codes, scales.view(torch.int16), dh, da, groups, WIDTH=width // numbers.GROUP, BITS=bits,
+            LARGEST=torch.finfo(dh.dtype).max, GROUPS=_FROM_CODES, num_warps=_WARPS,
+        )  # fmt: skip
+    return da
+
+
 def mlp_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(result [B, T, D], a [B·T, 2F], and gate_up and down in the type of x, empty where they had it already)."""
     w_gate_up, gate_up_copy = cast_weight(gate_up, x)
@@ -109,21 +255,32 @@ def mlp_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tenso
     return y.view(x.shape), a, gate_up_copy, down_copy
 
 
+def mlp_forward_to_codes(
+    x: Tensor, gate_up: Tensor, down: Tensor, bits: int, step: Tensor, stream: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`mlp_forward` with (codes, scales) in the place of a, which is gone when this returns."""
+    w_gate_up, gate_up_copy = cast_weight(gate_up, x)
+    w_down, down_copy = cast_weight(down, x)
+    h, a = silu_mul_to_codes(x.flatten(0, 1) @ w_gate_up.t(), bits, step, stream)
+    return (h @ w_down.t()).view(x.shape), a.codes, a.scales, gate_up_copy, down_copy
+
+
 def mlp_backward(
-    dy: Tensor, x: Tensor, a: Tensor, gate_up: Tensor, down: Tensor, gate_up_dtype: torch.dtype, down_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, a: Tensor | Codes, gate_up: Tensor, down: Tensor, gate_up_dtype: torch.dtype,
+    down_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x [B, T, D], gate_up and down.
 
     Args:
         dy: [B, T, D], the gradient of the result.
         x: [B, T, D].
-        a: [B·T, 2F], x · gate_upᵀ as forward left it.
+        a: [B·T, 2F], x · gate_upᵀ as forward left it; or codes that stand for it.
         gate_up, down: the weights in the type of x.
         gate_up_dtype, down_dtype: of their gradients.
     """
     dy = dy.reshape(-1, dy.shape[-1])
     dh = dy @ down
-    da = silu_mul_backward(a, dh)
+    da = silu_mul_from_codes(a, dh) if isinstance(a, Codes) else silu_mul_backward(a, dh)
     d_down = weight_gradient(dy, dh, down_dtype)  # dh is h now
     del dh
     d_gate_up = weight_gradient(da, x.flatten(0, 1), gate_up_dtype)
