@@ -147,6 +147,10 @@ def write_evidence(claim: str, payload: dict[str, Any], *, device: str = "cpu", 
         raise ValueError(f"claim {claim!r} has no summary")
     if reserved := {"claim", "environment", "command", "hardware"} & set(payload):
         raise ValueError(f"claim {claim!r}: {sorted(reserved)} are filled in here")
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.init()  # lets the environment name the GPU where the work was done by other processes
     env = environment.collect(device)
     hardware = hardware_slug(env)
     path = results / hardware / f"{claim}.json"
@@ -179,10 +183,6 @@ def record_training(claim: str, flags: Sequence[str], *, run: Path) -> Path:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     validated = [row for row in rows if "val_loss" in row]
     device = settings["resolved"]["device"]
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.init()  # lets the environment block name this GPU
     memory = [row["memory_peak_gib"] for row in rows if row.get("memory_peak_gib") is not None]
     payload = {
         "training_command": "eco_train " + shlex.join(flags),
