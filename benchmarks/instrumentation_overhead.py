@@ -12,14 +12,15 @@ loop (`on`), the other by a bare loop of the same steps (`off`), in turn, in sam
 
 Validation and checkpoints are work, and in neither. Compilation is off on a GPU, where it would only shorten what the
 host does in an eager step; a step as one CUDA graph is measured as well. Gate: both sides' losses after the first
-sample. Other work on the machine widens the interval of wall-clock time, and the load is in the file; on a CPU, where the
-measuring competes with the training for the same cores, the process's own time over all its threads is given as well.
-Torch has one thread there, so that the two do not depend on how many cores are free.
+sample. Other work on the machine widens the interval of wall-clock time, and the load is in the file; on a CPU, where
+measuring competes with training for the same cores, the process's own time over all its threads is given as well (torch
+has one thread there, so that neither depends on how many cores are free).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -44,7 +45,7 @@ QUIET = [
     "--eval-interval", "0", "--save-interval", str(ENDLESS), "--steps", str(ENDLESS), "--sample-tokens", "0",
     "--no-resume", "--perf-profile-enable", "--perf-measure-steps", "20",
 ]  # fmt: skip
-SAMPLE_SECONDS = {"cuda": 0.4, "cpu": 1.0}  # long beside the sampling period of NVML's thread, 0.2 s
+SAMPLE_SECONDS = {"cuda": 0.4, "cpu": 2.0}  # long beside the sampling period of NVML's thread, 0.2 s
 
 
 class NoTimer:
@@ -188,7 +189,7 @@ def main(argv: list[str]) -> None:
             on, off = sides
             require_close(on.last_loss(), off.last_loss(), relative=1e-2 if device == "cuda" else 1e-6)
             steps = max(2, math.ceil(SAMPLE_SECONDS[device] / (off.seconds(3) / 3)))
-            found = interleave(lambda on=on, k=steps: on.seconds(k), lambda off=off, k=steps: off.seconds(k), rounds)
+            found = interleave(functools.partial(on.seconds, steps), functools.partial(off.seconds, steps), rounds)
             for side in sides:
                 side.close()
             key = name.replace(" ", "_")

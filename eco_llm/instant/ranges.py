@@ -7,10 +7,9 @@ inside the phase `eco/backward`, and the gradient follows it. A compiled block i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -22,7 +21,7 @@ class NamedBlock:
     """A block (or one sub-layer of it) whose calls and gradients are named ranges.
 
     The gradient's range opens before the node that made the output, and closes when the input's gradient is complete.
-    Hooks of a tensor run before those of the node that made it, so a block's range closes before that of the block below
+    Hooks of a tensor run before those of the node that made it, so a block's range closes before that of the one below
     opens. Gradients of weights may still be added up after it.
     """
 
@@ -78,5 +77,3 @@ def named(blocks: Any, mixers: tuple[str, ...]) -> list[NamedBlock]:
         NamedBlock(block, f"eco/block_{index:02d}_{mixer}")
         for index, (block, mixer) in enumerate(zip(blocks, mixers, strict=True))
     ]
-
-

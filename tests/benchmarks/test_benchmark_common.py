@@ -127,7 +127,7 @@ def test_worthless_evidence_is_refused(tmp_path: Path, claim: str, payload: dict
 def test_evidence_of_a_gpu_names_it_though_this_process_did_no_work_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after start_time.py, whose trainings are processes of their own: torch is imported, CUDA is not initialised."""
+    """As after start_time.py, whose trainings are processes of their own: torch is imported, CUDA not initialised."""
     import torch
 
     started: list[bool] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def test_every_block_is_named_forward_and_backward(mode: str, tmp_path: Path) ->
     backward = list(dict.fromkeys(name for name in names if name.endswith("_backward")))
     assert forward == NAMES
     assert backward == [f"{name}_backward" for name in reversed(NAMES)]
-    for before, after in zip(ranges, ranges[1:], strict=False):  # one ends before the next begins
+    for before, after in itertools.pairwise(ranges):  # one ends before the next begins
         assert before["ts"] + before["dur"] <= after["ts"] + 1e-3
 
 

@@ -36,7 +36,7 @@ class Results:
         return sum(sample["outcome"] == outcome for sample in self.samples.values())
 
     def payload(self, build: Path) -> dict[str, Any]:
-        """An evidence file's own part; the digest of the code that was built is in its environment: a test compares them.
+        """An evidence file's own part; the digest of the built code is in its environment, as a test makes sure.
 
         Raises:
             ValueError: a test failed, or some were left out.
@@ -51,7 +51,13 @@ class Results:
         return {
             "platform": platform.platform(),
             "table": {"header": ["on", *counts, "seconds", "build, MiB", "files"], "rows": [row]},
-            "summary": {"tests": len(self.samples), **counts, "seconds": seconds, "size_mib": size, "files": len(files)},
+            "summary": {
+                "tests": len(self.samples),
+                **counts,
+                "seconds": seconds,
+                "size_mib": size,
+                "files": len(files),
+            },
             "samples": list(self.samples.values()),
         }
 

@@ -137,7 +137,9 @@ def test_the_rolling_file_is_rewritten_now_and_then(tmp_path: Path, monkeypatch:
     run.hook.on_end()
 
 
-@pytest.mark.parametrize(("last", "inside", "said"), [(9, 2, "; 2 validations inside"), (6, 1, "; 1 validation inside")])
+@pytest.mark.parametrize(
+    ("last", "inside", "said"), [(9, 2, "; 2 validations inside"), (6, 1, "; 1 validation inside")]
+)
 def test_validations_inside_the_window_are_named(tmp_path: Path, last: int, inside: int, said: str) -> None:
     """That of the run's last step comes after it, and counts in no window."""
     run = Run(tmp_path, warmup=1, measure=5)

@@ -390,6 +390,10 @@ def test_the_perf_window_writes_the_reports_files(
     bottlenecks = json.loads((perf / "window_10m_bottlenecks.json").read_text())
     assert bottlenecks["dominant_stage"] == "train"
     assert sum(s["percent"] for s in bottlenecks["optimizer_phase"]) == pytest.approx(100)
+    page = (Path(__file__).parents[2] / "docs" / "perf.md").read_text(encoding="utf-8")
+    for key in (*baseline, *bottlenecks, *bottlenecks["profiler"]):
+        shown = "avg_phase_*_s" if key.startswith("avg_phase_") else key
+        assert f"`{shown}`" in page, f"docs/perf.md does not say what {key} is"
     for memory in (baseline["memory"], bottlenecks["memory"]):
         assert set(memory) == {"process_rss_gib", "process_peak_rss_gib"}  # no GPU: absent, not zero
         assert 0 < memory["process_rss_gib"] <= memory["process_peak_rss_gib"]
@@ -408,7 +412,6 @@ def test_a_validation_inside_the_window_is_named(
     assert ["val_loss" in row for row in records(tmp_path / "run")] == [False, True, True]
     assert baseline["validations_in_window"] == 1
     assert "; 1 validation inside, in the effective rate" in capsys.readouterr().out
-
 
 
 def test_torch_compile_trains_to_the_same_losses(tiny_flags: Flags, tmp_path: Path) -> None:
