@@ -7,6 +7,7 @@ docs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,27 @@ def seconds_of(work: Callable[[], object], synchronize: Callable[[], object] | N
         return time.perf_counter() - start
 
     return measure
+
+
+class NoTimer:
+    """What a step asks of a PhaseTimer, doing nothing."""
+
+    annotate = False
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """No phase."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[Any]:
+        """A capture without marks."""
+        from eco_llm.perf.phases import CapturedPhases
+
+        yield CapturedPhases()
+
+    def replay(self, captured: Any, bind: Callable[..., None], launch: Callable[[], None]) -> None:
+        """The launch alone."""
+        launch()
 
 
 def hardware_slug(env: dict[str, Any]) -> str:

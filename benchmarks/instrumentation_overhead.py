@@ -12,9 +12,10 @@ loop (`on`), the other by a bare loop of the same steps (`off`), in turn, in sam
 
 Validation and checkpoints are work, and in neither. Compilation is off on a GPU, where it would only shorten what the
 host does in an eager step; a step as one CUDA graph is measured as well. Gate: both sides' losses after the first
-sample. Other work on the machine widens the interval of wall-clock time, and the load is in the file; on a CPU, where
-measuring competes with training for the same cores, the process's own time over all its threads is given as well (torch
-has one thread there, so that neither depends on how many cores are free).
+sample. Other work on the machine widens the interval, and the load is in the file. Beside it stands what the measuring
+takes alone: processor time of all threads for turns of the trainer's loop whose step does nothing (so without the marks
+inside a step). On a CPU that is the whole cost; on a GPU what of it the device does not hide. Torch has one thread on a
+CPU, so that nothing depends on how many cores are free.
 """
 
 from __future__ import annotations
@@ -24,16 +25,15 @@ import functools
 import io
 import math
 import os
-import statistics
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import types
 from pathlib import Path
 from typing import Any
 
-from common import interleave, require_close, write_evidence
+from common import NoTimer, interleave, require_close, write_evidence
 
 from eco_llm.cli.args_file import expand
 from eco_llm.cli.parse import parse
@@ -45,25 +45,7 @@ QUIET = [
     "--eval-interval", "0", "--save-interval", str(ENDLESS), "--steps", str(ENDLESS), "--sample-tokens", "0",
     "--no-resume", "--perf-profile-enable", "--perf-measure-steps", "20",
 ]  # fmt: skip
-SAMPLE_SECONDS = {"cuda": 0.4, "cpu": 2.0}  # long beside the sampling period of NVML's thread, 0.2 s
-
-
-class NoTimer:
-    """What a step asks of a PhaseTimer, doing nothing."""
-
-    annotate = False
-
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def capturing(self) -> Iterator[Any]:
-        from eco_llm.perf.phases import CapturedPhases
-
-        yield CapturedPhases()
-
-    def replay(self, captured: Any, bind: Callable[..., None], launch: Callable[[], None]) -> None:
-        launch()
+SAMPLE_SECONDS = {"cuda": 0.4, "cpu": 1.0}  # long beside the sampling period of NVML's thread, 0.2 s
 
 
 class Side:
@@ -91,6 +73,7 @@ class Side:
         if instrumented:
             for hook in self._hooks:
                 hook.on_start(1, ENDLESS)
+            self._keep_outputs()
         else:
             step: Any = self._trainer._step
             (step if isinstance(step, TrainStep) else step._step).timer = NoTimer()
@@ -148,6 +131,29 @@ class Side:
         self.processor_seconds.append(time.process_time() - used)
         return elapsed
 
+    def _keep_outputs(self) -> None:
+        step: Any = self._trainer._step
+        run = step.run
+
+        def kept() -> Any:
+            self.output = run()
+            return self.output
+
+        step.run = kept
+
+    def alone(self, turns: int = 300) -> float:
+        """Processor seconds of a turn whose step gives the last output again, over all threads."""
+        self.wait()
+        step, kept = self._trainer._step, self.output
+        still: Any = types.SimpleNamespace(prepare=lambda: None, run=lambda: kept)
+        self._trainer._step = still
+        self.advance(turns)  # once unmeasured
+        used = time.process_time()
+        self.advance(turns)
+        used = time.process_time() - used
+        self._trainer._step = step
+        return used / turns
+
     def close(self) -> None:
         """Release files and the loader's thread."""
         for hook in self._hooks:
@@ -190,27 +196,34 @@ def main(argv: list[str]) -> None:
             require_close(on.last_loss(), off.last_loss(), relative=1e-2 if device == "cuda" else 1e-6)
             steps = max(2, math.ceil(SAMPLE_SECONDS[device] / (off.seconds(3) / 3)))
             found = interleave(functools.partial(on.seconds, steps), functools.partial(off.seconds, steps), rounds)
+            alone = on.alone()
             for side in sides:
                 side.close()
             key = name.replace(" ", "_")
             summary |= {f"{key}_{k}": v for k, v in found.summary().items()} | {f"{key}_steps_per_sample": steps}
+            summary[f"{key}_alone_s"] = alone
             used = [side.processor_seconds[-rounds:] for side in sides]
             samples += [
                 {"path": name, "steps": steps, **sample, "a_processor": a, "b_processor": b}
                 for sample, a, b in zip(found.samples(), *used, strict=True)
             ]
-            processor = "–"
-            if device == "cpu":
-                summary[f"{key}_processor_ratio"] = statistics.median(a / b for a, b in zip(*used, strict=True))
-                processor = f"{100 * (summary[f'{key}_processor_ratio'] - 1):+.2f}"
             interval = f"{100 * (found.ratio_low - 1):+.2f} to {100 * (found.ratio_high - 1):+.2f}"
             each = [1000 * median / steps for median in (found.median_a, found.median_b)]
             rows.append([name, f"{each[0]:.3f}", f"{each[1]:.3f}", f"{100 * (found.ratio - 1):+.2f}", interval])
-            rows[-1] += [processor, str(rounds)]
+            rows[-1] += [f"{1000 * alone:.3f}", f"{100 * alone * steps / found.median_b:.2f}", str(rounds)]
             print(rows[-1], flush=True)
             del sides, on, off, side, found
             clean(torch.device(device))
-    header = ["step", "with, ms", "without, ms", "cost, %", "95% interval", "of processor time, %", "pairs"]
+    header = [
+        "step",
+        "with, ms",
+        "without, ms",
+        "cost, %",
+        "95% interval",
+        "measuring alone, ms",
+        "of a step, %",
+        "pairs",
+    ]
     name = "instrumentation_overhead" if not argv else "instrumentation_overhead_custom"
     payload = {
         "flags": profile, "unit": "s", "a": "with", "b": "without",
