@@ -220,8 +220,8 @@ def main(argv: list[str]) -> None:
         "without, ms",
         "cost, %",
         "95% interval",
-        "measuring alone, ms",
-        "of a step, %",
+        "alone, ms",
+        "alone, % of a step",
         "pairs",
     ]
     name = "instrumentation_overhead" if not argv else "instrumentation_overhead_custom"
