@@ -20,6 +20,7 @@ from eco_llm.config import InstantConfig
 from eco_llm.instant.compression import Bytes, FourBitError, Packing, recompute_from_packed
 from eco_llm.instant.coupled import Layer, coupled, coupled_stored, coupled_values
 from eco_llm.instant.fixed_point import Run, errors_by_iteration, fixed_point, iterations_needed
+from eco_llm.instant.ranges import named
 from eco_llm.instant.recompute import recompute
 from eco_llm.instant.replay import Setting
 from eco_llm.instant.verification import BLOCK_PREFIX, NAMES, Gate, block_name
@@ -86,6 +87,8 @@ class Stack:
         self._draw: Tensor | None = None
         self._new_trips: set[int] = set()
         self.sizes = Bytes()
+        self.annotate = False
+        """While true, blocks are named ranges (`eco/block_07_mamba`) in a torch.profiler trace."""
 
     # ---- properties of the modes --------------------------------------------------------------------------
 
@@ -135,6 +138,8 @@ class Stack:
         if not x.requires_grad:  # a frozen embedding: autograd would not enter a mode's backward
             x = x.detach().requires_grad_()
         self.prepare(x.device)
+        if self.annotate:
+            blocks = named(blocks, self._mixers)
         if self._config.coupled:
             if self._decided.fallback:
                 return coupled_stored(blocks, x, recompute)
