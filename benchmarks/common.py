@@ -7,6 +7,7 @@ docs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,27 @@ def seconds_of(work: Callable[[], object], synchronize: Callable[[], object] | N
     return measure
 
 
+class NoTimer:
+    """What a step asks of a PhaseTimer, doing nothing."""
+
+    annotate = False
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """No phase."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[Any]:
+        """A capture without marks."""
+        from eco_llm.perf.phases import CapturedPhases
+
+        yield CapturedPhases()
+
+    def replay(self, captured: Any, bind: Callable[..., None], launch: Callable[[], None]) -> None:
+        """The launch alone."""
+        launch()
+
+
 def hardware_slug(env: dict[str, Any]) -> str:
     """Folder name of the measured hardware: `nvidia-h200`, or `cpu-2c-amd` for a run on the CPU.
 
@@ -162,6 +184,10 @@ def write_evidence(
         raise ValueError(f"claim {claim!r} has no summary")
     if reserved := {"claim", "environment", "command", "hardware"} & set(payload):
         raise ValueError(f"claim {claim!r}: {sorted(reserved)} are filled in here")
+    if recorded is None and device.startswith("cuda"):
+        import torch
+
+        torch.cuda.init()  # lets the environment name the GPU where the work was done by other processes
     env = environment.collect(device) if recorded is None else recorded
     hardware = hardware_slug(env)
     path = results / hardware / f"{claim}.json"
@@ -194,10 +220,6 @@ def record_training(claim: str, flags: Sequence[str], *, run: Path) -> Path:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     validated = [row for row in rows if "val_loss" in row]
     device = settings["resolved"]["device"]
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.init()  # lets the environment block name this GPU
     memory = [row["memory_peak_gib"] for row in rows if row.get("memory_peak_gib") is not None]
     payload = {
         "training_command": "eco_train " + shlex.join(flags),

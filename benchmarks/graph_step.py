@@ -13,13 +13,12 @@ eager copies, is in the evidence beside that of eager and graph. Speed is measur
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from common import interleave, require_close, seconds_of, write_evidence
+from common import NoTimer, interleave, require_close, seconds_of, write_evidence
 
 from eco_llm.cli.args_file import expand
 from eco_llm.cli.parse import parse
@@ -29,24 +28,6 @@ from eco_llm.runtime import Runtime, set_cache_dirs
 DEFAULT = ["@train_sigma_args.txt", "--torch-compile"]
 STEPS = 10
 GATE_STEPS = 120
-
-
-class NoTimer:
-    """What GraphedStep asks of a PhaseTimer, doing nothing."""
-
-    annotate = False
-
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def capturing(self) -> Iterator[Any]:
-        from eco_llm.perf.phases import CapturedPhases
-
-        yield CapturedPhases()
-
-    def replay(self, captured: Any, bind: Callable[..., None], launch: Callable[[], None]) -> None:
-        launch()
 
 
 def main(argv: list[str]) -> None:

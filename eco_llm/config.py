@@ -446,6 +446,11 @@ class PerfConfig:
             perf_measure_steps=(1, big),
             perf_profiler_steps=(0, 10_000),
         )
+        if self.perf_profiler_steps and not self.perf_profile_enable:
+            raise UserError(
+                f"--perf-profiler-steps {self.perf_profiler_steps} traces steps after the measured window:"
+                " add --perf-profile-enable, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,10 @@ def test_derived_widths() -> None:
         ({"device": "cuda:x"}, "--device"),
         ({"perf_measure_steps": 0}, "--perf-measure-steps"),
         ({"perf_profile_enable": True, "steps": 5}, "--perf-warmup-steps"),
+        (
+            {"perf_profiler_steps": 2},
+            "--perf-profiler-steps 2 traces steps after the measured window: add --perf-profile-enable",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(changes: dict[str, Any], flag: str) -> None:

@@ -20,6 +20,7 @@ from eco_llm.config import InstantConfig
 from eco_llm.instant.compression import Bytes, FourBitError, Packing, recompute_from_packed
 from eco_llm.instant.coupled import Layer, coupled, coupled_stored, coupled_values
 from eco_llm.instant.fixed_point import Run, errors_by_iteration, fixed_point, iterations_needed
+from eco_llm.instant.ranges import named
 from eco_llm.instant.recompute import recompute
 from eco_llm.instant.replay import Feed, Setting, SubLayer
 from eco_llm.instant.verification import BLOCK_PREFIX, NAMES, Gate, block_name
@@ -93,6 +94,8 @@ class Stack:
         apart. 16 bytes an entry, since compiled code copies what is aligned to less."""
         self._new_trips: set[int] = set()
         self.sizes = Bytes()
+        self.annotate = False
+        """While true, blocks are named ranges (`eco/block_07_mamba`) in a torch.profiler trace."""
 
     # ---- properties of the modes --------------------------------------------------------------------------
 
@@ -142,6 +145,8 @@ class Stack:
         if not x.requires_grad:  # a frozen embedding: autograd would not enter a mode's backward
             x = x.detach().requires_grad_()
         self.prepare(x.device)
+        if self.annotate:
+            blocks = named(blocks, self._mixers)
         if self._config.coupled:
             if self._decided.fallback:
                 return coupled_stored(blocks, x, recompute)

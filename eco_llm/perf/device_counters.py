@@ -159,9 +159,9 @@ def _open_nvml(device: torch.device | str) -> tuple[Callable[[], GpuSample], Cal
 def memory_stats(device: torch.device | str) -> dict[str, float | None]:
     """Memory of this process now and at its peak, in GiB. Reads counters only; never synchronises the device.
 
-    On CUDA `gpu_memory_allocated_gib`, `gpu_memory_peak_gib` (tensors) and `gpu_memory_reserved_peak_gib`
-    (what the caching allocator took from the driver); always `process_rss_gib` and `process_peak_rss_gib`
-    (host memory; the peak is the operating system's, None where it keeps none).
+    On CUDA `gpu_memory_allocated_gib`, `gpu_memory_peak_gib` (tensors), `gpu_memory_reserved_gib` and
+    `gpu_memory_reserved_peak_gib` (what the caching allocator took from the driver); always `process_rss_gib` and
+    `process_peak_rss_gib` (host memory; the peak is the operating system's, None where it keeps none).
     """
     memory = psutil.Process().memory_info()
     stats: dict[str, float | None] = {}
@@ -170,6 +170,7 @@ def memory_stats(device: torch.device | str) -> dict[str, float | None]:
 
         stats["gpu_memory_allocated_gib"] = torch.cuda.memory_allocated(device) / _GIB
         stats["gpu_memory_peak_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
+        stats["gpu_memory_reserved_gib"] = torch.cuda.memory_reserved(device) / _GIB
         stats["gpu_memory_reserved_peak_gib"] = torch.cuda.max_memory_reserved(device) / _GIB
     stats["process_rss_gib"] = memory.rss / _GIB
     peak = _peak_rss_bytes(memory)

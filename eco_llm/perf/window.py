@@ -18,6 +18,54 @@ BOTTLENECKS_FILE = "window_10m_bottlenecks.json"
 _TIMES = tuple(f.name for f in dataclasses.fields(StepTimes) if f.name.endswith("_s"))
 
 
+@dataclass(frozen=True, slots=True)
+class GpuState:
+    """What NVML saw of the GPU since the step before; None is unknown (no GPU, or a step shorter than its period)."""
+
+    gpu_util_percent: float | None = None
+    gpu_power_watts: float | None = None
+    gpu_memory_used_gib: float | None = None
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> GpuState:
+        """That of a step's record."""
+        return cls(**{f.name: record.get(f.name) for f in dataclasses.fields(cls)})
+
+
+class _GpuSums:
+    """Means and the most of known values, over steps."""
+
+    def __init__(self) -> None:
+        self._sums = {"gpu_util_percent": 0.0, "gpu_power_watts": 0.0}
+        self._counts = dict.fromkeys(self._sums, 0)
+        self._memory: float | None = None
+
+    def add(self, gpu: GpuState | _GpuSums) -> None:
+        """Take in one step, or what others have summed up."""
+        if isinstance(gpu, _GpuSums):
+            for name in self._sums:
+                self._sums[name] += gpu._sums[name]
+                self._counts[name] += gpu._counts[name]
+            memory = gpu._memory
+        else:
+            for name in self._sums:
+                if (value := getattr(gpu, name)) is not None:
+                    self._sums[name] += value
+                    self._counts[name] += 1
+            memory = gpu.gpu_memory_used_gib
+        self._memory = max((m for m in (self._memory, memory) if m is not None), default=None)
+
+    def report(self) -> dict[str, float | int | None]:
+        """`avg_gpu_util_percent`, `gpu_util_samples`, `avg_gpu_power_watts`, `gpu_memory_used_gib`."""
+        mean = {name: self._sums[name] / n if n else None for name, n in self._counts.items()}
+        return {
+            "avg_gpu_util_percent": mean["gpu_util_percent"],
+            "gpu_util_samples": self._counts["gpu_util_percent"],
+            "avg_gpu_power_watts": mean["gpu_power_watts"],
+            "gpu_memory_used_gib": self._memory,
+        }
+
+
 def rates(times: StepTimes, tokens_per_step: int) -> dict[str, float]:
     """`core_tokens_per_s` and `effective_tokens_per_s` of one step."""
     return {
@@ -49,25 +97,27 @@ class PerfWindow:
         self.mode = mode
         self.sync_boundaries = sync_boundaries
         self._left_out = 0
-        self._samples: list[tuple[StepTimes, float | None]] = []
+        self._samples: list[tuple[StepTimes, GpuState]] = []
+        self.validations = 0
+        """Validations inside the window: they are in the steps' whole time, and not in the core's."""
 
     @property
     def complete(self) -> bool:
         """Whether every step of the window has been fed."""
         return len(self._samples) == self.measure_steps
 
-    def add(self, times: StepTimes, gpu_util_percent: float | None = None) -> bool:
+    def add(self, times: StepTimes, gpu: GpuState | None = None, *, validated: bool = False) -> bool:
         """Feed one step, in order. True exactly once: when this step completes the window.
 
-        `gpu_util_percent` is a utilisation sampled since the step before, None where there is none (no GPU,
-        or a step shorter than the sampling period). Steps after the window are ignored.
+        `validated`: its time holds a validation. Steps after the window are ignored.
         """
         if self._left_out < self.warmup_steps:
             self._left_out += 1
             return False
         if self.complete:
             return False
-        self._samples.append((times, gpu_util_percent))
+        self._samples.append((times, gpu or GpuState()))
+        self.validations += validated
         return self.complete
 
     def report(self, environment: dict[str, Any]) -> dict[str, Any]:
@@ -79,15 +129,17 @@ class PerfWindow:
         if not self.complete:
             raise RuntimeError(f"{len(self._samples)} of {self.measure_steps} steps measured")
         steps = [times for times, _ in self._samples]
-        utils = [util for _, util in self._samples if util is not None]
+        gpu = _GpuSums()
+        for _, state in self._samples:
+            gpu.add(state)
         total = {name: sum(getattr(times, name) for times in steps) for name in _TIMES}
         n, tokens = len(steps), self.tokens_per_step * len(steps)
         return {
             "avg_effective_tokens_per_s": tokens / total["step_time_s"],
             "avg_core_tokens_per_s": tokens / total["core_step_time_s"],
             **{f"avg_{name}": total[name] / n for name in _TIMES},
-            "avg_gpu_util_percent": sum(utils) / len(utils) if utils else None,
-            "gpu_util_samples": len(utils),
+            **gpu.report(),
+            "validations_in_window": self.validations,
             "tokens_per_step": self.tokens_per_step,
             "warmup_steps": self.warmup_steps,
             "measure_steps": n,
@@ -99,8 +151,8 @@ class PerfWindow:
             "ended": _iso(steps[-1].ended_at),
             "environment": environment,
             "samples": [
-                {**dataclasses.asdict(times), **rates(times, self.tokens_per_step), "gpu_util_percent": util}
-                for times, util in self._samples
+                {**dataclasses.asdict(times), **rates(times, self.tokens_per_step), **dataclasses.asdict(state)}
+                for times, state in self._samples
             ],
         }
 
@@ -120,6 +172,7 @@ class _Bucket:
     first_step: int
     last_step: int
     totals: dict[str, float]
+    gpu: _GpuSums
 
 
 class RollingWindow:
@@ -136,22 +189,32 @@ class RollingWindow:
         self.seconds = seconds
         self._buckets: deque[_Bucket] = deque()
 
-    def add(self, times: StepTimes) -> None:
+    def add(self, times: StepTimes, gpu: GpuState | None = None) -> None:
         """Feed one step, in order."""
         second = int(times.ended_at)
         if not self._buckets or self._buckets[-1].second != second:
-            self._buckets.append(_Bucket(second, 0, times.step, times.step, dict.fromkeys(_TIMES, 0.0)))
+            self._buckets.append(_Bucket(second, 0, times.step, times.step, dict.fromkeys(_TIMES, 0.0), _GpuSums()))
         bucket = self._buckets[-1]
         bucket.steps += 1
         bucket.last_step = times.step
         for name in _TIMES:
             bucket.totals[name] += getattr(times, name)
+        bucket.gpu.add(gpu or GpuState())
         while self._buckets[0].second < second - self.seconds:
             self._buckets.popleft()
 
-    def report(self, environment: dict[str, Any], profiler: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The file's content (keys: docs/perf.md); `profiler` is the table of `perf.profiler`, if steps were
-        traced.
+    def report(
+        self,
+        environment: dict[str, Any],
+        profiler: dict[str, Any] | None = None,
+        memory: dict[str, float | None] | None = None,
+    ) -> dict[str, Any]:
+        """The file's content (keys: docs/perf.md).
+
+        Args:
+            environment: what the numbers were measured on.
+            profiler: the table of `perf.profiler`, if steps were traced.
+            memory: this process's memory now, from `perf.device_counters.memory_stats`.
 
         Raises:
             RuntimeError: no step was fed.
@@ -160,6 +223,9 @@ class RollingWindow:
             raise RuntimeError("no step was measured")
         n = sum(bucket.steps for bucket in self._buckets)
         total = {name: sum(bucket.totals[name] for bucket in self._buckets) for name in _TIMES}
+        gpu = _GpuSums()
+        for bucket in self._buckets:
+            gpu.add(bucket.gpu)
         core, step = total["core_step_time_s"], total["step_time_s"]
         stages = _shares(
             {
@@ -185,6 +251,8 @@ class RollingWindow:
             "optimizer_phase": _shares(
                 {name: total[f"phase_{name}_s"] for name in ("backward", "opt_step", "zero_grad")}, n
             ),
+            **gpu.report(),
+            "memory": memory,
             "tokens_per_step": self.tokens_per_step,
             "device_time_mode": self.mode,
             "sync_boundaries": self.sync_boundaries,
@@ -192,10 +260,16 @@ class RollingWindow:
             "environment": environment,
         }
 
-    def write(self, perf_dir: Path, environment: dict[str, Any], profiler: dict[str, Any] | None = None) -> Path:
-        """Write `perf_dir`/window_10m_bottlenecks.json, atomically, and return its path."""
+    def write(
+        self,
+        perf_dir: Path,
+        environment: dict[str, Any],
+        profiler: dict[str, Any] | None = None,
+        memory: dict[str, float | None] | None = None,
+    ) -> Path:
+        """Write `report` as `perf_dir`/window_10m_bottlenecks.json, atomically, and return its path."""
         path = perf_dir / BOTTLENECKS_FILE
-        write_json(path, self.report(environment, profiler))
+        write_json(path, self.report(environment, profiler, memory))
         return path
 
 

@@ -286,8 +286,9 @@ class Comparison:
 
     def _quiet_flags(self, side: Side, run: Path, steps: int, log_interval: int) -> list[str]:
         return [
-            *side.flags, "--no-resume", "--no-perf-profile-enable", "--save-interval=1000000000", "--eval-interval=0",
-            "--sample-tokens=0", f"--log-interval={log_interval}", f"--steps={steps}", f"--output-dir={run}",
+            *side.flags, "--no-resume", "--no-perf-profile-enable", "--perf-profiler-steps=0",
+            "--save-interval=1000000000", "--eval-interval=0", "--sample-tokens=0",
+            f"--log-interval={log_interval}", f"--steps={steps}", f"--output-dir={run}",
         ]  # fmt: skip
 
     def _check_gate(self, records: Sequence[Records] | None) -> None:

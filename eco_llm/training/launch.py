@@ -209,7 +209,7 @@ class _Launch:
             PerfFiles(
                 perf, self.run.perf, timer, device=runtime.device,
                 tokens_per_step=t.tokens_per_step,
-                environment=environment, say=self.say,
+                environment=environment, say=self.say, memory=self._memory, annotated=(self.model.stack,),
             ),
             *([self.report] if self.report is not None else []),
             self.display,
@@ -244,18 +244,24 @@ class _Launch:
     def _probe(self, step: int) -> dict[str, Any]:
         reading = self.counters.read()
         numbers: dict[str, Any] = {"gpu_util_percent": reading.gpu_util_percent}
-        if reading.gpu_power_watts is not None:
-            numbers["gpu_power_watts"] = reading.gpu_power_watts
+        further = {"gpu_power_watts": reading.gpu_power_watts, "gpu_memory_used_gib": reading.gpu_memory_used_gib}
+        numbers |= {name: value for name, value in further.items() if value is not None}
         t = self.config.training
         if step % t.log_interval == 0 or step == t.steps:  # the allocator's counters cost 0.1 ms to read
             numbers["memory_peak_gib"] = self._peak_gib()
         return numbers
 
-    def _peak_gib(self) -> float | None:
-        """Of the whole run; the ledger starts the allocator's count anew in every step that it measures."""
+    def _memory(self) -> dict[str, float | None]:
+        """Peaks are the whole run's; the ledger starts the allocator's count anew in every step that it measures."""
         memory = memory_stats(self.runtime.device)
-        peak = memory.get("gpu_memory_peak_gib", memory["process_peak_rss_gib"])
-        return peak if self.ledger is None or peak is None else max(peak, self.ledger.highest / 2**30)
+        peak = memory.get("gpu_memory_peak_gib")
+        if self.ledger is not None and peak is not None:
+            memory["gpu_memory_peak_gib"] = max(peak, self.ledger.highest / 2**30)
+        return memory
+
+    def _peak_gib(self) -> float | None:
+        memory = self._memory()
+        return memory.get("gpu_memory_peak_gib", memory["process_peak_rss_gib"])
 
     def _record_settings(self, saved: checkpoint.Checkpoint | None) -> None:
         """Write config.json, or add this resume to it."""

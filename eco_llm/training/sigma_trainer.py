@@ -2,7 +2,8 @@
 
 One turn: fetch, forward, backward, update, clear (the core step, in `step.py`), then whatever is due: validation,
 checkpoint. Numbers that live on the device reach the log some steps later; nothing here waits for them. What
-happens to a step's numbers is the hooks' affair.
+happens to a step's numbers is the hooks' affair. What ends a run, the last validation and the last checkpoint, comes
+after its last step and is in no step's time: a short run's rates would be those of scoring the model.
 """
 
 from __future__ import annotations
@@ -137,11 +138,19 @@ class SigmaTrainer:
 
         self._scalars.push(step, output.names, output.values)
         record = self._waiting[step] = {"step": step, "lr": lr, **self._model.stack.figures(), **self._probe(step)}
-        if self._is_validation_due():
-            result = self._validate()
-            record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
+        is_last = step == self._training.steps
+        if self._is_validation_due() and not is_last:
+            record |= self._score()
         self._timer.end_step()
+        for hook in self._hooks:
+            hook.on_step_end(step)
+        if self._is_validation_due() and is_last:
+            record |= self._score()
         self._deliver(self._timer.collect(), self._scalars.collect())
+
+    def _score(self) -> dict[str, float]:
+        result = self._validate()
+        return {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
 
     def _review(self) -> None:
         """What INSTANT decides between steps; before a save, so that the checkpoint knows of it."""

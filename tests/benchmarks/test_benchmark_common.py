@@ -122,3 +122,21 @@ def test_worthless_evidence_is_refused(tmp_path: Path, claim: str, payload: dict
     with pytest.raises(ValueError, match=message):
         common.write_evidence(claim, payload, results=tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_evidence_of_a_gpu_names_it_though_this_process_did_no_work_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after start_time.py, whose trainings are processes of their own: torch is imported, CUDA not initialised."""
+    import torch
+
+    started: list[bool] = []
+    card = {"name": "NVIDIA H200"}
+    monkeypatch.setattr(torch.cuda, "init", lambda: started.append(True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: bool(started))
+    monkeypatch.setattr("eco_llm.perf.environment._gpu_of_torch", lambda torch, device: card)
+    payload = {"summary": {"s": 1.0}, "samples": [{"s": 1.0}]}
+    path = common.write_evidence("start", payload, device="cuda", results=tmp_path)
+    assert path == tmp_path / "nvidia-h200" / "start.json"
+    assert json.loads(path.read_text(encoding="utf-8"))["environment"]["gpu"] == card

@@ -15,7 +15,7 @@ from eco_llm.perf.profiler import StepProfiler
 
 def train(device: str, perf_dir: Path, steps: int, traced: int) -> tuple[StepProfiler, list[bool]]:
     timer = PhaseTimer(device)
-    profiler = StepProfiler(traced, device, perf_dir, timer, rows=5)
+    profiler = StepProfiler(traced, device, perf_dir, (timer,), rows=5)
     weight = torch.randn(64, 64, device=device, requires_grad=True)
     weight.sum().backward()
     profiler.start()
@@ -48,7 +48,11 @@ def check(profiler: StepProfiler, perf_dir: Path, operation: str) -> None:
     assert sum(milliseconds) <= table["total_ms"] * (1 + 1e-9)
     assert table["rows"][0]["percent"] == pytest.approx(100 * milliseconds[0] / table["total_ms"])
     assert any(operation in row["name"] for row in table["rows"])
-    assert not any(row["name"].startswith("eco/") for row in table["rows"])
+    mebibytes = [row["self_mib"] for row in table["memory_rows"]]
+    assert 0 < len(mebibytes) <= 5
+    assert mebibytes == sorted(mebibytes, reverse=True)
+    assert mebibytes[-1] > 0
+    assert not any(row["name"].startswith("eco/") for row in table["rows"] + table["memory_rows"])
 
 
 def test_traces_the_asked_steps_on_cpu(tmp_path: Path) -> None:
@@ -59,6 +63,8 @@ def test_traces_the_asked_steps_on_cpu(tmp_path: Path) -> None:
     assert (profiler.table["steps"], profiler.table["clock"]) == (2, "self_cpu_time")
     mm = next(row for row in profiler.table["rows"] if row["name"] == "aten::mm")
     assert mm["calls"] == 2 * 3  # one product forward and two backward, in each of two steps
+    taken = next(row for row in profiler.table["memory_rows"] if row["name"] == "aten::mm")
+    assert taken["self_mib"] == pytest.approx(2 * 3 * 64 * 64 * 4 / 2**20)
 
 
 def test_training_that_ends_early_still_leaves_its_trace(tmp_path: Path) -> None:

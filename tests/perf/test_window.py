@@ -9,7 +9,7 @@ import pytest
 
 from eco_llm.files import replacing, write_json
 from eco_llm.perf.phases import StepTimes
-from eco_llm.perf.window import PerfWindow, RollingWindow, rates
+from eco_llm.perf.window import GpuState, PerfWindow, RollingWindow, rates
 
 
 def step(number: int, scale: float = 1.0, ended_at: float | None = None) -> StepTimes:
@@ -32,8 +32,8 @@ def test_window_leaves_out_warmup_and_stops_after_its_last_step() -> None:
 
 def test_average_rates_are_total_tokens_over_total_time() -> None:
     window = PerfWindow(0, 2, 1000, mode="events", sync_boundaries=True)
-    window.add(step(1, scale=1.0), 80.0)
-    window.add(step(2, scale=3.0), None)
+    window.add(step(1, scale=1.0), GpuState(80.0))
+    window.add(step(2, scale=3.0), validated=True)
     report = window.report({"device": "cuda"})
     assert report["avg_effective_tokens_per_s"] == pytest.approx(2000 / 40.0)
     assert report["avg_core_tokens_per_s"] == pytest.approx(2000 / 38.0)
@@ -44,6 +44,7 @@ def test_average_rates_are_total_tokens_over_total_time() -> None:
     for name, seconds in {**phases, "optim": 13.0, "train": 17.0}.items():
         assert report[f"avg_phase_{name}_s"] == pytest.approx(seconds)
     assert (report["avg_gpu_util_percent"], report["gpu_util_samples"]) == (80.0, 1)
+    assert report["validations_in_window"] == 1
     assert (report["device_time_mode"], report["sync_boundaries"]) == ("events", True)
     assert report["environment"] == {"device": "cuda"}
     assert report["started"] == "1970-01-01T00:16:31.000+00:00"
@@ -53,7 +54,8 @@ def test_average_rates_are_total_tokens_over_total_time() -> None:
 def test_unknown_utilisation_is_null_not_zero() -> None:
     window = PerfWindow(0, 1, 1, mode="host", sync_boundaries=False)
     window.add(step(1))
-    assert window.report({})["avg_gpu_util_percent"] is None
+    for key in ("avg_gpu_util_percent", "avg_gpu_power_watts", "gpu_memory_used_gib"):
+        assert window.report({})[key] is None
 
 
 def test_incomplete_window_has_no_report(tmp_path: Path) -> None:
@@ -92,8 +94,10 @@ def test_bottlenecks_are_shares_of_the_step_sorted() -> None:
 def test_old_steps_leave_the_rolling_window_and_memory_is_bounded() -> None:
     window = RollingWindow(1, mode="host", sync_boundaries=False, seconds=600.0)
     for n in range(20_000):  # 2,000 seconds, ten steps each
-        window.add(step(n, scale=0.01, ended_at=n / 10))
+        window.add(step(n, scale=0.01, ended_at=n / 10), GpuState(gpu_power_watts=n, gpu_memory_used_gib=20_000 - n))
     report = window.report({})
+    assert report["avg_gpu_power_watts"] == pytest.approx((13_990 + 19_999) / 2)
+    assert report["gpu_memory_used_gib"] == 20_000 - 13_990
     assert (report["first_step"], report["last_step"]) == (13_990, 19_999)
     assert report["steps"] == 6010
     assert len(window._buckets) == 601

@@ -32,7 +32,7 @@ class Run:
         self.timer = PhaseTimer("cpu")
         self.hook = PerfFiles(
             config, folder, self.timer, device="cpu", tokens_per_step=100, environment={"gpu": None},
-            say=self.said.append,
+            say=self.said.append, memory=lambda: {"process_rss_gib": 1.5},
         )  # fmt: skip
 
     def train(self, first: int, last: int, *, late: int = 1, stop_after: int | None = None) -> Run:
@@ -42,6 +42,7 @@ class Run:
         for step in range(first, end + 1):
             self.hook.on_step(step)
             torch.ones(4).exp().sum().item()
+            self.hook.on_step_end(step)
             if step - late >= first:
                 self.hook.on_record(self.record(step - late))
         for step in range(max(first, end - late + 1), end + 1):
@@ -78,9 +79,14 @@ def test_a_complete_window(tmp_path: Path) -> None:
     assert report["environment"] == {"gpu": None}
     assert report["device_time_mode"] == "host"
     assert report["profiled_steps_in_window"] == 0
+    assert report["validations_in_window"] == 0
+    assert report["memory"] == {"process_rss_gib": 1.5}
     assert [s["step"] for s in report["samples"]] == [4, 5, 6, 7]
     assert run.said == [f"perf window of 4 steps: 100.0 tokens/s effective, 125.0 core → {BASELINE}"]
     rolling = run.read(BOTTLENECKS)
+    assert rolling["memory"] == {"process_rss_gib": 1.5}
+    assert rolling["avg_gpu_util_percent"] == pytest.approx(55.0)
+    assert rolling["avg_gpu_power_watts"] is None
     assert (rolling["steps"], rolling["first_step"], rolling["last_step"], rolling["profiler"]) == (9, 1, 9, None)
     assert run.written() == {BASELINE, BOTTLENECKS}
 
@@ -129,6 +135,34 @@ def test_the_rolling_file_is_rewritten_now_and_then(tmp_path: Path, monkeypatch:
         seen.append(run.read(BOTTLENECKS)["steps"])
     assert seen == [1, 1, 3, 3, 5]
     run.hook.on_end()
+
+
+@pytest.mark.parametrize(
+    ("last", "inside", "said"), [(9, 2, "; 2 validations inside"), (6, 1, "; 1 validation inside")]
+)
+def test_validations_inside_the_window_are_named(tmp_path: Path, last: int, inside: int, said: str) -> None:
+    """That of the run's last step comes after it, and counts in no window."""
+    run = Run(tmp_path, warmup=1, measure=5)
+    run.hook.on_start(1, last)
+    for step in range(1, last + 1):
+        scored = {"val_loss": 2.0} if step in (1, 4, 6) else {}
+        run.hook.on_record(run.record(step) | scored)
+    assert run.read(BASELINE)["validations_in_window"] == inside
+    assert said in run.said[-1]
+
+
+def test_what_nvml_says_of_memory_and_power_reaches_both_files(tmp_path: Path) -> None:
+    run = Run(tmp_path, warmup=1, measure=2)
+    run.hook.on_start(1, 4)
+    gpu = {1: (3.0, 100.0), 2: (5.0, 300.0), 3: (4.0, 200.0), 4: (None, None)}
+    for step, (memory, power) in gpu.items():
+        known = {} if memory is None else {"gpu_memory_used_gib": memory, "gpu_power_watts": power}
+        run.hook.on_record(run.record(step) | known)
+    run.hook.on_end()
+    window, rolling = run.read(BASELINE), run.read(BOTTLENECKS)
+    assert (window["avg_gpu_power_watts"], window["gpu_memory_used_gib"]) == (250.0, 5.0)
+    assert (rolling["avg_gpu_power_watts"], rolling["gpu_memory_used_gib"]) == (200.0, 5.0)
+    assert window["samples"][1]["gpu_power_watts"] == 200.0
 
 
 # -- the profiler ----------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ from train_cases import assert_same_checkpoint, assert_same_tree, losses, plant_
 
 from eco_llm.cli.main import main
 from eco_llm.model.sigma_llm import SigmaLLM
+from eco_llm.perf.profiler import StepProfiler
 from eco_llm.training import checkpoint
+from eco_llm.training.evaluation import evaluate
 from eco_llm.training.hooks.base import Hook
 from eco_llm.training.hooks.metrics_file import MetricsFile
 from eco_llm.training.sigma_trainer import SigmaTrainer
@@ -341,7 +343,10 @@ def test_gradient_accumulation_is_a_bigger_batch(tiny_flags: Flags, tmp_path: Pa
 def test_the_perf_window_writes_the_reports_files(
     tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The report's own short window: three steps, one of warm-up, two measured, two profiled."""
+    """The report's own short window: three steps, one of warm-up, two measured, two profiled.
+
+    Its headline rate is that of its steps: what ends the run, and starting and stopping the profiler, is not in it.
+    """
     window = "--perf-profile-enable --perf-warmup-steps 1 --perf-measure-steps 2 --perf-profiler-steps 2"
     clock = "--perf-device-time-mode auto --perf-sync-boundaries"
     honest, traced = checkpoint.save, []
@@ -350,7 +355,18 @@ def test_the_perf_window_writes_the_reports_files(
         traced.append(torch.autograd._profiler_enabled())
         return honest(*args, **kwargs)
 
+    def slow(work: Callable[..., Any]) -> Callable[..., Any]:
+        def after_a_while(*args: Any, **kwargs: Any) -> Any:
+            traced.append(torch.autograd._profiler_enabled() and work is evaluate)
+            time.sleep(0.4)
+            return work(*args, **kwargs)
+
+        return after_a_while
+
     monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr("eco_llm.training.launch.evaluate", slow(evaluate))
+    monkeypatch.setattr(StepProfiler, "start", slow(StepProfiler.start))
+    monkeypatch.setattr(StepProfiler, "stop", slow(StepProfiler.stop))
     assert main(tiny_flags(f"--steps 3 --no-resume --save-interval 1000 {window} {clock}")) == 0
     perf = tmp_path / "run" / "perf"
     baseline = json.loads((perf / "baseline_throughput.json").read_text())
@@ -366,15 +382,36 @@ def test_the_perf_window_writes_the_reports_files(
         "phase_optim_s",
     ):
         assert baseline[f"avg_{key}"] == pytest.approx(sum(r[key] for r in rows) / 2)
+    assert baseline["avg_effective_tokens_per_s"] > 0.7 * baseline["avg_core_tokens_per_s"]
+    assert "val_loss" in rows[-1]
+    assert baseline["validations_in_window"] == 0
     assert baseline["avg_gpu_util_percent"] is None
     assert baseline["profiled_steps_in_window"] == 2
     bottlenecks = json.loads((perf / "window_10m_bottlenecks.json").read_text())
     assert bottlenecks["dominant_stage"] == "train"
     assert sum(s["percent"] for s in bottlenecks["optimizer_phase"]) == pytest.approx(100)
+    page = (Path(__file__).parents[2] / "docs" / "perf.md").read_text(encoding="utf-8")
+    for key in (*baseline, *bottlenecks, *bottlenecks["profiler"]):
+        shown = "avg_phase_*_s" if key.startswith("avg_phase_") else key
+        assert f"`{shown}`" in page, f"docs/perf.md does not say what {key} is"
+    for memory in (baseline["memory"], bottlenecks["memory"]):
+        assert set(memory) == {"process_rss_gib", "process_peak_rss_gib"}  # no GPU: absent, not zero
+        assert 0 < memory["process_rss_gib"] <= memory["process_peak_rss_gib"]
     assert bottlenecks["profiler"]["steps"] == 2
     assert not any(row["name"].startswith(("eco/", "Optimizer.")) for row in bottlenecks["profiler"]["rows"])
     assert (perf / "trace.json.gz").stat().st_size > 0
-    assert traced == [False]  # the final checkpoint is in no trace
+    assert not any(traced)  # neither the final validation nor the final checkpoint is in the trace
+
+
+def test_a_validation_inside_the_window_is_named(
+    tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    window = "--perf-profile-enable --perf-warmup-steps 1 --perf-measure-steps 2 --steps 3 --eval-interval 2"
+    assert main(tiny_flags(window)) == 0
+    baseline = json.loads((tmp_path / "run" / "perf" / "baseline_throughput.json").read_text())
+    assert ["val_loss" in row for row in records(tmp_path / "run")] == [False, True, True]
+    assert baseline["validations_in_window"] == 1
+    assert "; 1 validation inside, in the effective rate" in capsys.readouterr().out
 
 
 def test_torch_compile_trains_to_the_same_losses(tiny_flags: Flags, tmp_path: Path) -> None:

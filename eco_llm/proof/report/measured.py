@@ -15,6 +15,7 @@ from eco_llm.proof.report.tables import absent, across
 PHASES = ("data", "forward", "backward", "opt_step", "zero_grad", "optim", "train")
 _RATES = ("effective_tokens_per_s", "core_tokens_per_s", "step_time_s", "core_step_time_s")
 TIMES = (*_RATES, *(f"phase_{name}_s" for name in PHASES), "data_host_s", "gpu_util_percent")
+_GPU = ("gpu_power_watts", "gpu_memory_used_gib")  # in logs of runs on a GPU
 _PLACED = {*TIMES, "step", "tokens", "lr", "loss", "val_loss", "val_bits_per_byte", "started_at", "ended_at"}
 _TABLE_ROWS = 10
 _DRAWABLE = 1e300  # sums and differences of what is drawn stay finite; NaN is not below it either
@@ -107,7 +108,7 @@ def measured(runs: Sequence[Run]) -> Section:
     tail = across(
         "Tail of the run (metrics.jsonl)",
         runs,
-        ["loss", *TIMES, "gpu_power_watts"],
+        ["loss", *TIMES, *_GPU],
         _tail_median,
         note="Medians over "
         + "; ".join(f"{_tail_words(run)} of {run.label}" for run in runs if len(run.metrics))
@@ -118,7 +119,7 @@ def measured(runs: Sequence[Run]) -> Section:
     results = _results(runs)
     if results:
         blocks.append(results)
-    own = sorted({key for run in runs for key in run.metrics.keys} - _PLACED - {"gpu_power_watts"})
+    own = sorted({key for run in runs for key in run.metrics.keys} - _PLACED - set(_GPU))
     others = across(
         "Everything else in the log",
         runs,

@@ -1,0 +1,79 @@
+"""Names for blocks in a profiler's trace: `eco/block_07_mamba` while a block computes, `…_backward` for its gradient.
+
+Only hooks are added, so what is computed is what is computed without them. Which calls are named is the mode's affair:
+where backward runs a block again (recompute, compress, coupled, fixed-point), that call is a range of the first name
+inside the phase `eco/backward`, and the gradient follows it. A compiled block is one call, and the range is around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from eco_llm.instant.coupled import Layer
+from eco_llm.instant.replay import SubLayer
+
+
+class NamedBlock:
+    """A block (or one sub-layer of it) whose calls and gradients are named ranges.
+
+    The gradient's range opens before the node that made the output, and closes when the input's gradient is complete.
+    Hooks of a tensor run before those of the node that made it, so a block's range closes before that of the one below
+    opens. Gradients of weights may still be added up after it.
+    """
+
+    def __init__(self, block: Any, name: str, call: SubLayer | None = None) -> None:
+        self._block: Layer = block
+        self._name = name
+        self._call: SubLayer = call or block
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]; x requires a gradient, or nothing of it is named in backward."""
+        ranges = _Open(f"{self._name}_backward")
+        if x.requires_grad:
+            x.register_hook(ranges.close)
+        with record_function(self._name):
+            y = self._call(x)
+        if x.requires_grad and y.grad_fn is not None:
+            y.grad_fn.register_prehook(ranges.open)
+        return y
+
+    @property
+    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
+        """Both halves, under the block's name."""
+        mix, feed = self._block.sub_layers
+        return NamedBlock(self._block, self._name, mix), NamedBlock(self._block, self._name, feed)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The block's."""
+        return iter(self._block.parameters())  # type: ignore[attr-defined]  # a sub-layer's is not asked
+
+
+class _Open:
+    """A range that hooks open and close, on the thread that runs backward."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._range: record_function | None = None
+
+    def open(self, gradients: Any) -> None:
+        """Before the output's node runs."""
+        self._range = record_function(self._name)
+        self._range.__enter__()
+
+    def close(self, gradient: Tensor) -> None:
+        """Once the input's gradient is there."""
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
+
+
+def named(blocks: Any, mixers: tuple[str, ...]) -> list[NamedBlock]:
+    """Every block under its number and kind."""
+    return [
+        NamedBlock(block, f"eco/block_{index:02d}_{mixer}")
+        for index, (block, mixer) in enumerate(zip(blocks, mixers, strict=True))
+    ]
