@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from eco_llm.instant.coupled import Layer
-from eco_llm.instant.replay import SubLayer
+from eco_llm.instant.replay import Feed, SubLayer
+from eco_llm.ops.quantize import Keep
 
 
 class NamedBlock:
@@ -28,21 +29,21 @@ class NamedBlock:
     def __init__(self, block: Any, name: str, call: SubLayer | None = None) -> None:
         self._block: Layer = block
         self._name = name
-        self._call: SubLayer = call or block
+        self._call: Any = call or block
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]; x requires a gradient, or nothing of it is named in backward."""
+    def __call__(self, x: Tensor, keep: Keep | None = None, /) -> Tensor:
+        """[B, T, D] -> [B, T, D]; x requires a gradient, or its gradient has no name. `keep` as of the block."""
         ranges = _Open(f"{self._name}_backward")
         if x.requires_grad:
             x.register_hook(ranges.close)
         with record_function(self._name):
-            y = self._call(x)
+            y = self._call(x) if keep is None else self._call(x, keep)
         if x.requires_grad and y.grad_fn is not None:
             y.grad_fn.register_prehook(ranges.open)
         return y
 
     @property
-    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
+    def sub_layers(self) -> tuple[SubLayer, Feed]:
         """Both halves, under the block's name."""
         mix, feed = self._block.sub_layers
         return NamedBlock(self._block, self._name, mix), NamedBlock(self._block, self._name, feed)

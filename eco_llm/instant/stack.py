@@ -41,7 +41,7 @@ HYSTERESIS = 0.9
 class Block(Layer, Protocol):
     """What the stack needs of a block."""
 
-    def __call__(self, x: Tensor, keep: Keep | None = None) -> Tensor:
+    def __call__(self, x: Tensor, keep: Keep | None = None, /) -> Tensor:
         """Both sub-layers, plain residual form: [B, T, D] -> [B, T, D]; `keep` as of a `Feed`."""
 
     @property
