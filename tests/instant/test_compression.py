@@ -117,7 +117,9 @@ def test_what_attention_keeps_of_itself_is_not_packed(
     shapes.clear()
     model.stack._compressed(block, 2, x)
     assert shapes.count(x.numel()) >= 1
-    assert sum(shapes) == model.stack.sizes.before // 2
+    # On CUDA the MLP's op writes the codes of its own gate and up.
+    written = 2 * 63 * block.mlp.gate_up.out_features if x.is_cuda else 0
+    assert sum(shapes) + written == model.stack.sizes.before // 2
 
 
 def test_non_finite_numbers_are_not_hidden(build: Build, batch: tuple[Tensor, Tensor]) -> None:

@@ -188,7 +188,12 @@ def test_launchers_refuse_what_does_not_fit() -> None:
 @pytest.mark.parametrize("channels", [64, 192, 832] if INTERPRETED else [64, 192, 832, 1536, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_codes_are_the_unfused_ones(dtype: torch.dtype, channels: int, bits: int) -> None:
-    """Forward writes what `quantize` makes of y and z; backward reads what `dequantize` would give; bit for bit."""
+    """Forward writes what `quantize` makes of y and z; backward reads what `dequantize` would give; bit for bit.
+
+    In rows of 32 KiB the compiler spreads the two kernels over threads in two ways, and their sums differ in the last
+    bits (seen on an H200): close is enough there.
+    """
+    bits_alike = channels * dtype.itemsize < 32_768
     from eco_llm.ops.gated_norm import triton as norm
     from eco_llm.ops.quantize import dequantize, quantize
 
@@ -197,7 +202,7 @@ def test_codes_are_the_unfused_ones(dtype: torch.dtype, channels: int, bits: int
     weight, dg = 1 + 0.3 * normal(channels, seed=2), normal(2, 7, channels, seed=3, dtype=dtype)
     step = torch.tensor((3 << 32) + 5, device=y.device)
     g, codes = norm.gated_norm_forward_to_codes(y, z, weight, 1e-5, bits, step, 70, 71)
-    assert torch.equal(g, norm.gated_norm_forward(y, z, weight, 1e-5))
+    alike(g, norm.gated_norm_forward(y, z, weight, 1e-5), bits_alike)
     expected = [quantize(x, bits, step=step, stream=s, backend="reference") for x, s in ((y, 70), (z, 71))]
     for got, want in zip(codes[:4], (t for q in expected for t in q[:2]), strict=True):
         assert torch.equal(got, want)
@@ -208,4 +213,12 @@ def test_codes_are_the_unfused_ones(dtype: torch.dtype, channels: int, bits: int
         partials = norm.gated_norm_backward_partials(dg, *inputs, weight, 1e-5, dz, dy, again, **extra)
         found.append((dy, dz, again, partials))
     for actual, want in zip(*found, strict=True):
-        assert torch.equal(actual, want)
+        alike(actual, want, bits_alike)
+
+
+def alike(actual: Tensor, expected: Tensor, bits: bool) -> None:
+    """Equal, or without `bits` close."""
+    if bits:
+        assert torch.equal(actual, expected)
+    else:
+        assert_close(actual, expected, 2e-6)

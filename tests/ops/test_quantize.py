@@ -6,6 +6,7 @@ Tests of the kernels need a GPU (`-m gpu`), or Triton's interpreter: TRITON_INTE
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -608,7 +609,8 @@ def test_every_kernel_fits_a_consumer_card_and_moves_16_bytes_at_a_time(
     assert len(built) == 6
     for name, shared, ptx in built:
         assert shared <= SHARED_MEMORY_OF_CONSUMER_CARDS
-        assert "fma.rn.f32" not in ptx
+        # What the source asks for (an exact inverse) is inline; the compiler itself may contract nothing.
+        assert "fma.rn.f32" not in re.sub(r"// begin inline asm.*?// end inline asm", "", ptx, flags=re.S)
         wide = "st.global.v4.b32" if name == "dequantize_kernel" else "ld.global.v4.b32"
         assert wide in ptx, name
 
