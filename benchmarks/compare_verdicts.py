@@ -25,6 +25,7 @@ from eco_llm.proof.runs import Program
 DEFAULT = (
     "--d-model 32 --n-layers 3 --mamba-ratio 2 --attention-ratio 1 --n-heads 2 --kv-latent-dim 16 --rope-head-dim 8"
     " --mamba-state-dim 16 --vocab-size 300 --batch-size 2 --seq-len 24 --device cpu --no-torch-compile --data eco_llm"
+    " --lr 4e-3"
 )
 PLANTED = 0.05
 

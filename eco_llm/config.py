@@ -674,10 +674,12 @@ class CompareConfig:
     """Measured steps of a window; in separate processes it is --perf-measure-steps."""
     separate: bool = False
     """A fresh process for every window, instead of two live ones that take turns and share the memory."""
-    gate_steps: int = 5
-    """First steps whose losses must agree before any speed is reported."""
+    gate_steps: int = 10
+    """First steps in which both sides must learn the same before any speed is reported; 1 compares only loss and
+    gradient norm of the untrained models."""
     gate_tolerance: float = 0.0
-    """Largest relative difference of those losses; 0 is 1e-4 in fp32 and 1e-2 in bf16."""
+    """Largest relative difference of the first losses; 0 is 1e-4 in fp32 and 2e-3 in bf16. A larger one than 0.02,
+    the limit for gradient norms and for progress, widens these too."""
     min_effect: float = 1.0
     """Smallest difference in percent that is called faster or slower."""
 
@@ -724,7 +726,7 @@ class ReportConfig:
     """What `eco_train report` can be told, besides the run directories."""
 
     out: str = ""
-    """Folder for PROOF_OF_EVOLUTION.md and report.html; the first run's by default."""
+    """Folder for PROOF_OF_EVOLUTION.md and report.html; the last named run's by default."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ _USAGE = """usage: eco_train compare --a "FLAGS" --b "FLAGS" [--a-rev REV] [--b-
   eco_train compare @train_sigma_args.txt --a "--no-torch-compile" --b "--torch-compile"
   eco_train compare @train_sigma_args.txt --a-rev HEAD~1 --b-rev HEAD
 
-Exit codes: 0 a verdict (also "no difference shown"), 5 the losses differ and there is none, 3 and 1 a side ran out of
-memory or crashed. Report: OUT/perf/latest_bottleneck_fix_report.json, OUT being --output-dir.
+Exit codes: 0 a verdict (also "no difference shown"), 5 the sides do not learn the same and there is none, 3 and 1 a
+side ran out of memory or crashed, 130 and 143 stopped. Report:
+OUT/perf/latest_bottleneck_fix_report.json, OUT being --output-dir.
 """
 
 
@@ -46,14 +47,16 @@ def run(args: Sequence[str]) -> int:
 
     try:
         with contextlib.ExitStack() as checkouts:
-            return _compare(args, settings, common, checkouts)
+            return _compare(settings, common, checkouts)
     except Stopped as stop:
         return int(stop.outcome)
 
 
-def _compare(args: Sequence[str], settings: CompareConfig, common: list[str], checkouts: contextlib.ExitStack) -> int:
-    from eco_llm.proof.compare import Comparison, NotComparable, check_same_work
+def _compare(settings: CompareConfig, common: list[str], checkouts: contextlib.ExitStack) -> int:
+    from eco_llm.proof.compare import Comparison
+    from eco_llm.proof.gate import NotComparable, check_same_learning, check_same_tokens
     from eco_llm.proof.revisions import Revision, turns_protocol
+    from eco_llm.proof.runs import Stopped
     from eco_llm.proof.turns import PROTOCOL, RunFailed
 
     revisions = {
@@ -72,7 +75,8 @@ def _compare(args: Sequence[str], settings: CompareConfig, common: list[str], ch
     a, b = sides
     if a.settings["output_dir"] != b.settings["output_dir"]:
         raise UserError("--output-dir is the comparison's, not a side's: name it once, outside --a and --b")
-    check_same_work(a, b)
+    check_same_tokens(a.settings, b.settings)
+    check_same_learning(a.settings, b.settings, settings.gate_steps)
     console, progress = _display()
     with progress as bar:
         task = bar.add_task("pairs", total=None)
@@ -81,7 +85,7 @@ def _compare(args: Sequence[str], settings: CompareConfig, common: list[str], ch
             warmup_steps=a.settings["perf_warmup_steps"],
             measure_steps=a.settings["perf_measure_steps"],
             why_not_in_turns=why_not,
-            command=["eco_train", "compare", *args],
+            command=["eco_train", *sys.argv[1:]],  # as typed: an arguments file by its name
             say=lambda text: console.print(text, markup=False),
             on_pair=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
@@ -91,13 +95,18 @@ def _compare(args: Sequence[str], settings: CompareConfig, common: list[str], ch
             bar.stop()
             console.print(f"gate red: {red}", markup=False)
             return NOT_COMPARABLE
+        except (KeyboardInterrupt, Stopped):
+            bar.stop()
+            console.print(f"interrupted; what was measured: {comparison.file}", markup=False)
+            raise
         except RunFailed as failure:
             if failure.ending == "refused":
                 raise UserError(f"--{failure.side}: {failure.reason}") from None
             bar.stop()
             console.print(f"no verdict: {failure}", markup=False)
             return failure.code if failure.code > 0 else int(Outcome.CRASHED)
-    _show(console, report)
+    assert comparison.gate is not None
+    _show(console, report, comparison.gate.sentence())
     console.print(f"report: {comparison.file}", markup=False)
     return 0
 
@@ -155,7 +164,7 @@ def _display() -> tuple[Any, Any]:
     return console, Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
-def _show(console: Any, report: dict[str, Any]) -> None:
+def _show(console: Any, report: dict[str, Any], gate: str) -> None:
     from rich.table import Table
 
     a, b = report["a"], report["b"]
@@ -176,9 +185,5 @@ def _show(console: Any, report: dict[str, Any]) -> None:
         percent = f"{100 * (y / x - 1):+.1f}" if x else ""
         table.add_row(title, f"{x:{form}}", f"{y:{form}}", f"{y - x:+{form}}", percent)
     console.print(table)
-    gate = report["gate"]
-    console.print(
-        f"gate: losses of the first {gate['steps']} steps agree to {gate['largest_relative_difference']:.1g}"
-        f" ({gate['tolerance']:g} allowed)"
-    )
+    console.print(gate, markup=False)
     console.print(report["sentence"], markup=False)

@@ -81,9 +81,10 @@ def _unknown(tokens: Sequence[str], cls: type) -> str:
     if flag is None:
         return f"unexpected argument {tokens[0]!r}"
     flag = flag.partition("=")[0]
-    known = _flags(cls)
-    near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.5)
-    return f"unknown flag {flag}" + (f"; perhaps you meant {near[0]}" if near else "")
+    # Compared without their dashes, which all flags share and which would make any two short ones alike.
+    known = [name.removeprefix("--") for name in _flags(cls)]
+    near = difflib.get_close_matches(flag.replace("_", "-").lstrip("-"), known, n=1, cutoff=0.5)
+    return f"unknown flag {flag}" + (f"; perhaps you meant --{near[0]}" if near else "")
 
 
 def _flags(cls: type) -> list[str]:

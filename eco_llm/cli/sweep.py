@@ -37,14 +37,15 @@ def run(args: Sequence[str]) -> int:
         fresh = not typed.training.resume
         config = point_config(typed)
         config.validate()
-        points.append(Point(values, (*flags, *fixed_flags(typed)), config))
+        own = grid.without(flags, {*FIXED, "output_dir"})
+        points.append(Point(values, (*own, *fixed_flags(typed)), config))
 
     from eco_llm.data.sources import check_sources
 
     for config in {p.config.data: p.config for p in points}.values():
         check_sources(config.data, seq_len=config.training.seq_len)
     out = Path(points[0].config.training.output_dir)
-    sweep = Sweep(out, points, fresh=fresh, command=["eco_train", "sweep", *args])
+    sweep = Sweep(out, points, fresh=fresh, command=["eco_train", *sys.argv[1:]])
     try:
         with sweep.opened():
             _run(sweep)

@@ -1,18 +1,19 @@
 """Two settings, or two revisions, against each other: is B faster than A, by how much, and how sure is that.
 
-Both sides train the same tokens from the same seed. First their losses must agree (the gate); then adjacent windows
-of steps are compared in pairs (eco_llm.proof.statistics). Windows come from two live runs that take turns, or, where
-two do not fit in memory, where a revision cannot take turns, or on request, each from a process of its own.
+Both sides train the same tokens from the same seed. First they must be seen to do the same work (eco_llm.proof.gate);
+then adjacent windows of steps are compared in pairs (eco_llm.proof.statistics). Windows come from two live runs that
+take turns, or, where two do not fit in memory, where a revision cannot take turns, or on request, each from a process
+of its own.
 
 OUT/perf/latest_bottleneck_fix_report.json   the result, raw samples included
 OUT/perf/compare/                            the runs' directories, without checkpoints, and what they printed
+OUT/perf/previous_comparisons/NNN.json       earlier results
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import shutil
 import statistics as simple
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eco_llm.config import CompareConfig
-from eco_llm.errors import UserError
+from eco_llm.config import FEWEST_PAIRS, CompareConfig
 from eco_llm.files import strict, write_json
 from eco_llm.locks import lock_folder
 from eco_llm.perf import environment
 from eco_llm.proof import runs
+from eco_llm.proof.gate import Allowed, Gate, NotComparable
 from eco_llm.proof.revisions import Revision
 from eco_llm.proof.runs import Program
 from eco_llm.proof.statistics import PRECISION, Difference, coin_order, difference, precise
@@ -40,10 +41,6 @@ _PAIRS_IN_TURNS, _MOST_PAIRS_IN_TURNS, _PAIRS_SEPARATE = 40, 400, 10
 _PAIRS_BETWEEN_LOOKS = 20
 _PHASES = ("data", "forward", "backward", "opt_step", "zero_grad")
 _TIMES = ("step_time_s", "core_step_time_s", *(f"phase_{name}_s" for name in _PHASES))
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
-# What decides which tokens a step sees; two sides that differ in one of these do different work.
-_SAME = ("data", "text_field", "tokenizer", "val_fraction", "vocab_size", "seed", "seq_len")
-
 Records = list[dict[str, Any]]
 
 
@@ -66,61 +63,6 @@ class Side:
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step."""
         return int(self.settings["batch_size"] * self.settings["seq_len"] * self.settings["grad_accum"])
-
-
-def check_same_work(a: Side, b: Side) -> None:
-    """Refuse sides whose steps would not see the same tokens.
-
-    Raises:
-        UserError: naming the first setting that makes them differ.
-    """
-    for name in _SAME:
-        if a.settings.get(name) != b.settings.get(name):
-            raise UserError(
-                f"--{name.replace('_', '-')} is {_shown(a.settings.get(name))} in A and {_shown(b.settings.get(name))}"
-                " in B: their steps would not see the same tokens"
-            )
-    if a.tokens_per_step != b.tokens_per_step:
-        raise UserError(
-            f"A has {a.tokens_per_step} tokens a step and B {b.tokens_per_step} (--batch-size × --seq-len ×"
-            " --grad-accum): compare equal work, or measure batch sizes with `eco_train sweep`"
-        )
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Whether the sides compute the same."""
-
-    passed: bool
-    steps: int
-    tolerance: float
-    largest_relative_difference: float
-    losses_a: list[float]
-    losses_b: list[float]
-
-    @staticmethod
-    def judge(a: Records, b: Records, steps: int, tolerance: float) -> Gate:
-        """Compare the losses of steps 1 … `steps`; NaN equals nothing."""
-        losses = [[float(r["loss"]) for r in records[:steps]] for records in (a, b)]
-        apart = [abs(x - y) / abs(x) if x else abs(y) for x, y in zip(*losses, strict=True)]
-        finite = all(math.isfinite(x) for x in apart)
-        worst = max(apart) if finite else math.inf
-        return Gate(worst <= tolerance, steps, tolerance, worst, losses[0], losses[1])
-
-
-class NotComparable(Exception):
-    """The gate is red."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__(
-            f"the losses of the first {gate.steps} steps differ by {gate.largest_relative_difference:.2g} of their"
-            f" value, {gate.tolerance:g} is allowed: A and B do not compute the same, so there is no verdict on speed"
-        )
-        self.gate = gate
 
 
 class Comparison:
@@ -158,28 +100,48 @@ class Comparison:
         self._warmup, self._measure = warmup_steps, measure_steps
         self._why_not_in_turns = why_not_in_turns
         self._command, self._say, self._on_pair = list(command), say, on_pair
-        self._gate: Gate | None = None
+        self.gate: Gate | None = None
+        self._mode, self._why_separate = "in turns", why_not_in_turns
+        self._pairs: Callable[[], list[tuple[Records, Records]]] = list
+        """The pairs of windows measured so far."""
 
     def run(self) -> dict[str, Any]:
         """Measure, write the report, return it.
 
         Raises:
-            NotComparable: the gate is red (the report says so, and has no speeds).
+            NotComparable: the gate is not green (the report says so, and has no speeds).
             RunFailed: a side ended by itself (the report says so).
+            KeyboardInterrupt, Stopped: somebody stopped it. The report has the verdict of the pairs that were measured,
+                where they are enough for one, and says that it was interrupted.
             UserError: another comparison works here.
         """
         with self._locked(), runs.stoppable():
+            self._set_aside()
             try:
-                windows, mode, why_separate = self._windows()
-                report = self._report(windows, mode, why_separate)
+                windows = self._windows()
             except NotComparable as red:
-                write_json(self.file, strict(self._head() | {"verdict": None, "gate": dataclasses.asdict(red.gate)}))
+                self._write(self._head() | {"verdict": None, "gate": dataclasses.asdict(red.gate)})
                 raise
             except RunFailed as failure:
-                write_json(self.file, strict(self._head() | {"verdict": None, "failure": str(failure)}))
+                self._write(self._head() | {"verdict": None, "failure": str(failure)})
                 raise
+            except (KeyboardInterrupt, runs.Stopped):
+                self._write(self._interrupted())
+                raise
+            return self._write(self._report(windows))
+
+    def _write(self, report: dict[str, Any]) -> dict[str, Any]:
         write_json(self.file, strict(report))
         return report
+
+    def _set_aside(self) -> None:
+        """An earlier report must not be found beside the runs of this comparison, however this one ends."""
+        if not self.file.exists():
+            return
+        shelf = self.file.parent / "previous_comparisons"
+        shelf.mkdir(exist_ok=True)
+        taken = [int(p.stem) for p in shelf.glob("*.json") if p.stem.isdecimal()]
+        self.file.replace(shelf / f"{max(taken, default=0) + 1:03d}.json")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -191,19 +153,19 @@ class Comparison:
 
     # -- measuring -----------------------------------------------------------------------------------------
 
-    def _windows(self) -> tuple[list[tuple[Records, Records]], str, str | None]:
-        """(pairs of windows, how they were had, why not in turns if they were not)."""
-        why = self._why_not_in_turns
-        if why is None:
+    def _windows(self) -> list[tuple[Records, Records]]:
+        """All pairs of windows; how they were had is in `_mode` and `_why_separate`."""
+        if self._why_separate is None:
             try:
-                return self._in_turns(), "in turns", None
+                return self._in_turns()
             except RunFailed as failure:
                 if failure.ending not in ("out_of_memory", "killed"):
                     raise
-                why = f"two live runs do not fit in memory ({failure})"
-        if why != "--separate":
-            self._say(f"{why}: each window gets a process of its own, which takes longer")
-        return self._separately(), "separate processes", why
+                self._why_separate = f"two live runs do not fit in memory ({failure})"
+        self._mode, self._pairs, self.gate = "separate processes", list, None
+        if self._why_separate != "--separate":
+            self._say(f"{self._why_separate}: each window gets a process of its own, which takes longer")
+        return self._separately()
 
     def _clear(self) -> None:
         for entry in self.folder.iterdir():
@@ -230,6 +192,13 @@ class Comparison:
         def windows(records: Sequence[Records], pairs: int) -> list[tuple[Records, Records]]:
             return [(window(records[0], i), window(records[1], i)) for i in range(pairs)]
 
+        def so_far() -> list[tuple[Records, Records]]:
+            """Of runs that were cut off anywhere."""
+            records = [runs.read_records(self.folder / side.label) for side in self._sides]
+            self._check_gate(records if self.gate is None else None)
+            return windows(records, max(0, (min(map(len, records)) - warmup) // turn))
+
+        self._pairs = so_far
         with contextlib.ExitStack() as stack:
             live = []
             for side in self._sides:
@@ -244,7 +213,7 @@ class Comparison:
             for i, a_first in enumerate(coin_order(most, self._sides[0].settings["seed"]), 1):
                 for run_ in live if a_first else reversed(live):
                     run_.turn(warmup + i * turn)
-                self._check_gate([runs.read_records(run_.run) for run_ in live] if self._gate is None else None)
+                self._check_gate([runs.read_records(run_.run) for run_ in live] if self.gate is None else None)
                 self._on_pair(i, fewest if i <= fewest else most)
                 if fewest <= i < most and i % _PAIRS_BETWEEN_LOOKS == 0:
                     # The newest window's numbers may still be on the device.
@@ -265,6 +234,7 @@ class Comparison:
         warmup = max(self._warmup, s.gate_steps)
         steps = warmup + self._measure
         windows: list[tuple[Records, Records]] = []
+        self._pairs = lambda: windows
         for i, a_first in enumerate(coin_order(pairs, self._sides[0].settings["seed"])):
             found: dict[str, Records] = {}
             for side in self._sides if a_first else reversed(self._sides):
@@ -285,9 +255,10 @@ class Comparison:
         return windows
 
     def _quiet_flags(self, side: Side, run: Path, steps: int, log_interval: int) -> list[str]:
+        """No warm-up of the learning rate: the gate's steps must train for it to see an optimizer at work."""
         return [
             *side.flags, "--no-resume", "--no-perf-profile-enable", "--perf-profiler-steps=0",
-            "--save-interval=1000000000", "--eval-interval=0", "--sample-tokens=0",
+            "--save-interval=1000000000", "--eval-interval=0", "--sample-tokens=0", "--warmup-steps=0",
             f"--log-interval={log_interval}", f"--steps={steps}", f"--output-dir={run}",
         ]  # fmt: skip
 
@@ -296,10 +267,10 @@ class Comparison:
         s = self._settings
         if records is None or min(map(len, records)) < s.gate_steps:
             return
-        tolerance = s.gate_tolerance or max(_TOLERANCE[str(self._resolved(x)["compute_dtype"])] for x in self._sides)
-        self._gate = Gate.judge(records[0], records[1], s.gate_steps, tolerance)
-        if not self._gate.passed:
-            raise NotComparable(self._gate)
+        dtypes = [str(self._resolved(side)["compute_dtype"]) for side in self._sides]
+        self.gate = Gate.judge(records[0], records[1], s.gate_steps, Allowed.of(dtypes, s.gate_tolerance))
+        if not self.gate.passed:
+            raise NotComparable(self.gate)
 
     def _check_code(self) -> None:
         """A revision's checkout must be what ran, whatever is installed."""
@@ -310,41 +281,62 @@ class Comparison:
 
     # -- the report ----------------------------------------------------------------------------------------
 
-    def _newest_run(self, side: Side) -> Path:
-        return max(p for p in self.folder.iterdir() if p.is_dir() and p.name.partition("_")[0] == side.label)
+    def _newest_run(self, side: Side) -> Path | None:
+        found = (p for p in self.folder.iterdir() if p.is_dir() and p.name.partition("_")[0] == side.label)
+        return max(found, default=None)
 
     def _resolved(self, side: Side) -> dict[str, Any]:
-        content = runs.read_json(self._newest_run(side) / "config.json") or {}
+        run = self._newest_run(side)
+        content = (runs.read_json(run / "config.json") if run else None) or {}
         return dict(content.get("resolved", {}))
 
     def _environment(self, side: Side) -> dict[str, Any] | None:
-        content = runs.read_json(self._newest_run(side) / runs.BOTTLENECKS_FILE) or {}
+        """What the side's run says of itself; None where it did not live to say it."""
+        run = self._newest_run(side)
+        content = (runs.read_json(run / runs.BOTTLENECKS_FILE) if run else None) or {}
         found = content.get("environment")
         return dict(found) if found else None
 
     def _head(self) -> dict[str, Any]:
-        """What is known before anything is measured."""
+        """What is known whatever was measured."""
         a, b = self._sides
         different = {k: [a.settings.get(k), b.settings.get(k)] for k in {**a.settings, **b.settings}}
+        device = str(self._resolved(b).get("device") or b.settings.get("device"))
+        about = environment.collect(device, self._command)
         return {
             "kind": "compare",
-            "command": environment.command_line(self._command),
+            "date": about["date"],
+            "command": about["command"],
+            "interrupted": False,
             "settings": dataclasses.asdict(self._settings),
             "changed": {k: v for k, v in different.items() if v[0] != v[1]},
-            "a": self._identity(a),
-            "b": self._identity(b),
+            "environment": about,
+            "a": self._identity(a, about),
+            "b": self._identity(b, about),
         }
 
-    def _identity(self, side: Side) -> dict[str, Any]:
+    def _identity(self, side: Side, about: dict[str, Any]) -> dict[str, Any]:
         return {
             "flags": side.typed,
             "revision": side.revision.name if side.revision else None,
-            "commit": side.revision.commit if side.revision else None,
+            "commit": side.revision.commit if side.revision else about["commit"],
             "training_command": environment.command_line(["eco_train", *side.flags]),
         }
 
-    def _report(self, windows: list[tuple[Records, Records]], mode: str, why_separate: str | None) -> dict[str, Any]:
-        assert self._gate is not None
+    def _interrupted(self) -> dict[str, Any]:
+        """The report of a comparison that was stopped: a verdict by the same rule if the pairs are enough for one."""
+        try:
+            windows = self._pairs()
+        except NotComparable as red:
+            return self._head() | {"interrupted": True, "verdict": None, "gate": dataclasses.asdict(red.gate)}
+        if self.gate is not None and len(windows) >= FEWEST_PAIRS:
+            report = self._report(windows)
+            return report | {"interrupted": True, "sentence": f"{report['sentence']}; interrupted before the end"}
+        return self._head() | {"interrupted": True, "verdict": None, "failure": "interrupted", "pairs": len(windows)}
+
+    def _report(self, windows: list[tuple[Records, Records]]) -> dict[str, Any]:
+        assert self.gate is not None
+        head = self._head()
         samples: list[dict[str, Any]] = [
             {"pair": i + 1, "a_first": first, "a": _medians(a), "b": _medians(b)}
             for i, ((a, b), first) in enumerate(
@@ -356,21 +348,24 @@ class Comparison:
         sides = {}
         for side in self._sides:
             tail = {name: simple.median(w[name] for w in by_side[side.label]) for name in _TIMES}
-            at = self._environment(side) or {}
+            # Of a run that was cut off: this process's, which is the same code on the same machine but for a revision.
+            at = self._environment(side) or (head["environment"] if side.revision is None else {})
+            run = self._newest_run(side)
+            assert run is not None
             sides[side.label] = {
-                **self._identity(side),
-                "commit": at.get("commit"),
+                **head[side.label],
+                "commit": at.get("commit", head[side.label]["commit"]),
                 "tail_throughput_tokens_per_s": side.tokens_per_step / tail["step_time_s"],
                 "tail_core_throughput_tokens_per_s": side.tokens_per_step / tail["core_step_time_s"],
                 **{f"tail_{name.removeprefix('phase_')}": value for name, value in tail.items()},
-                "peak_memory_gib": runs.peak_memory_gib(runs.read_records(self._newest_run(side))),
+                "peak_memory_gib": runs.peak_memory_gib(runs.read_records(run)),
                 "resolved": {k: v for k, v in self._resolved(side).items() if k != "data_folder"},
                 "environment": at,
             }
         a, b = sides["a"], sides["b"]
         verdict = found.verdict(self._settings.min_effect)
         memory = [side["peak_memory_gib"] for side in (a, b)]
-        return self._head() | {
+        return head | {
             "verdict": verdict,
             "sentence": sentence(found, self._settings.min_effect),
             "tail_throughput_a_tokens_per_s": a["tail_throughput_tokens_per_s"],
@@ -384,13 +379,13 @@ class Comparison:
             },
             "peak_memory_delta_gib": None if None in memory else memory[1] - memory[0],
             "paired": dataclasses.asdict(found),
-            "gate": dataclasses.asdict(self._gate),
-            "mode": mode,
-            "why_separate": why_separate,
+            "gate": dataclasses.asdict(self.gate),
+            "mode": self._mode,
+            "why_separate": self._why_separate,
             "pairs": len(windows),
             "steps_per_window": len(windows[0][0]),
             "tokens_per_step": self._sides[0].tokens_per_step,
-            "environment": b["environment"],
+            "environment": b["environment"] or head["environment"],
             "a": a,
             "b": b,
             "samples": samples,

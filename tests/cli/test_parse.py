@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from eco_llm.cli.doctor import DoctorCommand
 from eco_llm.cli.parse import parse
 from eco_llm.config import TrainConfig, flatten, from_dict, to_dict
 from eco_llm.errors import UserError
@@ -61,6 +62,14 @@ def test_flag_names_are_unique_across_groups() -> None:
     assert len(flatten(config)) == total
 
 
+def test_dashes_alone_make_no_flag_a_near_one() -> None:
+    with pytest.raises(UserError) as refused:
+        parse(DoctorCommand, ["--nope"], prog="eco_train doctor")
+    assert str(refused.value) == "unknown flag --nope"
+    with pytest.raises(UserError, match="unknown flag --jsno; perhaps you meant --json"):
+        parse(DoctorCommand, ["--jsno"], prog="eco_train doctor")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -68,6 +77,7 @@ def test_flag_names_are_unique_across_groups() -> None:
         ("--lrate=3", "unknown flag --lrate; perhaps you meant --"),
         ("--no-torch-compiel", "perhaps you meant --no-torch-compile"),
         ("--zzzzqqq 3", "unknown flag --zzzzqqq"),
+        ("--no-torch_compiel", "perhaps you meant --no-torch-compile"),
         ("stray", "unexpected argument 'stray'"),
         ("--steps 3x", "--steps: '3x' is not a whole number"),
         ("--steps 3.5", "--steps: '3.5' is not a whole number"),

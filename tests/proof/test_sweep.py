@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,35 @@ def test_failures_are_survived_recorded_and_cleaned(
     assert "largest stable batch: 8" in shown
     assert "fastest: --batch-size 6 (600.0 tokens/s)" in shown
     assert "batch-size-10: out of memory: RuntimeError: no room" in shown
+
+
+def test_commands_are_recorded_as_typed_and_say_each_thing_once(
+    faked: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text("--steps 77 --perf-warmup-steps 3  # of the run, not of a point\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eco_train", "sweep", "@mine.txt", "--batch-size", "2,4"])
+    assert faked("@mine.txt --batch-size 2,4") == 0
+    content = result(tmp_path / "out")
+    assert content["command"] == "eco_train sweep @mine.txt --batch-size 2,4"
+    command = content["points"][0]["command"].split()
+    for flag in ("--output-dir", "--steps", "--batch-size", "--perf-warmup-steps", "--no-resume", "--data"):
+        assert sum(word.partition("=")[0] == flag for word in command) == 1, (flag, command)
+    assert "--steps=23" in command
+
+
+def test_a_terminal_gets_a_progress_bar(
+    faked: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's word for: this is a terminal
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert faked("--batch-size 2,4") == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert re.search(r"step\s+0/60 [━╸╺]+ batch-size-2", shown)
+    assert re.search(r"step\s+30/60 [━╸╺]+ batch-size-4", shown)
+    monkeypatch.delenv("FORCE_COLOR")
+    assert faked("--batch-size 2,4,6") == 0
+    assert "━ batch" not in capsys.readouterr().out
 
 
 def test_a_second_start_runs_what_is_missing(faked: Callable[..., int], tmp_path: Path) -> None:

@@ -44,12 +44,29 @@ def test_the_points_parse_to_what_was_typed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        ("--lr 1 --steps 9 --seed 3", "--lr 1 --seed 3"),
+        ("--steps=9 --output-dir a,b --no-resume --lr 1", "--lr 1"),
+        ("--output_dir x --data a b --steps 3 --steps 4", "--data a b"),
+        ("--data a --perf-profile-enable --torch-compile", "--data a --torch-compile"),
+    ],
+)
+def test_flags_are_taken_away_with_their_values(line: str, left: str) -> None:
+    fields = {"steps", "output_dir", "resume", "perf_profile_enable"}
+    assert grid.without(line.split(), fields) == left.split()
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("--batch-size 4", "nothing to sweep"),
         ("--batch-size 2,4,", "empty"),
         ("--batch-size 2,,4", "empty"),
         ("--batch-size 2,4,2", "2 is there twice"),
+        ("--batch-size 2,02", "--batch-size 2,02: 02 is there twice, as 2"),
+        ("--lr 1e-3,0.001", "0.001 is there twice, as 1e-3"),
+        ("--lr 1,1.0", "1.0 is there twice, as 1"),
         ("--perf-sync-boundaries yes,no", "'yes' is not one of on, off"),
         ("--steps 1,2", "--steps cannot be a list"),
     ],

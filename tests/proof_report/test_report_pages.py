@@ -44,13 +44,35 @@ def test_the_same_files_give_the_same_bytes(runs: Runs, monkeypatch: pytest.Monk
     assert b"\r" not in first[0] + first[1]
 
 
+def test_the_baselines_own_report_is_left_alone(runs: Runs, tmp_path: Path) -> None:
+    paths = runs("before", "after")
+    own = [path.read_bytes() for path in write_report(paths[:1])]
+    written = write_report(paths)
+    assert [path.parent for path in written] == [paths[1], paths[1]]
+    assert [(paths[0] / path.name).read_bytes() for path in written] == own
+    assert [path.parent for path in write_report(paths, tmp_path / "proof")] == [tmp_path / "proof"] * 2
+
+
+def test_one_row_is_not_called_a_median(runs: Runs) -> None:
+    (run,) = runs("before")
+    rows = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(rows[0])
+    text = write_report([run])[0].read_text(encoding="utf-8")
+    assert "Step 1 alone of before." in text
+    assert "1–1" not in text
+    assert "tail median" not in text
+    assert "the only row" in text
+    (run / "metrics.jsonl").write_bytes(b"".join(rows[:12]))
+    assert "Medians over steps 8–12 of before." in write_report([run])[0].read_text(encoding="utf-8")
+
+
 def test_the_sections_and_the_date_come_from_the_evidence(runs: Runs) -> None:
     paths = runs("before", "after")
     text = write_report(paths)[0].read_text(encoding="utf-8")
     assert tuple(re.findall(r"^## (.*)$", text, re.M)) == SECTIONS
     end = json.loads((paths[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["ended_at"]
     shown = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(end))
-    assert f"Date: [{shown}](../after/metrics.jsonl#L60)" in text
+    assert f"Date: [{shown}](metrics.jsonl#L60)" in text
 
 
 def test_what_changed_is_what_differs_between_the_configs(runs: Runs) -> None:

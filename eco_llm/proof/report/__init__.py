@@ -51,7 +51,9 @@ def document_of(runs: Sequence[Run]) -> Document:
 
 
 def write_report(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Render the runs into `out`, the first run's directory by default; return the two files.
+    """Render the runs into `out`, the last run's directory by default; return the two files.
+
+    The first run is what the others are set against: its own report, the baseline's, must not be overwritten.
 
     The same evidence gives the same bytes: nothing is taken from the clock.
 
@@ -61,7 +63,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
     if not 1 <= len(paths) <= MOST_RUNS:
         raise UserError(f"name 1 to {MOST_RUNS} run directories, not {len(paths)}")
     runs = open_runs(list(paths))
-    folder = runs[0].path if out is None else out
+    folder = runs[-1].path if out is None else out
     document = document_of(runs)
     link = relative_to(folder)
     written = []

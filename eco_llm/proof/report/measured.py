@@ -39,11 +39,13 @@ def missing_log(run: Run) -> Block | None:
 def summary(runs: Sequence[Run]) -> Section:
     """A handful of headline numbers: the last run's, against the first's."""
     first, last = runs[0], runs[-1]
+    lines = last.metrics.tail()
+    tail = "the only row" if lines is not None and lines[0] == lines[1] else "tail median"
     cards = []
     for label, key, find, note in (
-        ("Throughput, core", "core_tokens_per_s", _tail_median, "tail median"),
-        ("Step time", "step_time_s", _tail_median, "tail median"),
-        ("Training loss", "loss", _tail_median, "tail median"),
+        ("Throughput, core", "core_tokens_per_s", _tail_median, tail),
+        ("Step time", "step_time_s", _tail_median, tail),
+        ("Training loss", "loss", _tail_median, tail),
         ("Validation", "val_bits_per_byte", _last, "last"),
         ("Peak memory", "memory_peak_gib", _most, "largest seen"),
         ("Steps", "step", _last, "last in the log"),
@@ -110,9 +112,7 @@ def measured(runs: Sequence[Run]) -> Section:
         runs,
         ["loss", *TIMES, *_GPU],
         _tail_median,
-        note="Medians over "
-        + "; ".join(f"{_tail_words(run)} of {run.label}" for run in runs if len(run.metrics))
-        + ".",
+        note=_sentence("; ".join(f"{_tail_words(run)} of {run.label}" for run in runs if len(run.metrics))),
     )
     if tail:
         blocks.append(tail)
@@ -140,7 +140,7 @@ def _window_note(runs: Sequence[Run]) -> str:
         if isinstance(data, dict):
             profiled = data.get("profiled_steps_in_window") or 0
             notes.append(
-                f"{run.label}: steps {data.get('first_step')}–{data.get('last_step')} after {data.get('warmup_steps')}"
+                f"{run.label}: {_steps(data.get('first_step'), data.get('last_step'))} after {data.get('warmup_steps')}"
                 f" left out, {data.get('device_time_mode')} clock"
                 + (f", {profiled} of them profiled and slower for it" if profiled else "")
                 + (", synchronised at phase boundaries" if data.get("sync_boundaries") else "")
@@ -148,12 +148,22 @@ def _window_note(runs: Sequence[Run]) -> str:
     return "; ".join(notes) + "." if notes else ""
 
 
+def _steps(first: object, last: object) -> str:
+    return f"step {first}" if first == last else f"steps {first}–{last}"
+
+
 def _tail_words(run: Run) -> str:
     lines = run.metrics.tail()
     assert lines is not None
     steps = run.metrics.column("step")
     inside = steps.values[(steps.lines >= lines[0]) & (steps.lines <= lines[1])]
-    return f"steps {inside[0]:,.0f}–{inside[-1]:,.0f}"
+    first, last = (f"{inside[i]:,.0f}" for i in (0, -1))
+    return f"step {first} alone" if first == last else f"medians over steps {first}–{last}"
+
+
+def _sentence(words: str) -> str:
+    """With a capital and a full stop."""
+    return f"{words[:1].upper()}{words[1:]}."
 
 
 def _results(runs: Sequence[Run]) -> Table | None:

@@ -24,7 +24,7 @@ _SIDES = (
     "tail_zero_grad_s",
     "peak_memory_gib",
 )
-_HOW_SURE = ("paired", "gate", "mode", "why_separate", "pairs", "steps_per_window", "tokens_per_step")
+_HOW_SURE = ("paired", "gate", "interrupted", "mode", "why_separate", "pairs", "steps_per_window", "tokens_per_step")
 _POINTS = (
     "name",
     "status",
@@ -52,26 +52,17 @@ def verdict(run: Run) -> Text | None:
         if fact is not None and isinstance(fact.value, str):
             return text("Paired comparison: ", Cell(clean(fact.value), (fact.source,)), ".", kind="verdict")
     if (passed := file.at("gate", "passed")) is not None and passed.value is False:
-        worst = file.at("gate", "largest_relative_difference")
-        allowed = file.at("gate", "tolerance")
-        words: list[str | Cell] = [
-            "Paired comparison: no verdict, since the two sides' ",
-            Cell("losses differ", (passed.source,)),
-        ]
-        if worst is not None and allowed is not None:
-            words += [
-                " by ",
-                _plain(worst.number, worst),
-                " of their value where ",
-                _plain(allowed.number, allowed),
-                " is allowed",
-            ]
-        return text(*words, ".", kind="verdict")
+        reason = file.at("gate", "reason")
+        if reason is None:  # a report of an earlier version
+            return text(
+                "Paired comparison: no verdict, since the two sides' ",
+                Cell("losses differ", (passed.source,)),
+                ".",
+                kind="verdict",
+            )
+        said = Cell(clean(reason.value), (reason.source,))
+        return text("Paired comparison: no verdict on speed, since ", said, ".", kind="verdict")
     return None
-
-
-def _plain(value: float | None, fact: Any) -> Cell:
-    return Cell("–" if value is None else f"{value:.3g}", (fact.source,))
 
 
 def improvements(runs: Sequence[Run]) -> Section:
