@@ -148,9 +148,14 @@ class Poisoned:
         return advance(a, y, dtype, **how)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e38, -2 * RANGE, "sum"])
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize(
+    ("bad", "fallback", "bf16"),
+    [
+        (float("nan"), False, False), (float("nan"), True, False), (float("nan"), False, True),
+        (float("inf"), False, False), (-1e38, False, True), (-2 * RANGE, True, False), (-2 * RANGE, False, True),
+        ("sum", False, False), ("sum", True, True),
+    ],
+)  # fmt: skip
 def test_no_bad_number_in_any_sub_layer_is_silent(
     bad: float | str,
     fallback: bool,

@@ -257,8 +257,8 @@ def test_a_parameter_with_no_part_in_the_loss_is_left_alone() -> None:
     ordinary, released = both()
     for s in (ordinary, released):
         mixer: Any = s.model.blocks[0]
-        mixer.mix = lambda x: 0 * x  # half of a unit
-        s.model.blocks[2].forward = lambda x: x  # a whole one
+        mixer.mix = lambda x, keep=None: 0 * x  # half of a unit
+        s.model.blocks[2].forward = lambda x, keep=None: x  # a whole one
     for i in range(3):
         assert ordinary.step(i).applied
         assert released.step(i).applied
