@@ -52,6 +52,8 @@ from eco_llm.runtime import set_cache_dirs
 MODES = ("none", "recompute", "compress", "compress 4 bits", "fixed-point", "coupled")
 PEERS = ("nanoGPT", "nanoGPT recompute", "nanoGPT chunked loss", "nanoGPT chunked loss recompute")
 FOUR_BITS = " 4 bits"
+SPOILED_GIB = 0.25
+"""Reserved before a row begins: from here on, under a cap, its being out of memory says nothing."""
 
 
 @dataclass(frozen=True)
@@ -165,16 +167,27 @@ def table(samples: Sequence[dict[str, Any]], cap_gib: float) -> dict[str, Any]:
 
     def cells(found: dict[str, Any]) -> list[str]:
         name = found["row"] + (f": {found['modes']}" if "modes" in found else "")
+        commit = (found.get("commit") or "")[:8]
         if "tokens_per_s" not in found:
-            return [found["shape"], name, "does not fit", "", ""]
+            held = found.get("reserved_before_gib", 0.0)
+            # What an earlier row of the same process left behind is not this row's to answer for.
+            spoiled = cap_gib > 0 and held > SPOILED_GIB
+            return [
+                found["shape"],
+                name,
+                f"? ({held:.2f} GiB held before)" if spoiled else "does not fit",
+                "",
+                "",
+                commit,
+            ]
         speed = f"{found['tokens_per_s']:,.0f}"
         bold = (found["shape"], found["row"]) in best
         memory = [f"{found['peak_gib']:.2f}", f"{found['reserved_gib']:.2f}"]
-        return [found["shape"], name, f"**{speed}**" if bold else speed, *memory]
+        return [found["shape"], name, f"**{speed}**" if bold else speed, *memory, commit]
 
     return {
         "title": "memory modes" + (f", {cap_gib:g} GiB" if cap_gib else ""),
-        "header": ["tokens a step", "mode", "tokens/s", "peak, GiB", "reserved, GiB"],
+        "header": ["tokens a step", "mode", "tokens/s", "peak, GiB", "reserved, GiB", "row's commit"],
         "rows": [cells(found) for found in sorted(samples, key=length_and_batch)],
     }
 
@@ -368,14 +381,17 @@ def main() -> None:
             if not is_out_of_memory(error):
                 raise
             found["out_of_memory"] = True
-        return found | {"seconds": time.perf_counter() - start}
+        return found | {"seconds": time.perf_counter() - start, "commit": environment.collect(str(device))["commit"]}
 
     model = {"layers": layers, "width": width, "vocab": vocab, "mlp_hidden_dim": shape.mlp_hidden_dim}
     measured: list[dict[str, Any]] = []
     before: list[dict[str, Any]] = []
+    not_run_before: list[str] = []
     if arguments.add:
         try:
-            before = kept_rows(claim, str(device), rows, {"cap_gib": cap, "graph": graph, "model": model})
+            before, not_run_before = kept_rows(
+                claim, str(device), rows, {"cap_gib": cap, "graph": graph, "model": model}
+            )
         except UserError as error:
             sys.exit(_refused(error))
     for sample in before:
@@ -384,9 +400,9 @@ def main() -> None:
 
     def write() -> None:
         """What ran so far, and what did not."""
-        not_run = [f"{row.name} {row.shape}" for row in rows[len(measured) :]]
-        if not_run:
-            print(f"not run: {'; '.join(not_run)}")
+        missed = [f"{row.name} {row.shape}" for row in rows[len(measured) :]]
+        if missed:
+            print(f"not run: {'; '.join(missed)}")
         if not measured:
             return
         best = {
@@ -400,7 +416,7 @@ def main() -> None:
             "graph": graph, "peer": describe(arguments.peer, ["model.py"]), "parameters": parameters,
             "dtype": str(runtime.compute_dtype),
             "allocator": {k: os.environ.get(k) for k in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")},
-            "model": model, "table": table(before + measured, cap), "not_run": not_run,
+            "model": model, "table": table(before + measured, cap), "not_run": [*not_run_before, *missed],
             "seconds": time.perf_counter() - began, "summary": {"rows": len(before + measured), **best},
             "samples": before + measured,
         }  # fmt: skip
@@ -418,8 +434,10 @@ def main() -> None:
         sys.exit("instant_modes: error: --deadline had passed before the first row; nothing is written")
 
 
-def kept_rows(claim: str, device: str, rows: Sequence[Row], same: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of the evidence file, what `rows` does not measure again.
+def kept_rows(
+    claim: str, device: str, rows: Sequence[Row], same: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Of the evidence file, the samples, and the names of rows not run, that `rows` does not measure again.
 
     Raises:
         UserError: there is none, or one of other settings.
@@ -431,7 +449,8 @@ def kept_rows(claim: str, device: str, rows: Sequence[Row], same: dict[str, Any]
     if other := [name for name, value in same.items() if found[name] != value]:
         raise UserError(f"--add: {path.name} was measured with another {' and '.join(other)}")
     again = {(row.shape, row.name) for row in rows}
-    return [sample for sample in found["samples"] if (sample["shape"], sample["row"]) not in again]
+    not_run = [name for name in found["not_run"] if name not in {f"{row.name} {row.shape}" for row in rows}]
+    return [s for s in found["samples"] if (s["shape"], s["row"]) not in again], not_run
 
 
 def _refused(error: UserError) -> int:

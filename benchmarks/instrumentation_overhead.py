@@ -1,4 +1,4 @@
-"""Claim: what eco_train's measuring and logging cost, against the same steps without any: at most 1% of a step.
+"""Claim: what eco_train's measuring and logging cost, against the same steps without any (the bar: 1% of a step).
 
     python benchmarks/instrumentation_overhead.py [--rounds N] [FLAGS OF train …]
 

@@ -140,9 +140,13 @@ class Search:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best learning rate is the least or the largest tried: the optimum may lie beyond."""
-        rates = {p.lr for p in self.points}
-        return self.best is not None and self.best.lr in (min(rates), max(rates))
+        """Whether the best point's learning rate or weight decay is the least or the largest tried at all: the optimum
+        may lie beyond.
+        """
+        if self.best is None:
+            return False
+        axes = (({getattr(p, name) for p in self.points}, getattr(self.best, name)) for name in ("lr", "weight_decay"))
+        return any(len(tried) > 1 and best in (min(tried), max(tried)) for tried, best in axes)
 
 
 def loss_of(results: Results, spec: Spec) -> float | None:
@@ -151,8 +155,10 @@ def loss_of(results: Results, spec: Spec) -> float | None:
     return None if record is None or record["status"] != "done" else float(record["final_loss"])
 
 
-def search_of(study: Study, optimizer: str, results: Results) -> Search:
-    """The grid, and beyond the edge on which its best point lies, as far as `extensions` go."""
+def search_of(study: Study, optimizer: str, results: Results, *, closed: bool = False) -> Search:
+    """The grid, and beyond the edge on which its best point lies, as far as `extensions` go; `closed`: or as far as it
+    was run.
+    """
 
     def point(lr: float, decay: float) -> Spec:
         lr, decay = float(f"{lr:.4g}"), float(f"{decay:.4g}")
@@ -168,7 +174,8 @@ def search_of(study: Study, optimizer: str, results: Results) -> Search:
             return Search(points, True, None)
         best = points[min(ended)[1]]
         further = _beyond(points, best, point)
-        if further is None or len(points) >= len(study.learning_rates) * len(study.weight_decays) + study.extensions:
+        most = len(study.learning_rates) * len(study.weight_decays) + study.extensions
+        if further is None or len(points) >= most or (closed and further.key not in results):
             return Search(points, True, best)
         points = [*points, further]
     raise AssertionError("a search is extended at most `extensions` times")
@@ -184,12 +191,17 @@ def _beyond(points: Sequence[Spec], best: Spec, point: Any) -> Spec | None:
         tries.append(point(best.lr / 2, best.weight_decay))
     if best.weight_decay == max(decays) and len(decays) > 1:
         tries.append(point(best.lr, 2 * best.weight_decay))
+    elif best.weight_decay == min(decays) and len(decays) > 1:
+        tries.append(point(best.lr, best.weight_decay / 2))
     known = {p.key for p in points}
     return next((p for p in tries if p.key not in known), None)
 
 
-def plan(study: Study, results: Results) -> tuple[list[Item], list[str]]:
-    """All items known by now, most important first, and what is still unknown, for people."""
+def plan(study: Study, results: Results, *, closed: bool = False) -> tuple[list[Item], list[str]]:
+    """All items known by now, most important first, and what is still unknown, for people.
+
+    `closed` as of `search_of`.
+    """
     items: list[Item] = []
     waiting: list[str] = []
     base = " ".join(study.flags)
@@ -197,7 +209,7 @@ def plan(study: Study, results: Results) -> tuple[list[Item], list[str]]:
     for optimizer in study.optimizers:
         if optimizer in best:
             continue
-        search = search_of(study, optimizer, results)
+        search = search_of(study, optimizer, results, closed=closed)
         if "search" in study.stages:
             items += [Item("search", optimizer, p) for p in search.points]
         if search.best is not None:

@@ -77,5 +77,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def results_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Runs that have ended, by key; of several the last."""
-    return {r["key"]: r for r in lines if r.get("kind") == "run" and r["status"] in ENDED}
+    """Runs that have ended, by key; of several the last. `commit` is that of the launch that ran it."""
+    found: dict[str, dict[str, Any]] = {}
+    commits: dict[int, str | None] = {}  # by worker, whose lines follow its start
+    for line in lines:
+        if line.get("kind") == "start":
+            commits[line["worker"]] = line["environment"]["commit"]
+        elif line.get("kind") == "run" and line["status"] in ENDED:
+            found[line["key"]] = {**line, "commit": commits.get(line.get("worker", -1))}
+    return found

@@ -44,6 +44,10 @@ class RenderError(Exception):
     """A marker names evidence or a table that does not exist; one line."""
 
 
+SPOILED_GIB = 0.25
+"""As in instant_modes.py."""
+
+
 def load(results: Path) -> list[Evidence]:
     """All evidence files, in a fixed order, each with the hardware slug of its folder."""
     files = sorted(results.glob("*/*.json"), key=lambda path: path.relative_to(results).as_posix())
@@ -423,7 +427,8 @@ def memory_plot(item: Evidence) -> str:
 def _panel(length: int, samples: list[dict[str, Any]], cap_gib: float, top: int) -> tuple[list[str], int]:
     """One length's axes, points and names from `top` down, and where the next panel's begin."""
     points = [s for s in samples if "tokens_per_s" in s]
-    missing = [s for s in samples if "tokens_per_s" not in s]
+    # Where an earlier row held memory, being out of it is no answer: the table says so, the picture leaves it out.
+    missing = [s for s in samples if "tokens_per_s" not in s and s.get("reserved_before_gib", 0.0) <= SPOILED_GIB]
     shapes = sorted({s["shape"] for s in samples}, key=lambda shape: int(shape.split("x")[0]))
     several = len(shapes) > 1
 

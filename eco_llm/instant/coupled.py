@@ -42,7 +42,8 @@ def _types(x: Tensor, setting: Setting) -> tuple[torch.dtype, torch.dtype]:
     """(of the stack's result and of gradients, of what sub-layers read).
 
     Under bf16 autocast they read bfloat16: their norm's result is rounded to that anyway, and half the bytes of every
-    state's value are neither written nor read. The states themselves are as fine as ever.
+    state's value are neither written nor read. The states themselves are as fine as ever. The price: the norm's gain is
+    read in bfloat16 too, and a sub-layer's contribution to the stream's gradient is rounded once before it is added.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     narrow = setting.autocast and setting.dtype == torch.bfloat16 and wide == torch.float32

@@ -104,20 +104,23 @@ def test_the_table_is_by_shape_and_marks_the_fastest_under_a_cap(script: Any) ->
     modes = script("instant_modes")
 
     def sample(row: str, shape: str, speed: float, **more: Any) -> dict[str, Any]:
-        return {"row": row, "shape": shape, "tokens_per_s": speed, "peak_gib": 5.0, "reserved_gib": 6.0, **more}
+        memory = {"peak_gib": 5.0, "reserved_gib": 6.0}
+        return {"row": row, "shape": shape, "tokens_per_s": speed, "commit": "abcdefghij", **memory, **more}
 
     samples = [
         sample("auto", "16x1024", 3000.0, modes="recompute*8,none*10"), sample("recompute", "8x1024", 2000.0),
         sample("nanoGPT recompute", "16x1024", 2500.0), {"row": "nanoGPT", "shape": "8x1024", "out_of_memory": True},
+        {"row": "nanoGPT recompute", "shape": "8x1024", "out_of_memory": True, "reserved_before_gib": 0.83},
         sample("none", "1x8192", 100.0),
     ]  # fmt: skip
     table = modes.table(samples, 8.0)
     assert table["rows"] == [
-        ["8x1024", "recompute", "2,000", "5.00", "6.00"],
-        ["8x1024", "nanoGPT", "does not fit", "", ""],
-        ["16x1024", "auto: recompute*8,none*10", "**3,000**", "5.00", "6.00"],
-        ["16x1024", "nanoGPT recompute", "**2,500**", "5.00", "6.00"],
-        ["1x8192", "none", "**100**", "5.00", "6.00"],
+        ["8x1024", "recompute", "2,000", "5.00", "6.00", "abcdefgh"],
+        ["8x1024", "nanoGPT", "does not fit", "", "", ""],
+        ["8x1024", "nanoGPT recompute", "? (0.83 GiB held before)", "", "", ""],
+        ["16x1024", "auto: recompute*8,none*10", "**3,000**", "5.00", "6.00", "abcdefgh"],
+        ["16x1024", "nanoGPT recompute", "**2,500**", "5.00", "6.00", "abcdefgh"],
+        ["1x8192", "none", "**100**", "5.00", "6.00", "abcdefgh"],
     ]
     assert all(len(row) == len(table["header"]) for row in table["rows"])
     assert not any("**" in cell for row in modes.table(samples, 0.0)["rows"] for cell in row)
@@ -308,7 +311,10 @@ def test_rows_of_an_earlier_run_stay_unless_measured_again(
         {"shape": "8x1024", "row": "nanoGPT"},
         {"shape": "4x1024", "row": "none"},
     ]
-    (folder / "instant_modes_8gib.json").write_text(json.dumps({**same, "samples": samples}))
-    assert instant_modes.kept_rows("instant_modes_8gib", "cpu", rows, same) == samples[1:]
+    (folder / "instant_modes_8gib.json").write_text(
+        json.dumps({**same, "samples": samples, "not_run": ["none 8x1024", "auto 8x1024"]})
+    )
+    kept = instant_modes.kept_rows("instant_modes_8gib", "cpu", rows, same)
+    assert kept == (samples[1:], ["auto 8x1024"])
     with pytest.raises(UserError, match="another cap_gib and graph"):
         instant_modes.kept_rows("instant_modes_8gib", "cpu", rows, {**same, "cap_gib": 12.0, "graph": False})

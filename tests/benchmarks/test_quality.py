@@ -44,7 +44,7 @@ def study(modules: Any, **settings: Any) -> Any:
 
 
 def ended(loss: float | None, status: str = "done") -> dict[str, Any]:
-    return {"kind": "run", "status": status, "final_loss": loss, "tokens_per_s": 1.0, "skipped_steps": 0}
+    return {"kind": "run", "status": status, "final_loss": loss, "tokens_per_s": 1.0, "skipped_steps": 0, "commit": "c"}
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------
@@ -69,6 +69,24 @@ def test_a_search_goes_on_beyond_the_edge_and_never_takes_a_run_that_diverged(mo
     search = modules.plan.search_of(asked, "adamw", falling)
     assert [p.lr for p in search.points] == [1.0, 2.0, 4.0, 8.0, 16.0]  # no further than it may
     assert search.at_edge
+
+
+def test_weight_decay_is_searched_beyond_both_its_edges_too(modules: Any) -> None:
+    asked = study(modules, learning_rates=(1.0, 2.0, 4.0), weight_decays=(0.05, 0.2), extensions=1)
+    point = modules.plan.search_of(asked, "adamw", {}).points[0]
+    for best, beyond in ((0.05, 0.025), (0.2, 0.4)):
+        results = {
+            p.key: ended(abs(p.lr - 2.0) + abs(p.weight_decay - best))
+            for p in modules.plan.search_of(asked, "adamw", {}).points
+        }
+        assert [p.weight_decay for p in modules.plan.search_of(asked, "adamw", results).points[6:]] == [beyond]
+        closed = modules.plan.search_of(asked, "adamw", results, closed=True)  # never run: the best of what was
+        assert closed.complete
+        assert (closed.best.lr, closed.best.weight_decay, closed.at_edge) == (2.0, best, True)
+        further = dataclasses.replace(point, lr=2.0, weight_decay=beyond)
+        search = modules.plan.search_of(asked, "adamw", {**results, further.key: ended(9.0)})
+        assert search.complete
+        assert not search.at_edge
 
 
 def _losses(modules: Any, asked: Any, loss: Any) -> list[tuple[str, float]]:
