@@ -47,9 +47,10 @@ class Results:
         seconds = sum(sample["seconds"] for sample in self.samples.values())
         size = sum(path.stat().st_size for path in files) / 2**20
         counts = {outcome: self.count(outcome) for outcome in ("passed", "skipped", "failed")}
-        row = [platform.platform(), *map(str, counts.values()), f"{seconds:.0f}", f"{size:,.0f}", f"{len(files):,}"]
+        on = f"{platform.system()} {platform.machine()}"
+        row = [on, *map(str, counts.values()), f"{seconds:.0f}", f"{size:,.0f}", f"{len(files):,}"]
         return {
-            "platform": platform.platform(),
+            "platform": on,
             "table": {"header": ["on", *counts, "seconds", "build, MiB", "files"], "rows": [row]},
             "summary": {
                 "tests": len(self.samples),
