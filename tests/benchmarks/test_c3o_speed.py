@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def speed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """benchmarks/c3o_speed.py; a folder of scripts that import each other by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    before = {name: sys.modules.pop(name) for name in names & set(sys.modules)}
-    yield importlib.import_module("c3o_speed")
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
+def speed(script: Callable[[str], Any]) -> Any:
+    """benchmarks/c3o_speed.py."""
+    return script("c3o_speed")
 
 
 def test_traffic_is_the_documented_count(speed: Any) -> None:

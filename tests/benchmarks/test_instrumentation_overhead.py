@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def overhead(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """benchmarks/instrumentation_overhead.py; its folder is one of scripts that import each other by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    before = {name: sys.modules.pop(name) for name in names & set(sys.modules)}
-    yield importlib.import_module("instrumentation_overhead")
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
+def overhead(script: Callable[[str], Any]) -> Any:
+    """benchmarks/instrumentation_overhead.py."""
+    return script("instrumentation_overhead")
 
 
 def test_both_sides_train_alike_and_only_one_is_watched(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("plan_accuracy")
+def accuracy(script: Callable[[str], Any]) -> Any:
+    """benchmarks/plan_accuracy.py."""
+    return script("plan_accuracy")
 
 
-def test_every_configuration_is_accepted_and_all_modes_are_there(script: Any) -> None:
-    jobs = {name: job_of(script.settings_of(flags)) for name, flags in script.CONFIGURATIONS.items()}
+def test_every_configuration_is_accepted_and_all_modes_are_there(accuracy: Any) -> None:
+    jobs = {name: job_of(accuracy.settings_of(flags)) for name, flags in accuracy.CONFIGURATIONS.items()}
     assert len(jobs) >= 12
     modes = {mode for job in jobs.values() for mode in job.modes}
     assert modes == {"none", "recompute", "compress", "fixed-point", "coupled"}
@@ -34,20 +34,20 @@ def test_every_configuration_is_accepted_and_all_modes_are_there(script: Any) ->
         assert 0 < estimate(job).peak < 139 * 2**30  # an H200
 
 
-def test_evidence_gives_the_job_back(script: Any) -> None:
+def test_evidence_gives_the_job_back(accuracy: Any) -> None:
     name = "compress 16x1024, 4 bits"
-    config = script.settings_of(script.CONFIGURATIONS[name])
+    config = accuracy.settings_of(accuracy.CONFIGURATIONS[name])
     job = job_of(config)
-    stored = json.loads(json.dumps(script.job_fields(job)))
+    stored = json.loads(json.dumps(accuracy.job_fields(job)))
     assert Job(config.model, modes=modes_of(config.instant.instant_mode, config.model), **stored) == job
 
 
-def test_the_payload_says_how_far_off_the_plan_was(script: Any) -> None:
+def test_the_payload_says_how_far_off_the_plan_was(accuracy: Any) -> None:
     sample = {
         "name": "x", "parameters": 10**6, "measured_peak": 2**30, "estimated_peak": 1.1 * 2**30, "error": 0.1,
         "measured_reserved": 2**31, "estimated_reserved": 2**31, "reserved_error": 0.0, "outside": 2**29,
     }  # fmt: skip
-    payload = script.payload_of([sample, {**sample, "error": -0.01}])
+    payload = accuracy.payload_of([sample, {**sample, "error": -0.01}])
     assert payload["summary"]["worst_error"] == 0.1
     assert payload["summary"]["within_5_percent"] == 1
     assert payload["table"]["rows"][0][4] == "+10.0%"

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,21 +22,9 @@ MODULES = ("quality", "quality_plan", "quality_queue", "quality_tables", "qualit
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The scripts, which import each other by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    yield importlib_all()
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
-
-
-def importlib_all() -> Any:
-    import importlib
-    from types import SimpleNamespace
-
-    return SimpleNamespace(**{name.removeprefix("quality_"): importlib.import_module(name) for name in MODULES})
+def modules(script: Callable[[str], Any]) -> Any:
+    """The study's scripts, `quality_` left out of their names."""
+    return SimpleNamespace(**{name.removeprefix("quality_"): script(name) for name in MODULES})
 
 
 def study(modules: Any, **settings: Any) -> Any:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +18,6 @@ TINY = [
     "--mamba-head-dim", "32", "--mamba-state-dim", "16", "--kv-latent-dim", "16", "--rope-head-dim", "8",
     "--vocab-size", "300", "--batch-size", "2", "--seq-len", "32",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports a module of benchmarks/, a folder of scripts that import each other by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    before = {name: sys.modules.pop(name) for name in names & set(sys.modules)}
-    yield importlib.import_module
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
 
 
 @pytest.fixture

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,22 +15,6 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports a module of benchmarks/, a folder of scripts that import each other by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    before = {name: sys.modules.pop(name) for name in names & set(sys.modules)}
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    yield load
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
 
 
 GPT = """
