@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -253,10 +256,23 @@ def test_a_red_gate_gives_no_speed(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_separate_processes_and_a_revision(tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """B is the newest commit, checked out beside the working tree; nothing of it stays."""
+    """B is the newest commit, checked out beside the working tree; nothing of it stays. Two pairs are processes, the
+    others their copies, for speed."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     monkeypatch.chdir(ROOT)  # where an `eco_llm` lies that is not the revision's
+    start, real = Program.start, []
+
+    def twice(self: Program, words: list[str], log: Path) -> Any:
+        run = Path(next(w for w in words if w.startswith("--output-dir=")).removeprefix("--output-dir="))
+        side, number = run.name.split("_")
+        if int(number) <= 2:
+            real.append(run.name)
+            return start(self, words, log)
+        shutil.copytree(run.with_name(f"{side}_001"), run)
+        return nullcontext(SimpleNamespace(wait=lambda: 0))
+
+    monkeypatch.setattr(Program, "start", twice)
     flags = tiny_flags("--perf-warmup-steps 1 --perf-measure-steps 2")
     assert main(["compare", *flags, "--b-rev", "HEAD", "--separate", "--pairs", "8", "--gate-steps", "1"]) == 0
     found = report(tmp_path / "run")
@@ -268,6 +284,7 @@ def test_separate_processes_and_a_revision(tiny_flags: Flags, tmp_path: Path, mo
     assert found["b"]["environment"]["dirty"] is False
     assert found["b"]["environment"]["commit"] == head
     assert len(found["samples"]) == 8
+    assert sorted(real) == ["a_001", "a_002", "b_001", "b_002"]
     after = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "eco_llm_revision_" not in after.stdout
     assert not list((tmp_path / "run").rglob("checkpoints"))
