@@ -13,18 +13,16 @@ import contextlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
 from common import write_evidence
+from faults import planted
 
 from eco_llm.cli.parse import parse
 from eco_llm.config import CompareConfig, TrainConfig
-from eco_llm.optim.c3o import C3O
 from eco_llm.proof.gate import Allowed, Gate
 from eco_llm.proof.runs import read_records
 from eco_llm.training.launch import train
@@ -64,35 +62,6 @@ UNLIKE = {
 """Those without flags are faults of the optimizer. AdamW is not among them: where C3O's trust region does not bind it
 takes the same steps; `eco_train compare` refuses to judge such a pair by what it learns. Nor is a step skipped near
 the end: a fault must be seen in several losses to be told from one bad step."""
-
-
-@contextlib.contextmanager
-def planted(fault: str) -> Iterator[None]:
-    """C3O with a fault, where `fault` names one."""
-    honest, taken = C3O.step, 0
-
-    def step(self: C3O, *args: Any, **options: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        if fault == "zero gradients":
-            for p in parameters:
-                if p.grad is not None:
-                    p.grad.zero_()
-        before = [p.detach().clone() for p in parameters]
-        result = honest(self, *args, **options)
-        skipped = (fault, taken) in (("third step skipped", 3), ("sixth step skipped", 6))
-        share = 0.0 if skipped else 0.5 if fault == "half of each step" else 1.0
-        with torch.no_grad():
-            for p, old in zip(parameters, before, strict=True):
-                p.copy_(old.lerp(p, share))
-        return result
-
-    C3O.step = step  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        C3O.step = honest  # type: ignore[method-assign]
 
 
 def records(flags: str, folder: Path, fault: str = "") -> list[dict[str, Any]]:

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, GateError, hardware_slug, require_close, write_evidence
+from render import SPOILED_GIB
 
 from eco_llm.config import InstantConfig, RuntimeConfig, SigmaConfig, TrainConfig
 from eco_llm.errors import UserError
@@ -52,8 +53,6 @@ from eco_llm.runtime import set_cache_dirs
 MODES = ("none", "recompute", "compress", "compress 4 bits", "fixed-point", "coupled")
 PEERS = ("nanoGPT", "nanoGPT recompute", "nanoGPT chunked loss", "nanoGPT chunked loss recompute")
 FOUR_BITS = " 4 bits"
-SPOILED_GIB = 0.25
-"""Reserved before a row begins: from here on, under a cap, its being out of memory says nothing."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +254,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(_refused(error))
     torch.backends.cuda.matmul.allow_tf32 = True
+    env = environment.collect(str(device))
     if cap:
         torch.cuda.set_per_process_memory_fraction(cap * 2**30 / total, device)
 
@@ -381,7 +381,7 @@ def main() -> None:
             if not is_out_of_memory(error):
                 raise
             found["out_of_memory"] = True
-        return found | {"seconds": time.perf_counter() - start, "commit": environment.collect(str(device))["commit"]}
+        return found | {"seconds": time.perf_counter() - start, "commit": env["commit"]}
 
     model = {"layers": layers, "width": width, "vocab": vocab, "mlp_hidden_dim": shape.mlp_hidden_dim}
     measured: list[dict[str, Any]] = []
@@ -389,9 +389,8 @@ def main() -> None:
     not_run_before: list[str] = []
     if arguments.add:
         try:
-            before, not_run_before = kept_rows(
-                claim, str(device), rows, {"cap_gib": cap, "graph": graph, "model": model}
-            )
+            path = RESULTS / hardware_slug(env) / f"{claim}.json"
+            before, not_run_before = kept_rows(path, rows, {"cap_gib": cap, "graph": graph, "model": model})
         except UserError as error:
             sys.exit(_refused(error))
     for sample in before:
@@ -434,15 +433,12 @@ def main() -> None:
         sys.exit("instant_modes: error: --deadline had passed before the first row; nothing is written")
 
 
-def kept_rows(
-    claim: str, device: str, rows: Sequence[Row], same: dict[str, Any]
-) -> tuple[list[dict[str, Any]], list[str]]:
+def kept_rows(path: Path, rows: Sequence[Row], same: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """Of the evidence file, the samples, and the names of rows not run, that `rows` does not measure again.
 
     Raises:
         UserError: there is none, or one of other settings.
     """
-    path = RESULTS / hardware_slug(environment.collect(device)) / f"{claim}.json"
     if not path.is_file():
         raise UserError(f"--add: there is no {path.name} to add to")
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,8 @@ for _name, _default in _DEFAULTS.items():
 
 # Before torch is imported anywhere: test workers share two cores, and one thread each is fastest.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 TINY = (
     "--d-model 32 --n-layers 3 --mamba-ratio 2 --attention-ratio 1 --n-heads 2 --kv-latent-dim 16 --rope-head-dim 8"
@@ -72,3 +77,15 @@ def tiny_flags(tiny: list[str], corpus: Path, data_cache: Path, tmp_path: Path) 
         return [*tiny, *places, *more.split()]
 
     return flags
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """Imports a script of benchmarks/, a folder of scripts that import each other by name, for this test alone."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    before = {name: sys.modules.pop(name) for name in names & set(sys.modules)}
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from eco_llm.config import InstantConfig, OptimizerConfig, RuntimeConfig, SigmaConfig
 from eco_llm.errors import UserError
-from eco_llm.perf import environment
 from eco_llm.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -277,26 +276,19 @@ def test_counting_sees_buffers_that_tensors_share_once(script: Any) -> None:
     assert script("depth_memory").counted(side) == {"parameters": 200, "gradients": 200, "optimizer_state": 400}
 
 
-def test_rows_of_an_earlier_run_stay_unless_measured_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Any
-) -> None:
-    instant_modes, common = script("instant_modes"), script("common")
-    monkeypatch.setattr(instant_modes, "RESULTS", tmp_path)
-    folder = tmp_path / common.hardware_slug(environment.collect("cpu"))
+def test_rows_of_an_earlier_run_stay_unless_measured_again(tmp_path: Path, script: Any) -> None:
+    instant_modes, path = script("instant_modes"), tmp_path / "instant_modes_8gib.json"
     same = {"cap_gib": 8.0, "graph": True, "model": {"layers": 18}}
     rows = [instant_modes.Row("none", 8, 1024)]
     with pytest.raises(UserError, match="no instant_modes_8gib"):
-        instant_modes.kept_rows("instant_modes_8gib", "cpu", rows, same)
-    folder.mkdir()
+        instant_modes.kept_rows(path, rows, same)
     samples = [
         {"shape": "8x1024", "row": "none"},
         {"shape": "8x1024", "row": "nanoGPT"},
         {"shape": "4x1024", "row": "none"},
     ]
-    (folder / "instant_modes_8gib.json").write_text(
-        json.dumps({**same, "samples": samples, "not_run": ["none 8x1024", "auto 8x1024"]})
-    )
-    kept = instant_modes.kept_rows("instant_modes_8gib", "cpu", rows, same)
+    path.write_text(json.dumps({**same, "samples": samples, "not_run": ["none 8x1024", "auto 8x1024"]}))
+    kept = instant_modes.kept_rows(path, rows, same)
     assert kept == (samples[1:], ["auto 8x1024"])
     with pytest.raises(UserError, match="another cap_gib and graph"):
-        instant_modes.kept_rows("instant_modes_8gib", "cpu", rows, {**same, "cap_gib": 12.0, "graph": False})
+        instant_modes.kept_rows(path, rows, {**same, "cap_gib": 12.0, "graph": False})

@@ -352,11 +352,7 @@ def gated_norm_forward_to_codes(
     if channels % numbers.GROUP:
         raise ValueError(f"need C a multiple of {numbers.GROUP}, got {channels}")
     g = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    dtype = torch.int8 if bits == 8 else torch.uint8
-    y_codes, z_codes = (torch.empty(y.numel() * bits // 8, dtype=dtype, device=y.device) for _ in (y, z))
-    y_scales, z_scales = (
-        torch.empty(y.numel() // numbers.GROUP, dtype=torch.bfloat16, device=y.device) for _ in (y, z)
-    )
+    (y_codes, y_scales), (z_codes, z_scales) = (numbers.empty_codes(t.numel(), bits, t) for t in (y, z))
     flat = _is_flat((y, z))
     strides = (*_strides(y, flat), *_strides(z, flat))
     unit = math.gcd(8, *strides)

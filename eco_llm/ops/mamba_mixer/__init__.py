@@ -12,6 +12,7 @@ from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.mamba_mixer.reference import mamba_mixer_reference
 from eco_llm.ops.products import compute_dtype
 from eco_llm.ops.quantize import GROUP, OPS_STREAMS, Keep
+from eco_llm.ops.quantize.reference import empty_codes
 from eco_llm.ops.ssd.operator import padded_length, unsupported_by_triton
 
 __all__ = ["mamba_mixer", "unsupported"]
@@ -186,10 +187,7 @@ def _(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, time, _ = u.shape
     tokens, heads, inner = batch * time, dt_bias.shape[0], norm_weight.shape[0]
-    kept = []
-    for numel in (tokens * inner, tokens * inner, tokens * conv_weight.shape[0]):
-        dtype, size = (torch.int8, numel) if bits == 8 else (torch.uint8, (numel + 1) // 2)
-        kept += [u.new_empty(size, dtype=dtype), u.new_empty((numel + GROUP - 1) // GROUP, dtype=torch.bfloat16)]
+    kept = [t for width in (inner, inner, conv_weight.shape[0]) for t in empty_codes(tokens * width, bits, u)]
     padded = padded_length(time, chunk_size, u.dtype)
     narrow_in, narrow_out = (u.new_empty((0,) if w.dtype == u.dtype else w.shape) for w in (in_weight, out_weight))
     return (

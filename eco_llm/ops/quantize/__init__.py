@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
-from eco_llm.ops.quantize.reference import GROUP, dequantize_reference, error_reference, quantize_reference
+from eco_llm.ops.quantize.reference import (
+    GROUP,
+    dequantize_reference,
+    empty_codes,
+    error_reference,
+    quantize_reference,
+)  # fmt: skip
 
 __all__ = ["GROUP", "OPS_STREAMS", "Keep", "Quantized", "dequantize", "quantization_error", "quantize"]
 
@@ -156,9 +162,7 @@ _quantize_op = torch.library.custom_op("eco_llm::quantize", _quantize_now, mutat
 
 @_quantize_op.register_fake
 def _(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> tuple[Tensor, Tensor]:
-    n = x.numel()
-    codes = x.new_empty(n, dtype=torch.int8) if bits == 8 else x.new_empty((n + 1) // 2, dtype=torch.uint8)
-    return codes, x.new_empty((n + GROUP - 1) // GROUP, dtype=torch.bfloat16)
+    return empty_codes(x.numel(), bits, x)
 
 
 def _dequantize_now(

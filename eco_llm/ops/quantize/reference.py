@@ -44,6 +44,12 @@ def slope(bits: int) -> float:
     return value
 
 
+def empty_codes(numel: int, bits: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, scales), flat and not yet written, for `numel` elements; on the device of `like`."""
+    size, dtype = (numel, torch.int8) if bits == 8 else (-(-numel // 2), torch.uint8)
+    return like.new_empty(size, dtype=dtype), like.new_empty(-(-numel // GROUP), dtype=torch.bfloat16)
+
+
 def stream_keys(stream: int) -> list[int]:
     """Two unsigned 32-bit words that `step` is mixed into: the first bits of pi, with the stream mixed in."""
     return [_folded(_folded(start ^ stream, PRIMES[0]), PRIMES[1]) for start in (0x243F6A88, 0x85A308D3)]

@@ -382,9 +382,7 @@ def _gap(x: Tensor) -> int | None:
 def quantize_triton(x: Tensor, bits: int, step: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     """(codes, scales) of `eco_llm.ops.quantize.quantize`."""
     n = x.numel()
-    scales = torch.empty(-(-n // numbers.GROUP), dtype=torch.bfloat16, device=x.device)
-    size, dtype = (n, torch.int8) if bits == 8 else (-(-n // 2), torch.uint8)
-    codes = torch.empty(size, dtype=dtype, device=x.device)
+    codes, scales = numbers.empty_codes(n, bits, x)
     if n:
         align = math.gcd(n, 16)  # all that wide loads need to know of the masks
         gap = _gap(x)

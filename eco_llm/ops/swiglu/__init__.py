@@ -10,6 +10,7 @@ from torch import Tensor
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.products import compute_dtype, linear
 from eco_llm.ops.quantize import GROUP, OPS_STREAMS, Keep
+from eco_llm.ops.quantize.reference import empty_codes
 from eco_llm.ops.swiglu.reference import swiglu_mlp_reference
 
 __all__ = ["swiglu_mlp"]
@@ -146,10 +147,9 @@ def _mlp_to_codes(
 def _(
     x: Tensor, gate_up: Tensor, down: Tensor, bits: int, step: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    numel = x.shape[0] * x.shape[1] * gate_up.shape[0]
-    codes = x.new_empty(numel * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    codes, scales = empty_codes(x.shape[0] * x.shape[1] * gate_up.shape[0], bits, x)
     w_gate_up, w_down = (x.new_empty(0 if w.dtype == x.dtype else w.shape) for w in (gate_up, down))
-    return x.new_empty(x.shape), codes, x.new_empty(numel // GROUP, dtype=torch.bfloat16), w_gate_up, w_down
+    return x.new_empty(x.shape), codes, scales, w_gate_up, w_down
 
 
 @torch.library.custom_op("eco_llm::swiglu_mlp_from_codes", mutates_args=())

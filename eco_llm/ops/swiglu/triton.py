@@ -210,8 +210,7 @@ def silu_mul_to_codes(a: Tensor, bits: int, step: Tensor, stream: int) -> tuple[
     if a.shape[1] % (2 * numbers.GROUP) or not a.is_contiguous():
         raise ValueError(f"need a [rows, 2F], contiguous, F a multiple of {numbers.GROUP}, got {tuple(a.shape)}")
     h = torch.empty((rows, width), dtype=a.dtype, device=a.device)
-    codes = torch.empty(a.numel() * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device=a.device)
-    scales = torch.empty(a.numel() // numbers.GROUP, dtype=torch.bfloat16, device=a.device)
+    codes, scales = numbers.empty_codes(a.numel(), bits, a)
     if groups := h.numel() // numbers.GROUP:
         silu_mul_to_codes_kernel[(triton.cdiv(groups, _TO_CODES),)](
             a, h, codes, scales.view(torch.int16), step, *signed_keys(stream), groups, WIDTH=width // numbers.GROUP,
