@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--mamba-expand", type=int, default=2, help="of our model; its MLP takes up the difference")
     parser.add_argument("--loss-chunk-tokens", type=int, default=4096, help="of our model; the profiles' is 2048")
     parser.add_argument("--mamba-chunk", default="auto", choices=("auto", "64", "128", "256"))
+    parser.add_argument("--weights-dtype", default="fp32", choices=("fp32", "bf16"), help="of our matrices")
+    parser.add_argument("--c3o-state-dtype", default="fp32", choices=("fp32", "bf16", "int8", "int4"), help="of C3O")
     parser.add_argument("--eager", action="store_true", help="compile neither (a quick try; not evidence)")
     arguments = parser.parse_args()
     batch, length = (int(n) for n in arguments.shape.split("x"))
@@ -52,7 +54,7 @@ def main() -> None:
     from peers import describe, load_nanogpt, nanogpt_model
     from steps import Batches, Ours, clean, equal_mlp_width, gpt_flops_per_token, peak_flops, quiet
 
-    from eco_llm.config import RuntimeConfig, SigmaConfig
+    from eco_llm.config import C3OConfig, RuntimeConfig, SigmaConfig
     from eco_llm.runtime import Runtime
 
     torch.manual_seed(1337)
@@ -126,7 +128,12 @@ def main() -> None:
     shape = SigmaConfig(**{**vars(shape), "mlp_hidden_dim": equal_mlp_width(shape, gpt_parameters)})
     started = time.perf_counter()
     before = allocated()
-    ours = Ours(shape, batches.cycle(), runtime, compile_blocks=not arguments.eager)
+    c3o = C3OConfig(
+        c3o_trust_norm_refresh_drift=0.02 if on_cuda else 0.0,  # the profiles'
+        c3o_state_dtype=arguments.c3o_state_dtype,
+    )
+    bf16 = arguments.weights_dtype == "bf16"
+    ours = Ours(shape, batches.cycle(), runtime, compile_blocks=not arguments.eager, c3o=c3o, bf16_weights=bf16)
     our_first = float(ours.step())
     ours.step()
     our_seconds = time.perf_counter() - started
@@ -228,7 +235,12 @@ def main() -> None:
         for name, result in compared.items()
     ]
     first_pair = compared["compiled"]
-    rows.append(["SigmaLLM", *line(first_pair.median_b, our_flops, our_peak), "", ""])
+    storage = (
+        ""
+        if arguments.weights_dtype == arguments.c3o_state_dtype == "fp32"
+        else (f", {arguments.weights_dtype} weights, {arguments.c3o_state_dtype} state")
+    )
+    rows.append([f"SigmaLLM{storage}", *line(first_pair.median_b, our_flops, our_peak), "", ""])
     for row, result in zip(rows, compared.values(), strict=False):
         row[-2:] = [f"{result.ratio:.2f}", f"{result.ratio_low:.2f} – {result.ratio_high:.2f}"]
     main_pair = compared["compiled"].summary()
@@ -237,6 +249,7 @@ def main() -> None:
         "peer": describe(arguments.peer, ["model.py", "train.py"]), "peak_flops_is": rate_is,
         "dtype": str(runtime.compute_dtype), "threads": torch.get_num_threads(),
         "model": {"layers": layers, "width": width, "heads": heads, "vocab": vocab, **ours_only},
+        "storage": {"weights": arguments.weights_dtype, "c3o_state": arguments.c3o_state_dtype},
         "table": {
             "title": f"{arguments.shape}",
             "header": ["step", "ms", "tokens/s", "MFU", "peak, GiB", "its time / ours", "95% interval"],
@@ -248,7 +261,8 @@ def main() -> None:
     if arguments.eager:
         print("--eager: no evidence is written")
         return
-    print(write_evidence(f"against_nanogpt_{arguments.shape}", payload, device=str(device)))
+    suffix = "_" + "_".join((arguments.weights_dtype, arguments.c3o_state_dtype)) if storage else ""
+    print(write_evidence(f"against_nanogpt_{arguments.shape}{suffix}", payload, device=str(device)))
 
 
 def gpt_graph(body: Any, optimizer: Any, batches: Any) -> Any:

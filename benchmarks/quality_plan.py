@@ -42,6 +42,7 @@ STORAGE: dict[str, tuple[str, Settings]] = {
     "fp32 weights, int4 state": ("fp32", (("c3o_state_dtype", "int4"),)),
     "bf16 weights, bf16 state": ("bf16", (("c3o_state_dtype", "bf16"),)),
     "bf16 weights, int8 state": ("bf16", (("c3o_state_dtype", "int8"),)),
+    "bf16 weights + 8 error bits, bf16 state": ("bf16", (("c3o_error_bits", 8), ("c3o_state_dtype", "bf16"))),
     "bf16 weights + 8 error bits, int8 state": ("bf16", (("c3o_error_bits", 8), ("c3o_state_dtype", "int8"))),
 }
 
