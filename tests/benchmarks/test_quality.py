@@ -433,7 +433,7 @@ def test_every_stage_ends_in_evidence_and_a_second_launch_does_nothing(modules: 
     assert finals["summary"]["shorter_minus_adamw"] == pytest.approx(delta)
     assert finals["summary"]["bar_met"] == (delta <= 0)
     assert written["quality_ablation"]["not_in_the_product"]
-    assert len(written["quality_storage"]["table"]["rows"]) == 7
+    assert len(written["quality_storage"]["table"]["rows"]) == 8
     assert len(written["quality_instant"]["table"]["rows"]) == 5
 
     sys.modules.pop("render", None)
