@@ -238,6 +238,8 @@ class C3OConfig:
 
     c3o_trust_radius: float = 0.1
     """Cap on an update's norm as a share of its tensor's norm; 0 is off."""
+    c3o_sphere: float = 0.0
+    """Keeps each hidden matrix's norm; a step moves it by this times --lr, as a share of the norm. 0 is off."""
     c3o_trust_norm_refresh_drift: float = 0.0
     """Margin under which a tensor's exact update norm may be skipped (0.0: always exact)."""
     c3o_trust_norm_refresh_steps: int = 16
@@ -254,6 +256,7 @@ class C3OConfig:
         _check_range(
             self,
             c3o_trust_radius=(0.0, 1e6),
+            c3o_sphere=(0.0, 1e6),
             c3o_trust_norm_refresh_drift=(0.0, 0.99),
             c3o_trust_norm_refresh_steps=(1, 1_000_000),
             c3o_credit_gain=(0.0, 100.0),
@@ -483,6 +486,11 @@ class TrainConfig:
                 f"--gradient-release keeps no gradients that --grad-accum {t.grad_accum} could add to;"
                 " use --grad-accum 1 and a larger --batch-size"
             )
+        if self.optimizer.optimizer == "c3o" and self.c3o.c3o_sphere * self.optimizer.lr >= 1:
+            raise UserError(
+                f"--c3o-sphere {self.c3o.c3o_sphere:g} × --lr {self.optimizer.lr:g} is the share of its norm by which a"
+                " matrix moves in a step; it must be under 1"
+            )
         if p.perf_profile_enable and p.perf_warmup_steps + p.perf_measure_steps > t.steps:
             raise UserError(
                 f"--perf-warmup-steps {p.perf_warmup_steps} + --perf-measure-steps {p.perf_measure_steps}"
@@ -523,7 +531,7 @@ FREE_ON_RESUME = frozenset(
 
 # Settings, and sections, that runs of earlier versions do not have; they take their defaults.
 ADDED_SINCE_0_1_0 = frozenset(
-    {"cuda_graph", "instant", "weights_dtype", "gradient_release", "memory_report", "vram_gib"}
+    {"cuda_graph", "instant", "weights_dtype", "gradient_release", "memory_report", "vram_gib", "c3o_sphere"}
 )
 
 

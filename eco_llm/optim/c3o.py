@@ -43,6 +43,8 @@ class C3O(Optimizer):
         s  =  clamp(exp(credit_gain e), credit_min, credit_max)
         Δ  =  lr (s u + weight_decay θ)
         θ  <- θ - Δ min(1, trust_radius max(|θ|, trust_floor sqrt(n)) / |Δ|)
+    or, with `sphere` > 0, R being |θ| before the tensor's first step:
+        θ  <- R normalize(θ - sphere lr R s u / |s u|)
 
     Args:
         params: parameters, or groups (dictionaries) that may override any setting but `foreach`'s default.
@@ -54,6 +56,10 @@ class C3O(Optimizer):
         trust_radius: r, the most |Δ| may be as a share of |θ|; 0 is off.
         trust_floor: root-mean-square under which a tensor is treated as having it, so that a zero-initialised tensor
             can leave zero (the idea of Adafactor's eps_2, arXiv 1804.04235; our addition to the report's rule).
+        sphere: step length on the sphere |θ| = R, as a multiple of `lr`: a step moves a tensor by the share
+            sphere · lr < 1 of R, its norm stays, and there is no weight decay; 0 is off. Meant for hidden matrices.
+            Where R, the update or lr is 0 the rule above holds (decided on the device). R is in the state
+            (`sphere_radius`; -1: not known yet).
         trust_norm_refresh_drift: margin of the norm skip in [0, 1); 0 measures every norm in every step.
         trust_norm_refresh_steps: steps after which a cached |θ| must be measured again.
         credit_gain: strength of the block credit; 0 is off and keeps no state.
@@ -96,6 +102,7 @@ class C3O(Optimizer):
         *,
         trust_radius: float = 0.1,
         trust_floor: float = 1e-3,
+        sphere: float = 0.0,
         trust_norm_refresh_drift: float = 0.0,
         trust_norm_refresh_steps: int = 16,
         credit_gain: float = 0.0,
@@ -116,6 +123,7 @@ class C3O(Optimizer):
             "weight_decay": weight_decay,
             "trust_radius": trust_radius,
             "trust_floor": trust_floor,
+            "sphere": sphere,
             "trust_norm_refresh_drift": trust_norm_refresh_drift,
             "trust_norm_refresh_steps": trust_norm_refresh_steps,
             "credit_gain": credit_gain,
@@ -211,6 +219,7 @@ class C3O(Optimizer):
         for group in self.param_groups:  # states saved before these settings were: as it was then
             group.setdefault("weight_rounding", "nearest")
             group.setdefault("error_bits", 0)
+            group.setdefault("sphere", 0.0)
             group.setdefault("foreach", None)
         self._forget_layout()
 
@@ -352,8 +361,8 @@ class C3O(Optimizer):
             flag = None if skip_step is None else _on(skip_step, kernels.params[0]).to(torch.float32)
             kernels.step(measure=False, norm=_on(norm, kernels.params[0]), loss=None, found_inf=flag)
             stats.append(kernels.stats())
-        trusted = sum(len(params) for _, rule, params in groups if rule.has_trust)
-        self._record(stats, trusted, skip_step)
+        measured = sum(len(params) for _, rule, params in groups if rule.measures)
+        self._record(stats, measured, skip_step)
 
     _read_flag_on_cpu = True  # tests clear it, to take the device's path without a GPU
 
@@ -542,9 +551,9 @@ class C3O(Optimizer):
 
     # ---- metrics ----------------------------------------------------------------------------------------------
 
-    def _record(self, stats: list[Tensor], trusted: int, skip_step: Tensor | None) -> None:
+    def _record(self, stats: list[Tensor], measured: int, skip_step: Tensor | None) -> None:
         total = torch.stack([_on(s, stats[0]) for s in stats]).sum(0)
-        total[3] /= max(trusted, 1)
+        total[3] /= max(measured, 1)
         clip = torch.ones_like(total[:1]) if self._clip_scale is None else _on(self._clip_scale, total).reshape(1)
         total = torch.cat([total, clip.to(total.dtype)])
         if skip_step is not None:
@@ -573,10 +582,11 @@ class C3O(Optimizer):
         """Figures of the last applied step; the only method that synchronises with the device.
 
         c3o_trust_norm_skipped: tensors whose bound proved that the cap does not bind.
-        c3o_trust_norm_exact: tensors under a trust region that needed their norms measured.
-        c3o_trust_capped: tensors whose update the cap reduced.
-        c3o_update_to_weight: mean over those tensors of |Δ| / max(|θ|, trust_floor sqrt(n)); with the Triton kernels, a
-            tensor whose norm was skipped counts with the ratio last measured.
+        c3o_trust_norm_exact: tensors under a trust region that needed their norms measured, or in a group
+            with a sphere.
+        c3o_trust_capped: tensors whose update the cap reduced; none that moved on its sphere.
+        c3o_update_to_weight: mean over those tensors of |Δ| / max(|θ|, trust_floor sqrt(n)), or sphere · lr; with the
+            Triton kernels, a tensor whose norm was skipped counts with the ratio last measured.
         c3o_grad_clip_scale: factor that "norm" clipping applied (of the last group clipped); 1 if it did not.
         c3o_foreach_groups: multi-tensor buckets in a step.
         c3o_grad_clip_foreach_groups: buckets whose gradients were clipped by multi-tensor calls.
@@ -599,12 +609,13 @@ def _gradients(params: list[Tensor]) -> list[Tensor]:
 
 def _addresses(arena: Arena) -> tuple[int, ...]:
     """What a table of addresses depends on, but for parameters and gradients."""
-    return (id(arena), 0 if arena.error is None else arena.error.data_ptr(), *(x.data_ptr() for x in arena.cache or ()))
+    kept = (arena.error, arena.sphere_radius, *(arena.cache or ()))
+    return (id(arena), *(0 if x is None else x.data_ptr() for x in kept))
 
 
 def _features(rule: Rule) -> tuple[Any, ...]:
     """Settings that decide which state and which launches there are."""
-    return rule.has_credit, rule.may_skip_norms, rule.weight_rounding, rule.error_bits
+    return rule.has_credit, rule.may_skip_norms, rule.has_sphere, rule.weight_rounding, rule.error_bits
 
 
 def _alike(grads: list[Tensor]) -> list[tuple[Any, list[Tensor]]]:

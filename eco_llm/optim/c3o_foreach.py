@@ -8,7 +8,8 @@ ours to lay out, are `torch._foreach_*` lists. A `Bucket` is a run of neighbours
 Accesses to memory, per element and step (16-bit or 32-bit words; fp32 moments, no credit, no clip):
     m <- lerp(m, g) 3;  v <- b2 v 2;  v += (1-b2) g² 3;  sqrt 2;  · + broadcast 2;  m / · 3;  + λθ 3;  |d|, |θ| 2;
     · scale 2;  θ - · 3;  together 25, of which the trust region is 2 and weight decay 3. A step that may be
-    skipped (`skip_step`) adds 8: candidates for m and v are built in the work buffer and committed by `where`.
+    skipped (`skip_step`) adds 8: candidates for m and v are built in the work buffer and committed by `where`. A
+    sphere adds 6: θ copied 2, the products 4, θ · shrink added 3, less weight decay.
 
 Coded moments (int8, int4) are decoded into a work buffer, advanced and coded anew, with some temporaries of the
 bucket's size in float32 and int32: no copy in float32 outlives the bucket's step.
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eco_llm.optim.c3o_reference import drop_norm_cache, unknown_update_norm
+from eco_llm.optim.c3o_reference import UNKNOWN_RADIUS, drop_norm_cache, unknown_update_norm
 from eco_llm.optim.grads import tensor_norms
 from eco_llm.optim.norm_skip import (
     NormCache,
@@ -91,6 +92,7 @@ class Arena:
         self.error: Tensor | None = None
         self.credit: Tensor | None = None
         self.cache: NormCache | None = None
+        self.sphere_radius: Tensor | None = None
         for i, p in enumerate(params):
             if "exp_avg" in state[p]:
                 check_moments(state[p], p, self.storage)
@@ -132,6 +134,14 @@ class Arena:
             self.credit = torch.zeros(self.first[-1], dtype=self.dtype, device=self.device)
             for i, p in enumerate(self.params):
                 self._adopt(state[p], "credit", self.credit[self.first[i] : self.first[i + 1]])
+        if not rule.has_sphere:
+            self.sphere_radius = None
+            for p in self.params:
+                state[p].pop("sphere_radius", None)
+        elif self.sphere_radius is None:
+            self.sphere_radius = torch.full_like(self.step, UNKNOWN_RADIUS, dtype=self.dtype)
+            for i, p in enumerate(self.params):
+                self._adopt(state[p], "sphere_radius", self.sphere_radius[i])
         if not rule.may_skip_norms:
             self.cache = None
             for p in self.params:
@@ -183,6 +193,7 @@ class Bucket:
         self.error = None if arena.error is None else arena.error[start:stop]
         self.credit = None if arena.credit is None else arena.credit[start:stop]
         self.cache = None if arena.cache is None else NormCache(*(x[first:last] for x in arena.cache))
+        self.sphere_radius = None if arena.sphere_radius is None else arena.sphere_radius[first:last]
 
         device, dtype = arena.device, arena.dtype
         counts = arena.blocks[first:last]
@@ -197,6 +208,7 @@ class Bucket:
         self.present = self.position < torch.tensor(counts_there, device=device)[:, None]
         self.zero = torch.zeros((), dtype=dtype, device=device)
         self.slack = Slack.of(arena.storage, arena.param_dtype, dtype)
+        self.counts = counts
         self.cosines = torch.empty(self.rows, dtype=dtype, device=device)
         self.cosine_views = list(self.cosines.split(counts))
         self._work: dict[str, tuple[Tensor, list[Tensor]]] = {}
@@ -222,7 +234,7 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
 
     Returns:
         float32 [4]: tensors whose norm was skipped, was exact, whose cap bound, and the sum over tensors of
-        |Δ| / max(|θ|, floor); zeros with no cap.
+        |Δ| / max(|θ|, floor), or ρ on the sphere; zeros with neither.
     """
     dtype = bucket.arena.dtype
     if any(g.dtype != dtype for g in grads):
@@ -245,13 +257,16 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
         gain, shift = gain / factor, shift / factor
     torch.addcmul(shift[:, None], root, gain[:, None], out=root)
     d, d_views = torch.div(m, root, out=root), root_views
-    if rule.weight_decay:
-        torch._foreach_add_(d_views, params, alpha=rule.weight_decay)
-
-    scale, stats = _trust(bucket, params, d_views, t, bias1, bias2, ratio, rule, skip_step)
+    if rule.has_sphere:
+        scale, stats = _onto_sphere(bucket, params, d, d_views, rule, skip_step)
+    else:
+        if rule.weight_decay:
+            torch._foreach_add_(d_views, params, alpha=rule.weight_decay)
+        scale, stats = _trust(bucket, params, d_views, t, bias1, bias2, ratio, rule, skip_step)
     if skip_step is not None:
         scale = torch.where(skip_step, 0.0, scale)
-        if m is not bucket.exp_avg or factor is not None:  # made with the bad gradient, and 0 times inf is NaN
+        # Made with the bad gradient or divided by a norm, and 0 times inf is NaN.
+        if m is not bucket.exp_avg or factor is not None or rule.has_sphere:
             d.masked_fill_(skip_step, 0.0)
     # 0 + x·0 is +0 for either sign of x, and θ - (+0) is θ in every bit, -0 included.
     torch.addcmul(bucket.zero, d, scale[bucket.owner][:, None], out=d)
@@ -423,6 +438,64 @@ def _trust(
     ratio = torch.where(weight > 0, delta_norm * scale / weight, 0.0)
     stats = torch.stack([skip, ~skip, scale < 1, ratio]).sum(1, dtype=torch.float32)
     return rule.lr * scale, stats
+
+
+def _onto_sphere(
+    bucket: Bucket, params: list[Tensor], u: Tensor, u_views: list[Tensor], rule: Rule, skip_step: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Make of the direction u, in place, d with θ - size · d on the sphere: u + θ (1 - a) / b, and size = b.
+
+    θ' = R (θ - b0 u) / |θ - b0 u| = a θ - b u, b0 = ρ R / |u|; a and b follow from |θ|, |u| and <θ, u>. Where R, u or ρ
+    is 0 it is the cap's: d = u + λ θ, with the norm of d from the same three numbers.
+
+    Returns:
+        (size [tensors], the step's statistics), as `_trust`.
+    """
+    dtype, known = bucket.arena.dtype, bucket.sphere_radius
+    assert known is not None
+    theta, theta_views = bucket.work("param")
+    if params is bucket.params:
+        torch._foreach_copy_(theta_views, params)
+    theta_norm, u_norm = tensor_norms(params, dtype), tensor_norms(u_views, dtype)
+    dot = _dots(bucket, theta, u)
+    radius = torch.where(known < 0, theta_norm, known)
+    _commit(known, radius, skip_step)
+
+    weight = torch.maximum(theta_norm, rule.trust_floor * bucket.sqrt_n)
+    d_square = u_norm.square() + rule.weight_decay * (2 * dot + rule.weight_decay * theta_norm.square())
+    delta_norm = rule.lr * d_square.clamp_(min=0).sqrt_()
+    limit = rule.trust_radius * weight if rule.has_trust else torch.full_like(weight, math.inf)
+    scale = torch.where(delta_norm > limit, limit / delta_norm, 1.0)
+    ratio = torch.where(weight > 0, delta_norm * scale / weight, 0.0)
+
+    share = rule.sphere * rule.lr
+    on_sphere = (radius > 0) & (u_norm > 0) & (share > 0)
+    now, along = theta_norm / radius, dot / u_norm / radius
+    # |θ - b0 u|² / R² - 1: of this 1 - a is made, so that nothing is lost where a is close to 1.
+    beyond = (now - 1) * (now + 1) - share * (2 * along - share)
+    norm = (1 + beyond).sqrt()
+    step = share * (radius / u_norm) / norm
+    shrink = torch.where(on_sphere, beyond / (norm * (norm + 1)) / step, rule.weight_decay)
+    size = torch.where(on_sphere, step, rule.lr * scale)
+    torch.addcmul(u, theta, shrink.to(dtype)[bucket.owner][:, None], out=u)
+
+    ones = torch.ones_like(ratio)
+    capped = (scale < 1) & ~on_sphere
+    stats = torch.stack([0 * ones, ones, capped, torch.where(on_sphere, share, ratio)])
+    return size.to(dtype), stats.sum(1, dtype=torch.float32)
+
+
+def _dots(bucket: Bucket, a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of every tensor, [tensors], from scratch [rows, BLOCK]: deterministic, in a fixed number of launches."""
+    products, _ = bucket.work("moment")  # the direction is made: nothing needs it any more
+    torch.mul(a, b, out=products)
+    products[bucket.last_rows] = torch.where(bucket.present, products[bucket.last_rows], 0.0)
+    blocks = products.sum(1)
+    # A multi-tensor sum does not exist, but a 1-norm does: of what is positive, less of what is negative.
+    parts = [
+        torch.stack(torch._foreach_norm(list(x.split(bucket.counts)), 1)) for x in (blocks.relu(), (-blocks).relu())
+    ]
+    return parts[0] - parts[1]
 
 
 class Plan:

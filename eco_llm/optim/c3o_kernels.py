@@ -355,11 +355,13 @@ def _plan_kernel(
         tl.store(out + 4, (1 - b2).to(tl.float32), mask=inside)
         tl.store(out + 5, (bias1 / tl.sqrt(bias2)).to(tl.float32), mask=inside)
         tl.store(out + 6, (eps * bias1).to(tl.float32), mask=inside)
-        tl.store(out + 7, decay.to(tl.float32), mask=inside)
+        # On a sphere u alone is measured; what θ is multiplied by then follows (`_trust_kernel`).
+        sphere = tl.load(a + 17) > 0
+        tl.store(out + 7, tl.where(sphere, 0.0, decay).to(tl.float32), mask=inside)
         tl.store(out + 8, lr.to(tl.float32), mask=inside)
         tl.store(out + 9, t, mask=inside)
         tl.store(out + 10, bound.to(tl.float32), mask=inside)
-        tl.store(out + 11, tl.where(live, tl.where(trust & (skip == 0), 2.0, 1.0), 0.0), mask=inside)
+        tl.store(out + 11, tl.where(live, tl.where((trust & (skip == 0)) | sphere, 2.0, 1.0), 0.0), mask=inside)
         # A skipped tensor keeps the ratio last measured; one that is measured is written by `_trust_kernel`.
         now = inside & (refused == 0)
         tl.store(stats + i * 4, tl.where(skipped, 1.0, 0.0), mask=now)
@@ -386,10 +388,10 @@ def _measure_tile(
 @triton.jit
 def _measure_coded(
     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2, gain, shift,
-    decay, d_sum, p_sum, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, ERROR: tl.constexpr,
-    CLAMP: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    decay, d_sum, p_sum, dot, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, ERROR: tl.constexpr,
+    CLAMP: tl.constexpr, SPHERE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds d² and θ² of the tile at `begin` to the sums, [rows, 64], for moments in codes."""
+    """Adds d², θ² and, with SPHERE, θ d of the tile at `begin` to the sums, [rows, 64], for moments in codes."""
     PACK: tl.constexpr = 8 // BITS
     row, lane = tl.arange(0, TILE // (64 * PACK)), tl.arange(0, 64)[None, :]
     byte_rows = begin // (64 * PACK) + row
@@ -412,17 +414,21 @@ def _measure_coded(
         if MASKED:
             d = tl.where(at < left, d, 0.0)
         d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
-    return d_sum, p_sum
+        if SPHERE:
+            dot = tl.fma(p, d, dot)
+    return d_sum, p_sum, dot
 
 
 @triton.jit(do_not_specialize=["first", "programs", "all_chunks", "grads"])
 def _measure_kernel(
     chunks, grads, tensors, plan, partials, first, programs, all_chunks,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-    ERROR: tl.constexpr, CLAMP: tl.constexpr, ADVANCE: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr,
+    ERROR: tl.constexpr, CLAMP: tl.constexpr, SPHERE: tl.constexpr, ADVANCE: tl.constexpr, REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """partials[i], partials[all_chunks + i] = |d|², |θ|² of chunk i, if its tensor must be measured."""
+    """partials[i], partials[all_chunks + i] = |d|², |θ|² of chunk i, if its tensor must be measured; with SPHERE, for
+    some tensor of the step, partials[2 all_chunks + i] = <θ, d>.
+    """
     at, tensor, part = _where(chunks + 2 * first, tl.program_id(0), programs, REVERSE)
     row = plan + tensor * PLAN
     if tl.load(row + 11) == 2.0:
@@ -440,20 +446,27 @@ def _measure_kernel(
             v_base = _base(tensors, line + 2, S, 16) + start
             lanes = tl.arange(0, TILE)
             d_sum, p_sum = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+            dot = tl.zeros([TILE], tl.float32)
             for begin in range(0, full, TILE):
                 p, d = _measure_tile(
                     p_base, e_base, g_base, m_base, v_base, begin + lanes, left, factor, limit, w1, b2, w2, gain,
                     shift, decay, ERROR, CLAMP, ADVANCE, False,
                 )  # fmt: skip
                 d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
+                if SPHERE:
+                    dot = tl.fma(p, d, dot)
             if full < left:
                 p, d = _measure_tile(
                     p_base, e_base, g_base, m_base, v_base, full + lanes, left, factor, limit, w1, b2, w2, gain,
                     shift, decay, ERROR, CLAMP, ADVANCE, True,
                 )  # fmt: skip
                 d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
+                if SPHERE:
+                    dot = tl.fma(p, d, dot)
             tl.store(partials + first + at, tl.sum(d_sum))
             tl.store(partials + all_chunks + first + at, tl.sum(p_sum))
+            if SPHERE:
+                tl.store(partials + 2 * all_chunks + first + at, tl.sum(dot))
         else:
             m_base = _base(tensors, line + 1, tl.uint8, 16) + start // (8 // BITS)
             v_base = _base(tensors, line + 2, tl.uint8, 16) + start // (8 // BITS)
@@ -461,45 +474,78 @@ def _measure_kernel(
             v_scales = _base(tensors, line + 9, tl.bfloat16, 16) + start // 64
             rows: tl.constexpr = TILE // (64 * (8 // BITS))
             d_sum, p_sum = tl.zeros([rows, 64], tl.float32), tl.zeros([rows, 64], tl.float32)
+            dot = tl.zeros([rows, 64], tl.float32)
             for begin in range(0, full, TILE):
-                d_sum, p_sum = _measure_coded(
+                d_sum, p_sum, dot = _measure_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2,
-                    gain, shift, decay, d_sum, p_sum, BITS, R, V, ERROR, CLAMP, TILE, False,
+                    gain, shift, decay, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP, SPHERE, TILE, False,
                 )  # fmt: skip
             if full < left:
-                d_sum, p_sum = _measure_coded(
+                d_sum, p_sum, dot = _measure_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, full, left, factor, limit, w1, b2, w2,
-                    gain, shift, decay, d_sum, p_sum, BITS, R, V, ERROR, CLAMP, TILE, True,
+                    gain, shift, decay, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP, SPHERE, TILE, True,
                 )  # fmt: skip
             tl.store(partials + first + at, tl.sum(tl.sum(d_sum, axis=1)))
             tl.store(partials + all_chunks + first + at, tl.sum(tl.sum(p_sum, axis=1)))
+            if SPHERE:
+                tl.store(partials + 2 * all_chunks + first + at, tl.sum(tl.sum(dot, axis=1)))
 
 
 @triton.jit(do_not_specialize=["all_chunks"])
 def _trust_kernel(
     partials, all_chunks, arenas, tensors, arena_of, span, plan, stats,
-    COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr, LANES: tl.constexpr,
+    SPHERE: tl.constexpr, COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """The cap of one measured tensor: lr · scale, statistics, and the bounds that its norms give."""
+    """The cap of one measured tensor: lr · scale, statistics, and the bounds that its norms give; or its step on the
+    sphere (`c3o_foreach._onto_sphere`, of which this is the float64 twin).
+    """
     i = tl.program_id(0)
     row = plan + i * PLAN
     if tl.load(row + 11) == 2.0:
         first, count = tl.load(span + 2 * i), tl.load(span + 2 * i + 1)
         d_sum, p_sum = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
+        dots = tl.zeros([LANES], tl.float64)
         for at in range(0, count, LANES):
             k = at + tl.arange(0, LANES)
             d_sum += tl.load(partials + first + k, mask=k < count, other=0.0).to(tl.float64)
             p_sum += tl.load(partials + all_chunks + first + k, mask=k < count, other=0.0).to(tl.float64)
-        d_norm, p_norm = tl.sqrt(tl.sum(d_sum)), tl.sqrt(tl.sum(p_sum))
+            if SPHERE:
+                dots += tl.load(partials + 2 * all_chunks + first + k, mask=k < count, other=0.0).to(tl.float64)
+        d_square, p_square = tl.sum(d_sum), tl.sum(p_sum)
+        p_norm = tl.sqrt(p_square)
         a = arenas + tl.load(arena_of + i) * ARENA_COLUMNS
+        sphere, decay = tl.load(a + 17), tl.load(a + 6)
+        u_square, dot = d_square, tl.sum(dots)
+        if SPHERE:  # what was measured is u; d, for where the cap's rule holds, follows
+            with_decay = tl.maximum(u_square + decay * (2 * dot + decay * p_square), 0.0)
+            d_square = tl.where(sphere > 0, with_decay, d_square)
+        d_norm = tl.sqrt(d_square)
         tensor = tensors + i * COLUMNS
         lr = tl.load(row + 8).to(tl.float64)
         weight = tl.maximum(p_norm, tl.load(a + 8) * tl.sqrt(tl.load(tensor + 7).to(tl.float64)))
         limit, delta = tl.load(a + 7) * weight, lr * d_norm
-        binds = delta > limit
+        binds = (delta > limit) & (tl.load(a + 7) > 0)
         scale = tl.where(binds, limit / tl.where(binds, delta, 1.0), 1.0)
-        tl.store(row + 8, (lr * scale).to(tl.float32))
+        size = lr * scale
         ratio = tl.where(weight > 0, delta * scale / tl.where(weight > 0, weight, 1.0), 0.0)
+        if SPHERE:
+            radius_at = tl.load(tensor + 11)
+            known = _floats(radius_at, sphere > 0).to(tl.float64)
+            radius = tl.where(known < 0, p_norm, known)
+            _store_floats(radius_at, radius, sphere > 0)
+            share, u_norm = sphere * lr, tl.sqrt(u_square)
+            on_sphere = (radius > 0) & (u_norm > 0) & (share > 0)
+            r, u = tl.where(on_sphere, radius, 1.0), tl.where(on_sphere, u_norm, 1.0)
+            now, along = p_norm / r, dot / u / r
+            beyond = (now - 1) * (now + 1) - share * (2 * along - share)
+            norm = tl.sqrt(1 + beyond)
+            step = share * (r / u) / norm
+            shrink = beyond / (norm * (norm + 1)) / tl.where(on_sphere, step, 1.0)
+            tl.store(row + 7, tl.where(on_sphere, shrink, decay).to(tl.float32))
+            size, ratio = tl.where(on_sphere, step, size), tl.where(on_sphere, share, ratio)
+            scale = tl.where(on_sphere, 1.0, scale)
+        tl.store(row + 8, size.to(tl.float32))
         tl.store(stats + 4 * i, 0.0)
         tl.store(stats + 4 * i + 1, 1.0)
         tl.store(stats + 4 * i + 2, tl.where(scale < 1, 1.0, 0.0))

@@ -26,6 +26,9 @@ from eco_llm.optim.storage import check_moments, new_moments, read_moments, stor
 
 State = dict[str, Any]
 
+UNKNOWN_RADIUS = -1.0
+"""`sphere_radius` of a tensor that has not been stepped on its sphere yet: the next step that is applied sets it."""
+
 
 def init_state(param: Tensor, rule: Rule, state: State) -> None:
     """Create what the rule needs and `state` lacks: zero moments, and caches only where their feature is on."""
@@ -40,6 +43,10 @@ def init_state(param: Tensor, rule: Rule, state: State) -> None:
         state["error"] = torch.zeros(param.shape, dtype=torch.int8, device=param.device)
     if rule.has_credit and "credit" not in state:
         state["credit"] = torch.zeros(block_count(param.numel()), dtype=dtype, device=param.device)
+    if not rule.has_sphere:
+        state.pop("sphere_radius", None)
+    elif "sphere_radius" not in state:
+        state["sphere_radius"] = torch.full((), UNKNOWN_RADIUS, dtype=dtype, device=param.device)
     if not rule.may_skip_norms:
         drop_norm_cache(state)
     elif "update_norm" not in state:
@@ -84,7 +91,8 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
             whatever the gradient holds.
 
     Returns:
-        float32 [4]: norm skipped, norm exact, cap bound (each 0 or 1), |Δ| / max(|θ|, floor); zeros with no cap.
+        float32 [4]: norm skipped, norm exact, cap bound (each 0 or 1), |Δ| / max(|θ|, floor), or ρ on the sphere; zeros
+        with neither.
     """
     dtype = compute_dtype(param, rule.storage)
     theta, g = _weight(param, state).to(dtype), grad.to(dtype)
@@ -111,15 +119,17 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
 
     bias1, bias2 = 1 - rule.beta1 ** t.to(dtype), 1 - rule.beta2 ** t.to(dtype)
     u = (m / bias1) / ((v / bias2).sqrt() + rule.eps)
-    d = s * u + rule.weight_decay * theta
+    u = s * u
+    d = u + rule.weight_decay * theta
 
     stats = torch.zeros(4, dtype=torch.float32, device=param.device)
     scale: Tensor | float = 1.0
-    if rule.has_trust:
+    if rule.measures:
         sqrt_n = torch.full((), param.numel() ** 0.5, dtype=dtype, device=param.device)
         theta_norm, d_norm = torch.linalg.vector_norm(theta), torch.linalg.vector_norm(d)
         weight = torch.maximum(theta_norm, rule.trust_floor * sqrt_n)
-        limit, delta_norm = rule.trust_radius * weight, rule.lr * d_norm
+        limit = rule.trust_radius * weight if rule.has_trust else torch.full_like(weight, float("inf"))
+        delta_norm = rule.lr * d_norm
         scale = torch.where(delta_norm > limit, limit / delta_norm, 1.0)
         skip = torch.zeros((), dtype=torch.bool, device=param.device)
         if rule.may_skip_norms:
@@ -134,7 +144,18 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
         ratio = torch.where(weight > 0, delta_norm * scale / weight, 0.0)
         stats = torch.stack([skip, ~skip, scale < 1, ratio]).to(torch.float32)
 
-    theta = theta - rule.lr * scale * d
+    moved = theta - rule.lr * scale * d
+    if rule.has_sphere:
+        known = state["sphere_radius"]
+        new["sphere_radius"] = radius = torch.where(known < 0, theta_norm, known)
+        share, u_norm = rule.sphere * rule.lr, torch.linalg.vector_norm(u)
+        on_sphere = (radius > 0) & (u_norm > 0) & (share > 0)
+        ahead = theta - share * radius / u_norm * u
+        moved = torch.where(on_sphere, radius * (ahead / torch.linalg.vector_norm(ahead)), moved)
+        counted = torch.zeros_like(stats)
+        counted[1], counted[3] = 1.0, share
+        stats = torch.where(on_sphere, counted, stats)
+    theta = moved
     new_param, error = _stored_weight(theta, param, state, rule, t)
     if error is not None:
         new["error"] = error

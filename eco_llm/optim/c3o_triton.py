@@ -7,7 +7,9 @@ Tensors of one optimizer form a table on the device: addresses of parameter, mom
     2  plan, one program: norm, verdict, clip factor, bias corrections,    scalars
        the norm skip's decision; advances the step counts
     3  |d|², |θ|² of every chunk of the tensors that must be measured       reads p g m v (writes m v)
-    4  trust, one program a tensor: the cap's scale and new bounds         scalars
+       (with a sphere <θ, d> too)
+    4  trust, one program a tensor: the cap's scale and new bounds, or     scalars
+       the step on the sphere
     5  update                                                              reads p g m v, writes p m v
     6  with the norm skip and coded moments: bounds of what 5 stored           scalars
 
@@ -70,15 +72,16 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 # Columns of the tables. Tensors, int64:
 _T = (
     "param", "exp_avg", "exp_avg_sq", "step", "update_norm", "param_norm", "norm_age", "numel", "exp_avg_scale",
-    "exp_avg_sq_scale", "error",
+    "exp_avg_sq_scale", "error", "sphere_radius",
 )  # fmt: skip
 # Arenas, float64:
 _A = (
     "lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "radius", "floor", "drift", "refresh",
-    "clip_norm", "clip_value", "slack_state", "slack_param", "may_skip", "coded",
+    "clip_norm", "clip_value", "slack_state", "slack_param", "may_skip", "coded", "sphere",
 )  # fmt: skip
 # Plan, float32, made by the device in every step: 0 clip factor, 1 clip value, 2 1-b1, 3 b2, 4 1-b2, 5 gain, 6 shift,
-# 7 weight decay, 8 lr · scale, 9 step, 10 bound, 11 mode (0 leave alone, 1 update, 2 measure and update).
+# 7 weight decay, 8 lr · scale (on a sphere both are its own), 9 step, 10 bound, 11 mode (0 leave alone, 1 update,
+# 2 measure and update).
 _PLAN = 16
 
 
@@ -147,7 +150,7 @@ class KernelPlan:
         self._stats = torch.zeros(n, 4, device=self.device)
         self._control = torch.ones(1, device=self.device)
         self._summary = torch.zeros(7, device=self.device)
-        self._partials = torch.zeros(2 * self._chunk_count, device=self.device)
+        self._partials = torch.zeros(3 * self._chunk_count, device=self.device)
 
         self._param_at: list[int] = []
         self._grad_at: list[int] = []
@@ -250,13 +253,15 @@ class KernelPlan:
             caches = [0] * 3 if arena.cache is None else [x.data_ptr() for x in arena.cache]
             scales = [0] * 2 if arena.scales is None else [x.data_ptr() for x in arena.scales]
             error = 0 if arena.error is None else arena.error.data_ptr()
+            radius = 0 if arena.sphere_radius is None else arena.sphere_radius.data_ptr()
             for i, p in enumerate(arena.params):
                 first = arena.first[i]
                 offset = first * width
                 scalars = (arena.step.data_ptr() + 4 * i, *(c + 4 * i if c else 0 for c in caches))
                 groups = (s + first * (BLOCK // GROUP) * 2 if s else 0 for s in scales)
                 bits = error + first * BLOCK if error else 0
-                rows.append((params[len(rows)], m + offset, v + offset, *scalars, p.numel(), *groups, bits))
+                sphere = radius + 4 * i if radius else 0
+                rows.append((params[len(rows)], m + offset, v + offset, *scalars, p.numel(), *groups, bits, sphere))
         return rows
 
     def _bind_settings(self, rules: Sequence[Rule]) -> None:
@@ -291,6 +296,7 @@ class KernelPlan:
                     slack.param,
                     float(rule.may_skip_norms),
                     float(arena.storage.bits > 0),
+                    rule.sphere,
                 )
             )
             addresses.append(address)
@@ -303,7 +309,8 @@ class KernelPlan:
         if self.capturing and 0 in addresses:
             raise RuntimeError("C3O: lr is a number, which a CUDA graph would freeze; call make_capturable() before")
         self._clamps = any(rule.clips_value for rule in rules)
-        self._trusts = any(rule.has_trust for rule in rules)
+        self._measures = any(rule.measures for rule in rules)
+        self._spheres = any(rule.has_sphere for rule in rules)
         self._skips = any(rule.may_skip_norms for rule in rules)
         self._watches = any(
             rule.may_skip_norms and a.storage.bits for rule, (a, _) in zip(rules, self._arenas, strict=True)
@@ -345,7 +352,7 @@ class KernelPlan:
         columns = {"COLUMNS": len(_T)}
         scalars = {**columns, "ARENA_COLUMNS": len(_A), "PLAN": _PLAN, "SLACK": 8 * torch.finfo(torch.float32).eps}
         # Start where the last full pass ended; with the skip on, that of the measurement is usually empty.
-        backwards = measure if self._skips else measure != self._trusts
+        backwards = measure if self._skips else measure != self._measures
         with self._on_device():
             if measure:
                 for kind in self._kinds:
@@ -359,16 +366,16 @@ class KernelPlan:
                 applied.view(torch.uint8), self._clip_arena, MEASURED=measure, KNOWN=norm is not None,
                 GUARD=loss is not None, FLAG=found_inf is not None, LANES=_LANES, SUM_LANES=_SUM_LANES, **scalars,
             )  # fmt: skip
-            if self._trusts:
+            if self._measures:
                 for kind in self._kinds:
                     _measure_kernel[(kind.count,)](
                         self._chunks, grads, table, self._plan, self._partials, kind.first, kind.count,
-                        self._chunk_count, CLAMP=self._clamps, ADVANCE=kind.advance, REVERSE=measure,
-                        ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape,
+                        self._chunk_count, CLAMP=self._clamps, SPHERE=self._spheres, ADVANCE=kind.advance,
+                        REVERSE=measure, ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape,
                     )  # fmt: skip
                 _trust_kernel[(len(self.params),)](
                     self._partials, self._chunk_count, self._settings, table, self._arena_of, self._span,
-                    self._plan, self._stats, LANES=_LANES, **scalars,
+                    self._plan, self._stats, SPHERE=self._spheres, LANES=_LANES, **scalars,
                 )  # fmt: skip
             for kind in self._kinds:
                 _update_kernel[(kind.count,)](

@@ -41,6 +41,8 @@ def build_optimizer(
             raise UserError("--eps 0 makes C3O divide 0 by 0 where a gradient is always zero; use e.g. 1e-8")
         if c3o.c3o_error_bits and not any(p.dtype == torch.bfloat16 for g in groups for p in g["params"]):
             raise UserError("--c3o-error-bits 8 extends bf16 weights, and these weights are fp32; use 0")
+        for group in groups:
+            group["sphere"] = c3o.c3o_sphere if group["name"] == "matrix" else 0.0
         return C3O(
             groups,
             lr=config.lr,

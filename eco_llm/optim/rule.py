@@ -32,6 +32,7 @@ class Rule:
     weight_decay: float
     trust_radius: float
     trust_floor: float
+    sphere: float
     trust_norm_refresh_drift: float
     trust_norm_refresh_steps: int
     credit_gain: float
@@ -69,8 +70,18 @@ class Rule:
         return self.trust_radius > 0
 
     @property
+    def has_sphere(self) -> bool:
+        return self.sphere > 0
+
+    @property
+    def measures(self) -> bool:
+        """Whether a step needs the norms of weights and updates, unless they may be skipped."""
+        return self.has_trust or self.has_sphere
+
+    @property
     def may_skip_norms(self) -> bool:
-        return self.has_trust and self.trust_norm_refresh_drift > 0
+        """The sphere divides by norms, so it always measures them."""
+        return self.has_trust and self.trust_norm_refresh_drift > 0 and not self.has_sphere
 
     @property
     def has_credit(self) -> bool:
@@ -92,8 +103,8 @@ class Rule:
 
 
 _PLAIN = (
-    "eps", "weight_decay", "trust_radius", "trust_floor", "trust_norm_refresh_drift", "trust_norm_refresh_steps",
-    "credit_gain", "credit_min", "credit_max", "credit_beta", "grad_clip", "grad_clip_mode",
+    "eps", "weight_decay", "trust_radius", "trust_floor", "sphere", "trust_norm_refresh_drift",
+    "trust_norm_refresh_steps", "credit_gain", "credit_min", "credit_max", "credit_beta", "grad_clip", "grad_clip_mode",
     "weight_rounding", "error_bits",
 )  # fmt: skip
 
@@ -110,9 +121,13 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"C3O: betas must be two numbers in [0, 1), got {group['betas']}")
     if not 0.0 < group["eps"] < float("inf"):
         raise ValueError(f"C3O: eps must be > 0 (an element that never had a gradient is 0/0), got {group['eps']}")
-    for name in ("weight_decay", "trust_radius", "trust_floor", "credit_gain", "grad_clip"):
+    for name in ("weight_decay", "trust_radius", "trust_floor", "sphere", "credit_gain", "grad_clip"):
         if not 0.0 <= group[name] < float("inf"):
             raise ValueError(f"C3O: {name} must be finite and >= 0, got {group[name]}")
+    if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and not group["sphere"] * float(lr) < 1.0:
+        raise ValueError(
+            f"C3O: sphere · lr must be under 1, the share of |θ| that a step moves; got {group['sphere']} · {float(lr)}"
+        )
     for name in ("trust_norm_refresh_drift", "credit_beta"):
         if not 0.0 <= group[name] < 1.0:
             raise ValueError(f"C3O: {name} must be in [0, 1), got {group[name]}")

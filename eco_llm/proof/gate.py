@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eco_llm.config import TrainConfig, flatten
 from eco_llm.errors import UserError
 
 Records = Sequence[dict[str, Any]]
@@ -30,7 +31,7 @@ _SAME_TOKENS = ("data", "text_field", "tokenizer", "val_fraction", "vocab_size",
 # What decides how weights move by intention, and not only how fast or in how much memory.
 _LEARNING = (
     "optimizer", "lr", "weight_decay", "beta1", "beta2", "eps", "grad_clip", "grad_clip_mode", "schedule",
-    "decay_fraction", "min_lr_ratio", "c3o_trust_radius", "c3o_credit_gain",
+    "decay_fraction", "min_lr_ratio", "c3o_trust_radius", "c3o_sphere", "c3o_credit_gain",
 )  # fmt: skip
 
 
@@ -83,7 +84,8 @@ def check_same_learning(a: dict[str, Any], b: dict[str, Any], steps: int) -> Non
     Raises:
         UserError: naming the first such setting.
     """
-    differing = [name for name in _LEARNING if a.get(name) != b.get(name)]
+    standing = flatten(TrainConfig())  # a side of an earlier version lacks what was added since
+    differing = [name for name in _LEARNING if a.get(name, standing[name]) != b.get(name, standing[name])]
     if differing and steps > 1:
         name = differing[0]
         raise UserError(

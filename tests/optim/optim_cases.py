@@ -26,6 +26,8 @@ RULES: dict[str, dict[str, Any]] = {
     "no-momentum": {"betas": (0.0, 0.999)},
     "no-second": {"betas": (0.9, 0.0), "eps": 1e-3, "trust_norm_refresh_drift": 0.1},
     "big-eps": {"eps": 1e-1},
+    "sphere": {"sphere": 3.0, "lr": 1e-2},
+    "sphere-credit": {"sphere": 3.0, "lr": 1e-2, "credit_gain": 20.0, "trust_radius": 0.0},
 }
 
 # parameter dtype, state dtype

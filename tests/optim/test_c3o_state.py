@@ -224,6 +224,7 @@ def test_sparse_and_complex_are_refused() -> None:
     [
         ("lr", -1.0), ("lr", float("nan")), ("lr", torch.zeros(2)), ("betas", (1.0, 0.9)), ("betas", (0.9, -0.1)),
         ("eps", 0.0), ("weight_decay", float("inf")), ("trust_radius", -1.0), ("trust_floor", float("nan")),
+        ("sphere", float("nan")), ("sphere", 1e3),
         ("trust_norm_refresh_drift", 1.0), ("trust_norm_refresh_steps", 0), ("credit_gain", -1.0),
         ("credit_min", 0.0), ("credit_max", 0.5), ("credit_beta", 1.0), ("grad_clip", float("nan")),
         ("grad_clip_mode", "both"), ("state_dtype", torch.float16),

@@ -34,6 +34,8 @@ RULES: dict[str, dict[str, Any]] = {
     "value": {"grad_clip": 0.01, "grad_clip_mode": "value"},
     "no-momentum": {"betas": (0.0, 0.999), "weight_decay": 0.0},
     "no-second": {"betas": (0.9, 0.0), "eps": 1e-3, "trust_norm_refresh_drift": 0.1},
+    "sphere": {"sphere": 3.0, "lr": 1e-2, "grad_clip": 1.0},
+    "sphere-no-cap": {"sphere": 3.0, "lr": 1e-2, "trust_radius": 0.0},
 }
 TYPES: tuple[tuple[torch.dtype, torch.dtype | str], ...] = (
     (torch.float32, torch.float32),
@@ -155,12 +157,12 @@ def test_parameters_without_gradients_are_left_alone_and_join_later() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "state"), TYPES, ids=str)
-@pytest.mark.parametrize("drift", [0.0, 0.05])
-def test_refused_steps_change_no_bit(dtype: torch.dtype, state: torch.dtype | str, drift: float) -> None:
+@pytest.mark.parametrize("rule", [{}, {"trust_norm_refresh_drift": 0.05}, {"sphere": 2.0}], ids=str)
+def test_refused_steps_change_no_bit(dtype: torch.dtype, state: torch.dtype | str, rule: dict[str, Any]) -> None:
     params = parameters(dtype)
     with torch.no_grad():
         params[2][:2] = torch.tensor([0.0, -0.0])
-    optimizer = C3O(params, state_dtype=state, grad_clip=1.0, trust_norm_refresh_drift=drift)
+    optimizer = C3O(params, state_dtype=state, grad_clip=1.0, **rule)
     run(optimizer, params, 2)
     before, metrics = bits(tensors_of(optimizer)), optimizer.metrics()
     for bad in (float("nan"), float("inf"), 0.5):
@@ -198,11 +200,12 @@ def test_skip_equals_exact_bit_for_bit(dtype: torch.dtype, state: torch.dtype | 
             assert bits([a.state[p]["exp_avg"]]) == bits([b.state[q]["exp_avg"]])
 
 
+@pytest.mark.parametrize("name", ["skip", "sphere"])
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, "int8", "int4"], ids=str)
 @pytest.mark.parametrize("order", ["kernels-first", "foreach-first"])
-def test_state_moves_between_paths(order: str, state: torch.dtype | str) -> None:
+def test_state_moves_between_paths(order: str, state: torch.dtype | str, name: str) -> None:
     first, second = (None, True) if order == "kernels-first" else (True, None)
-    rule: dict[str, Any] = {"state_dtype": state, **RULES["skip"]}
+    rule: dict[str, Any] = {"state_dtype": state, **RULES[name]}
     straight, before = parameters(), parameters()
     whole, a = C3O(straight, foreach=first, **rule), C3O(before, foreach=first, **rule)
     run(whole, straight, 6)
@@ -221,9 +224,10 @@ def test_state_moves_between_paths(order: str, state: torch.dtype | str) -> None
     check_close(tensors_of(whole), tensors_of(b), torch.float32, state)
 
 
-def test_resume_is_exact() -> None:
+@pytest.mark.parametrize("name", ["default", "sphere"])
+def test_resume_is_exact(name: str) -> None:
     straight, before = parameters(), parameters()
-    a, b = C3O(straight, grad_clip=1.0), C3O(before, grad_clip=1.0)
+    a, b = C3O(straight, **RULES[name]), C3O(before, **RULES[name])
     run(a, straight, 6)
     run(b, before, 3)
     after = copies(before)
@@ -231,6 +235,61 @@ def test_resume_is_exact() -> None:
     c.load_state_dict(copy.deepcopy(b.state_dict()))
     run(c, after, 3, start=3)
     assert bits(tensors_of(a)) == bits(tensors_of(c))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sphere_holds_the_norm_beside_groups_without_one(dtype: torch.dtype) -> None:
+    """One launch each for both kinds of group; a tensor of zeros, and one without gradients at first."""
+    shapes, within = ((33, 1000), (4097,), (70, 3)), {torch.float32: 1e-6, torch.bfloat16: 2.0**-9}[dtype]
+
+    def make(foreach: bool | None) -> tuple[list[nn.Parameter], list[nn.Parameter], C3O]:
+        held, free = parameters(dtype, shapes), parameters(dtype, ((50, 60),))
+        groups = [{"params": held, "sphere": 2.0}, {"params": free, "trust_radius": 1e-3}]
+        return held, free, C3O(groups, lr=1e-2, foreach=foreach)
+
+    (held, free, a), (held_too, free_too, b) = make(None), make(False)
+    start = [float(p.detach().double().norm()) for p in held]
+    for i in range(20 if INTERPRETED else 200):
+        for params, optimizer in (([*held, *free], a), ([*held_too, *free_too], b)):
+            set_gradients(params, i)
+            if i < 2:
+                params[1].grad = None
+            optimizer.step()
+        assert served_whole(a)
+        for p, norm in zip(held[:3], start, strict=False):
+            assert float(p.detach().double().norm()) == pytest.approx(norm, rel=within)
+        if i < 2:
+            assert held[1] not in a.state or float(a.state[held[1]]["sphere_radius"]) == -1
+        if i == 5:
+            check_close(tensors_of(a), tensors_of(b), dtype, torch.float32)
+    assert held[3].detach().norm() > 0  # the zeros left zero, under the cap
+    assert float(a.state[held[3]]["sphere_radius"]) == 0
+    assert "sphere_radius" not in a.state[free[0]]
+    counts = a.metrics(), b.metrics()
+    assert counts[0]["c3o_trust_norm_exact"] == counts[1]["c3o_trust_norm_exact"] == 6
+    assert counts[0]["c3o_trust_capped"] == counts[1]["c3o_trust_capped"]
+    assert counts[0]["c3o_update_to_weight"] == pytest.approx(counts[1]["c3o_update_to_weight"], rel=1e-3)
+
+
+def test_sphere_without_a_direction_or_a_learning_rate_keeps_to_the_cap() -> None:
+    """Decided in the kernel: a gradient of zeros decays, lr 0 changes no bit, and the radius is remembered."""
+    p = nn.Parameter(torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).to(DEVICE))
+    optimizer = C3O([p], lr=0.0, sphere=0.5, weight_decay=0.1)
+    start = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert bits([p.detach()]) == bits([start])
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), start * 0.99, rtol=1e-6, atol=0)
+    p.grad = torch.ones_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    kept = p.detach().clone()
+    optimizer.step()
+    assert bits([p.detach()]) == bits([kept])
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert float(p.detach().double().norm()) == pytest.approx(float(start.double().norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
@@ -448,10 +507,10 @@ def test_nothing_past_a_tensors_end_is_written(name: str) -> None:
 
 
 @on_gpu_only
-@pytest.mark.parametrize("drift", [0.0, 0.05])
-def test_update_never_synchronises(drift: float) -> None:
+@pytest.mark.parametrize("rule", [{}, {"trust_norm_refresh_drift": 0.05}, {"sphere": 2.0}], ids=str)
+def test_update_never_synchronises(rule: dict[str, Any]) -> None:
     params = parameters()
-    update = Update(C3O(params, grad_clip=1.0, trust_norm_refresh_drift=drift), OptimizerConfig())
+    update = Update(C3O(params, grad_clip=1.0, **rule), OptimizerConfig())
     loss = torch.zeros((), device=DEVICE)
     for i in range(2):
         set_gradients(params, i)
@@ -479,11 +538,12 @@ def launches(step: Callable[[], object]) -> int:
 
 
 @on_gpu_only
-def test_launches_do_not_depend_on_the_number_of_tensors() -> None:
+@pytest.mark.parametrize("sphere", [0.0, 2.0])
+def test_launches_do_not_depend_on_the_number_of_tensors(sphere: float) -> None:
     counts = []
     for tensors in (4, 400):
         params = parameters(shapes=[(31, 33)] * tensors)
-        update = Update(C3O(params, grad_clip=1.0), OptimizerConfig())
+        update = Update(C3O(params, grad_clip=1.0, sphere=sphere), OptimizerConfig())
         loss = torch.zeros((), device=DEVICE)
         set_gradients(params, 0)
         update.step(loss)
@@ -492,7 +552,9 @@ def test_launches_do_not_depend_on_the_number_of_tensors() -> None:
 
 
 @on_gpu_only
-@pytest.mark.parametrize("kind", ["c3o", "c3o-skip", "c3o-bf16", "c3o-int8-skip", "c3o-int4", "adamw"])
+@pytest.mark.parametrize(
+    "kind", ["c3o", "c3o-skip", "c3o-bf16", "c3o-int8-skip", "c3o-int4", "c3o-sphere", "c3o-int8-sphere", "adamw"]
+)
 def test_captured_and_replayed_equals_eager_bit_for_bit(kind: str) -> None:
     """Gradients come from a real backward inside the graph; one parameter has none; the learning rate changes."""
 
@@ -504,6 +566,7 @@ def test_captured_and_replayed_equals_eager_bit_for_bit(kind: str) -> None:
         if kind == "adamw":
             return model, Update(torch.optim.AdamW(params, lr=1e-3, fused=True), config)
         rule: dict[str, Any] = {"trust_norm_refresh_drift": 0.05 if "skip" in kind else 0.0}
+        rule["sphere"] = 3.0 if "sphere" in kind else 0.0
         names = {"bf16": "bfloat16", "int8": "int8", "int4": "int4"}
         rule["state_dtype"] = next((name for key, name in names.items() if key in kind), "float32")
         return model, Update(C3O(params, grad_clip=0.05, **rule), config)
@@ -558,10 +621,13 @@ def test_captured_and_replayed_equals_eager_bit_for_bit(kind: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("sphere", [False, True])
 @pytest.mark.parametrize(
     ("name", "error"), [("float32", False), ("bfloat16", True), ("int8", True), ("int4", False), ("int4", True)]
 )
-def test_passes_compile_for_every_card_and_need_little_shared_memory(name: str, error: bool, capability: int) -> None:
+def test_passes_compile_for_every_card_and_need_little_shared_memory(
+    name: str, error: bool, sphere: bool, capability: int
+) -> None:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -577,15 +643,16 @@ def test_passes_compile_for_every_card_and_need_little_shared_memory(name: str, 
         "R": storage.ratio.mantissa if storage.ratio else 0, "V": storage.second.mantissa if storage.second else 0,
         "R_SPAN": storage.ratio.span if storage.ratio else 1.0,
         "V_SPAN": storage.second.span if storage.second else 1.0,
-        "WATCH": storage.bits > 0, "CLAMP": True, "ADVANCE": name == "float32", "REVERSE": True, "ALIGN": 16,
-        "CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "COLUMNS": len(_T), "PLAN": _PLAN,
+        "WATCH": storage.bits > 0, "CLAMP": True, "SPHERE": sphere, "ADVANCE": name == "float32", "REVERSE": True,
+        "ALIGN": 16, "CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "COLUMNS": len(_T), "PLAN": _PLAN,
         "BLOCK": 4096, "ARENA_COLUMNS": len(_A), "SLACK": 1e-6, "LANES": 128,
     }  # fmt: skip
     pointers = {
         "chunks": "*i32", "grads": "*i64", "tensors": "*i64", "plan": "*fp32", "partials": "*fp32", "arenas": "*fp64",
-        "arena_of": "*i32", "span": "*i32",
+        "arena_of": "*i32", "span": "*i32", "stats": "*fp32",
     }  # fmt: skip
-    for kernel in (c3o_kernels._measure_kernel, c3o_kernels._update_kernel, c3o_kernels._stored_norm_kernel):
+    names = ("_measure_kernel", "_trust_kernel", "_update_kernel", "_stored_norm_kernel")
+    for kernel in (getattr(c3o_kernels, name) for name in names):
         signature, constexprs, attributes = {}, {}, {}
         for i, argument in enumerate(kernel.arg_names):
             if argument in constants:

@@ -147,6 +147,7 @@ RULES: dict[str, dict[str, Any]] = {
     "c3o": {},
     "c3o-value-clip": {"grad_clip": 1e-3, "grad_clip_mode": "value"},
     "c3o-credit": {"c3o": C3OConfig(c3o_credit_gain=5.0)},
+    "c3o-sphere": {"c3o": C3OConfig(c3o_sphere=2.0, c3o_state_dtype="int8")},
     "c3o-skip-bf16-state": {
         "c3o": C3OConfig(c3o_trust_norm_refresh_drift=0.05, c3o_trust_norm_refresh_steps=3, c3o_state_dtype="bf16")
     },
@@ -177,7 +178,7 @@ def test_cuda_equals_the_ordinary_step(rule: str, weights: str, capturable: bool
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rule", ["c3o", "c3o-value-clip", "c3o-skip-bf16-state"])
+@pytest.mark.parametrize("rule", ["c3o", "c3o-value-clip", "c3o-skip-bf16-state", "c3o-sphere"])
 def test_kernels_of_units_equal_those_of_the_whole(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are given, so that nothing but the optimizer's kernels runs in the interpreter."""
     pytest.importorskip("triton")
