@@ -149,7 +149,7 @@ def _root(v):
 
 @triton.jit
 def _direction_fast(p, m, v, gain, shift, decay):
-    """`_direction` within a few units in the last place: beside codes of 8 bits arithmetic, not memory, is the cost."""
+    """`_direction` within a few units in the last place: beside moments of 16 bits or fewer, arithmetic is a cost."""
     inverse = tl.rsqrt(tl.fma(_root(v), gain, shift))
     return tl.fma(decay, p, m * inverse * inverse)
 
@@ -224,6 +224,14 @@ def _advance(g, m, v, w1, b2, w2):
 @triton.jit
 def _direction(p, m, v, gain, shift, decay):
     return tl.fma(decay, p, tl.div_rn(m, tl.fma(tl.sqrt_rn(v), gain, shift)))
+
+
+@triton.jit
+def _direction_beside(p, m, v, gain, shift, decay, S: tl.constexpr):
+    """The direction, as exact as it comes free beside moments stored as S: at 32 bits memory takes longer."""
+    if S.primitive_bitwidth == 16:
+        return _direction_fast(p, m, v, gain, shift, decay)
+    return _direction(p, m, v, gain, shift, decay)
 
 
 @triton.jit
@@ -382,7 +390,7 @@ def _measure_tile(
     if ADVANCE:
         _write(m_base, at, left, m, MASKED)
         _write(v_base, at, left, v, MASKED)
-    return p, _direction(p, m, v, gain, shift, decay)
+    return p, _direction_beside(p, m, v, gain, shift, decay, m_base.dtype.element_ty)
 
 
 @triton.jit
@@ -579,7 +587,7 @@ def _update_tile(
         else:
             _write(m_base, at, left, m, MASKED)
             _write(v_base, at, left, v, MASKED)
-    p = tl.fma(-size, _direction(p, m, v, gain, shift, decay), p)
+    p = tl.fma(-size, _direction_beside(p, m, v, gain, shift, decay, S), p)
     _write_weight(p_base, e_base, at, left, p, threshold, P, ERROR, DITHER, MASKED)
 
 
