@@ -6,7 +6,7 @@ import gzip
 import json
 import signal
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,6 @@ def train(tiny_flags: Flags, tmp_path: Path) -> Callable[..., list[dict[str, Any
         return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
     return run
-
-
-@pytest.fixture
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The attention kernels' backward adds in no fixed order otherwise: eager steps would not equal themselves."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(False)
 
 
 def learned(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:

@@ -129,7 +129,7 @@ def test_refusals_are_one_line_and_write_nothing(
 @pytest.mark.parametrize("optimizer", ["c3o", "adamw"])
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
 def test_cuda_graphs_replay_released_steps(
-    weights: str, optimizer: str, compiled: str, tiny_flags: Flags, tmp_path: Path
+    weights: str, optimizer: str, compiled: str, tiny_flags: Flags, tmp_path: Path, deterministic: None
 ) -> None:
     fixed = f"--device cuda --batch-size 4 --seq-len 64 --steps 12 --eval-interval 0 --grad-clip 0 {compiled}"
     fixed += f" --weights-dtype {weights} --optimizer {optimizer}"
@@ -147,7 +147,9 @@ def test_cuda_graphs_replay_released_steps(
 
 
 @pytest.mark.gpu
-def test_cuda_profiled_steps_of_a_released_graph_run_eagerly(tiny_flags: Flags, tmp_path: Path) -> None:
+def test_cuda_profiled_steps_of_a_released_graph_run_eagerly(
+    tiny_flags: Flags, tmp_path: Path, deterministic: None
+) -> None:
     fixed = "--device cuda --batch-size 4 --seq-len 64 --steps 12 --eval-interval 0 --grad-clip 0"
     profile = "--perf-profile-enable --perf-warmup-steps 2 --perf-measure-steps 4 --perf-profiler-steps 2"
     assert main(tiny_flags(f"{fixed} --cuda-graph off", run="ordinary")) == 0
