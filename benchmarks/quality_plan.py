@@ -28,7 +28,7 @@ Settings = tuple[tuple[str, Any], ...]
 ABLATIONS: dict[str, Settings] = {
     "trust cap off": (("c3o_trust_radius", 0.0),),
     "block credit on, gain 1": (("c3o_credit_gain", 1.0),),
-    **{f"sphere on hidden matrices, {x:g}": (("c3o_sphere", x),) for x in (1.0, 2.0, 4.0)},
+    **{f"sphere on hidden matrices, {x:g}": (("c3o_sphere", x),) for x in (2.0, 4.0, 8.0)},
 }
 NOT_IN_THE_PRODUCT = ("Nesterov", "cautious weight decay")
 """What the issue wants ablated and C3O does not offer: said in the evidence, not imitated here."""
@@ -108,7 +108,7 @@ class Study:
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     weight_decays: tuple[float, ...] = (0.05, 0.2)
     sphere_learning_rates: tuple[float, ...] = (4e-3, 8e-3, 16e-3)
-    spheres: tuple[float, ...] = (1.0, 2.0, 4.0)
+    spheres: tuple[float, ...] = (2.0, 4.0, 8.0)
     sphere_weight_decay: float = 0.05
     extensions: int = 2
     """Most points that a search may add beyond the edges of its grid."""

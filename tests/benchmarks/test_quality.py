@@ -122,8 +122,8 @@ def test_one_run_serves_all_places_that_compute_the_same(modules: Any) -> None:
     sphere = at["finals", "c3o sphere", 1]
     assert (sphere.optimizer, sphere.lr, sphere.weight_decay, sphere.c3o) == ("c3o", 4e-3, 0.05, (("c3o_sphere", 2.0),))
     assert at["finals", "c3o sphere, shorter", 1] == dataclasses.replace(sphere, steps=87)
-    assert at["ablate", "sphere on hidden matrices, 2", 1].c3o == sphere.c3o  # at C3O's own best point
-    assert at["ablate", "sphere on hidden matrices, 2", 1].lr == 1e-3
+    assert at["ablate", "sphere on hidden matrices, 4", 1].c3o == (("c3o_sphere", 4.0),)  # at C3O's own best point
+    assert at["ablate", "sphere on hidden matrices, 4", 1].lr == 1e-3
     restored = modules.plan.Study.from_json(json.loads(json.dumps(dataclasses.asdict(asked))))
     assert restored == asked
     assert [i.spec.key for i in modules.plan.plan(restored, {})[0]] == [i.spec.key for i in items]
@@ -423,7 +423,7 @@ def _runs(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_stage_ends_in_evidence_and_a_second_launch_does_nothing(modules: Any, tmp_path: Path) -> None:
-    sizes = ["--final-tokens", "640", "--ablate-tokens", "384", "--storage-steps", "4", "--seeds", "1,2"]
+    sizes = ["--final-tokens", "640", "--ablate-tokens", "640", "--storage-steps", "4", "--seeds", "1,2"]
     sizes += ["--learning-rates", "4e-3", "--spheres", "2", "--extensions", "0"]
     _study(tmp_path, "--workers", "2", *sizes, stages="search,finals,ablate,instant,storage")
     runs = _runs(tmp_path)
