@@ -14,7 +14,6 @@ from typing import Any
 
 from common import RESULTS, write_evidence
 from quality_plan import (
-    NOT_IN_THE_PRODUCT,
     SHORTER,
     SPHERE,
     STAGES,
@@ -188,9 +187,7 @@ def _finals(study: Study, items: list[Item], results: Results) -> tuple[str, dic
 
 def _ablate(study: Study, items: list[Item], results: Results) -> tuple[str, dict[str, Any]]:
     losses = losses_of(items, results)
-    payload = _against(study, items, results, losses, "base", noise_of(losses, list(losses)))
-    payload["not_in_the_product"] = list(NOT_IN_THE_PRODUCT)
-    return "quality_ablation", payload
+    return "quality_ablation", _against(study, items, results, losses, "base", noise_of(losses, list(losses)))
 
 
 def _instant(study: Study, items: list[Item], results: Results) -> tuple[str, dict[str, Any]]:

@@ -248,6 +248,8 @@ class C3OConfig:
     """Strength of the block credit that scales updates; 0 is off."""
     c3o_nesterov: bool = False
     """Direction that looks one step ahead (NAdam's)."""
+    c3o_cautious: bool = False
+    """Weight decay only on elements that the update does not grow."""
     c3o_state_dtype: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     """Storage of the two moments: 8, 4, 2.06 or 1.06 bytes per parameter together."""
     c3o_error_bits: Literal[0, 8] = 0
@@ -513,6 +515,8 @@ class TrainConfig:
             return "--c3o-credit-gain, which C3O's kernels do not compute"
         if self.optimizer.optimizer == "c3o" and self.c3o.c3o_nesterov:
             return "--c3o-nesterov, which C3O's kernels do not compute"
+        if self.optimizer.optimizer == "c3o" and self.c3o.c3o_cautious:
+            return "--c3o-cautious, which C3O's kernels do not compute"
         if self.perf.perf_sync_boundaries:
             return "--perf-sync-boundaries, which stop the device inside the step"
         if self.perf.perf_device_time_mode == "host":
@@ -546,6 +550,7 @@ ADDED_SINCE_0_1_0 = frozenset(
         "vram_gib",
         "c3o_sphere",
         "c3o_nesterov",
+        "c3o_cautious",
     }
 )
 

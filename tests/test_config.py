@@ -111,6 +111,7 @@ def test_derived_widths() -> None:
         ({"c3o_sphere": -1.0}, "--c3o-sphere"),
         ({"c3o_nesterov": True, "c3o_trust_norm_refresh_drift": 0.1}, "--c3o-nesterov"),
         ({"c3o_nesterov": True, "cuda_graph": "on"}, "--c3o-nesterov"),
+        ({"c3o_cautious": True, "cuda_graph": "on"}, "--c3o-cautious"),
         ({"c3o_sphere": 100.0, "lr": 1e-2}, "--c3o-sphere 100 × --lr 0.01"),
         ({"steps": 0}, "--steps"),
         ({"seed": 2**63}, "--seed"),

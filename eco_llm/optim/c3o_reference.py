@@ -123,7 +123,8 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
         ahead = rule.beta1 * m / (1 - rule.beta1 ** (t.to(dtype) + 1)) + (1 - rule.beta1) * g / bias1
     u = ahead / ((v / bias2).sqrt() + rule.eps)
     u = s * u
-    d = u + rule.weight_decay * theta
+    decays = torch.where(u * theta >= 0, theta, 0.0) if rule.cautious and not rule.has_sphere else theta
+    d = u + rule.weight_decay * decays
 
     stats = torch.zeros(4, dtype=torch.float32, device=param.device)
     scale: Tensor | float = 1.0

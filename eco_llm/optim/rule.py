@@ -40,6 +40,7 @@ class Rule:
     credit_max: float
     credit_beta: float
     nesterov: bool
+    cautious: bool
     grad_clip: float
     grad_clip_mode: str
     weight_rounding: str
@@ -105,8 +106,8 @@ class Rule:
 
 _PLAIN = (
     "eps", "weight_decay", "trust_radius", "trust_floor", "sphere", "trust_norm_refresh_drift",
-    "trust_norm_refresh_steps", "credit_gain", "credit_min", "credit_max", "credit_beta", "nesterov", "grad_clip",
-    "grad_clip_mode", "weight_rounding", "error_bits",
+    "trust_norm_refresh_steps", "credit_gain", "credit_min", "credit_max", "credit_beta", "nesterov", "cautious",
+    "grad_clip", "grad_clip_mode", "weight_rounding", "error_bits",
 )  # fmt: skip
 
 

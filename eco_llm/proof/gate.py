@@ -32,6 +32,7 @@ _SAME_TOKENS = ("data", "text_field", "tokenizer", "val_fraction", "vocab_size",
 _LEARNING = (
     "optimizer", "lr", "weight_decay", "beta1", "beta2", "eps", "grad_clip", "grad_clip_mode", "schedule",
     "decay_fraction", "min_lr_ratio", "c3o_trust_radius", "c3o_sphere", "c3o_credit_gain", "c3o_nesterov",
+    "c3o_cautious",
 )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ def c3o_inputs(device: str, dtype: Any = None) -> list[OptimizerInput]:
         "no cap": {"trust_radius": 0.0},
         "sphere": {"lr": 0.01, "sphere": 2.0},
         "nesterov": {"nesterov": True},
+        "cautious": {"cautious": True},
         "norm skip": {"lr": 1e-4, "trust_norm_refresh_drift": 0.05},
         "credit": {"credit_gain": 5.0},
         "clip": {"grad_clip": 0.1},

@@ -66,6 +66,18 @@ def test_nesterov_equals_nadam_without_its_momentum_schedule(foreach: bool) -> N
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+def test_cautious_decay_acts_where_the_update_shrinks_a_weight(foreach: bool) -> None:
+    p = nn.Parameter(torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0], dtype=torch.float64))
+    optimizer = C3O(
+        [p], lr=0.1, weight_decay=0.5, cautious=True, trust_radius=0.0, state_dtype=torch.float64, foreach=foreach
+    )
+    p.grad = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0], dtype=torch.float64)  # the first u is the sign of the gradient
+    optimizer.step()
+    wanted = torch.tensor([1.9 - 0.1, -2.1, 2.1, -1.9 + 0.1, 1.9], dtype=torch.float64)
+    torch.testing.assert_close(p.detach(), wanted, rtol=1e-7, atol=0)
+
+
 def test_every_rule_of_the_table_changes_the_result() -> None:
     results = {}
     for name in RULES:

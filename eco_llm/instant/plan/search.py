@@ -32,6 +32,8 @@ def job_of(config: TrainConfig) -> Job:
         raise UserError("--c3o-credit-gain: its step is not C3O's kernels, and its memory is not foretold")
     if o.optimizer == "c3o" and config.c3o.c3o_nesterov:
         raise UserError("--c3o-nesterov: its step is not C3O's kernels, and its memory is not foretold")
+    if o.optimizer == "c3o" and config.c3o.c3o_cautious:
+        raise UserError("--c3o-cautious: its step is not C3O's kernels, and its memory is not foretold")
     instant = config.instant
     return Job(
         model=config.model,
