@@ -155,12 +155,16 @@ def _c3o_setting(text: str) -> tuple[str, Any]:
     """`trust_radius=0` as a field of C3OConfig and its value, of the field's type.
 
     Raises:
-        UserError: there is no such field.
+        UserError: there is no such field, or a switch is not True or False.
     """
     name, _, value = text.partition("=")
     known: dict[str, Any] = {f.removeprefix("c3o_"): v for f, v in dataclasses.asdict(C3OConfig()).items()}
     if name not in known:
         raise UserError(f"--c3o {text!r}: {name!r} is not one of {', '.join(known)}")
+    if isinstance(known[name], bool):
+        if value not in ("True", "False"):
+            raise UserError(f"--c3o {text!r}: {name} is True or False")
+        return f"c3o_{name}", value == "True"
     return f"c3o_{name}", type(known[name])(value)
 
 

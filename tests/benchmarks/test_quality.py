@@ -490,8 +490,8 @@ def test_a_run_that_diverges_is_recorded_and_not_chosen_and_a_deadline_stops_in_
 
 
 def test_bad_flags_are_refused_in_one_line(modules: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = (["--stages", "serch"], ["--best", "adam=1:2"], ["--c3o", "trust=1"], ["--d-model", "7x"],
-           ["--learning-rates", "a"], ["--search-tokens", "0"], ["--spheres", "200"],
+    bad = (["--stages", "serch"], ["--best", "adam=1:2"], ["--c3o", "trust=1"], ["--c3o", "cautious=1"],
+           ["--d-model", "7x"], ["--learning-rates", "a"], ["--search-tokens", "0"], ["--spheres", "200"],
            ["--collect", "/nowhere/runs.jsonl"])  # fmt: skip
     for flags in bad:
         try:
