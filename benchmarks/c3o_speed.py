@@ -52,6 +52,7 @@ class Side:
     skip: bool = False
     clip: bool = True
     error_bits: int = 0
+    sphere: bool = False
 
     @property
     def name(self) -> str:
@@ -60,7 +61,8 @@ class Side:
             return {"adamw": "torch AdamW, fused", "optimi": "optimi AdamW", "bitsandbytes": "bitsandbytes AdamW8bit"}[
                 self.kind
             ] + (", + clip_grad_norm_" if self.clip else "")
-        parts = ["C3O", f"{self.state} state", "norm skip" if self.skip else "exact norms"]
+        norms = "norm skip" if self.skip else "sphere" if self.sphere else "exact norms"
+        parts = ["C3O", f"{self.state} state", norms]
         parts += ["8 error bits"] * bool(self.error_bits) + ["no clip"] * (not self.clip)
         return ", ".join(parts)
 
@@ -91,6 +93,7 @@ SIDES = (
     Side("bf16", state="int8", skip=True), Side("bf16", state="int8", skip=True, clip=False),
     Side("bf16", state="int4"), Side("bf16", state="int4", skip=True),
     Side("bf16", state="int4", skip=True, error_bits=8),
+    Side("fp32", sphere=True), Side("bf16", state="bf16", sphere=True), Side("bf16", state="int8", sphere=True),
 )  # fmt: skip
 
 
@@ -117,7 +120,8 @@ def make(side: Side, params: list[Any], foreach: bool | None = None) -> tuple[An
         state = {"fp32": "float32", "bf16": "bfloat16"}.get(side.state, side.state)
         c3o = C3O(
             params, lr=1e-5, state_dtype=state, error_bits=side.error_bits, grad_clip=1.0 if side.clip else 0.0,
-            trust_norm_refresh_drift=0.02 if side.skip else 0.0, foreach=foreach, **common,
+            trust_norm_refresh_drift=0.02 if side.skip else 0.0, sphere=20.0 if side.sphere else 0.0, foreach=foreach,
+            **common,
         )  # fmt: skip
         return c3o, c3o.step
     optimizer: Any

@@ -6,8 +6,10 @@
 A SigmaLLM of 34M parameters learns the sources of the installed packages (`--data python-env`), every run by the
 product's own loop with its own warm-up and cosine to the end, and is judged by its loss on held-out text. Stages:
 
-    search   C3O, AdamW, Muon: learning rate × weight decay, seed 0, on beyond the edges of the grid
-    finals   each at its best point, seeds 1 and 2; C3O also with 0.87 of the tokens (the bar: AdamW's loss with these)
+    search   C3O, AdamW, Muon: learning rate × weight decay, and C3O on a sphere: learning rate × sphere; seed 0, on
+             beyond the edges of the grid
+    finals   each at its best point, seeds 1 and 2; both C3Os also with 0.87 of the tokens (the bar: AdamW's loss
+             with these)
     ablate   C3O with one change at a time
     instant  C3O under each memory mode
     storage  C3O's state and weights in fewer bits, 1,000 steps
@@ -59,7 +61,8 @@ PRESETS: dict[str, tuple[list[str], dict[str, Any]]] = {
          "--vocab-size", "320", "--batch-size", "4", "--seq-len", "32", "--data", str(PACKAGE), "--val-fraction",
          "0.05", "--eval-batches", "8", "--device", "cpu", "--no-torch-compile"],
         {"search_tokens": 1280, "final_tokens": 2560, "ablate_tokens": 1280, "storage_steps": 10,
-         "learning_rates": (2e-3, 8e-3), "weight_decays": (0.1,), "extensions": 1},
+         "learning_rates": (2e-3, 8e-3), "weight_decays": (0.1,), "sphere_learning_rates": (8e-3,),
+         "spheres": (1.0, 2.0), "extensions": 1},
     ),
 }  # fmt: skip
 CPU_RATE, CUDA_RATE = 2e4, 4e5  # tokens/s assumed of a kind of run that none has measured
@@ -116,7 +119,7 @@ def study_of(
 
     given: dict[str, Any] = {}
     try:
-        for name in ("learning_rates", "weight_decays"):
+        for name in ("learning_rates", "weight_decays", "sphere_learning_rates", "spheres"):
             if (text := getattr(arguments, name)) is not None:
                 given[name] = tuple(float(part) for part in text.split(","))
         if arguments.seeds is not None:
@@ -134,7 +137,7 @@ def study_of(
     given |= {name: value for name in numbers if (value := getattr(arguments, name)) is not None}
     if any(given.get(name, 1) < 1 for name in numbers[:-1]):
         raise UserError("quality: token and step counts must be positive")
-    return Study(
+    study = Study(
         flags=tuple(_portable(flag) for flag in flags),
         tokens_per_step=config.training.tokens_per_step,
         stages=tuple(s for s in STAGES if s in chosen("stages", arguments.stages, STAGES)),
@@ -143,18 +146,25 @@ def study_of(
         best=best,
         **(settings | given),
     )
+    if max(study.sphere_learning_rates) * max(study.spheres) >= 1:
+        raise UserError("--spheres: learning rate × sphere is a share of a matrix's norm; it must be under 1")
+    return study
 
 
 def _c3o_setting(text: str) -> tuple[str, Any]:
     """`trust_radius=0` as a field of C3OConfig and its value, of the field's type.
 
     Raises:
-        UserError: there is no such field.
+        UserError: there is no such field, or a switch is not True or False.
     """
     name, _, value = text.partition("=")
     known: dict[str, Any] = {f.removeprefix("c3o_"): v for f, v in dataclasses.asdict(C3OConfig()).items()}
     if name not in known:
         raise UserError(f"--c3o {text!r}: {name!r} is not one of {', '.join(known)}")
+    if isinstance(known[name], bool):
+        if value not in ("True", "False"):
+            raise UserError(f"--c3o {text!r}: {name} is True or False")
+        return f"c3o_{name}", value == "True"
     return f"c3o_{name}", type(known[name])(value)
 
 
@@ -388,8 +398,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", help="of all stages but the search")
     parser.add_argument("--learning-rates", help="the search's grid")
     parser.add_argument("--weight-decays", help="the search's grid")
+    parser.add_argument("--sphere-learning-rates", help="the grid of C3O on a sphere")
+    parser.add_argument("--spheres", help="the grid of C3O on a sphere; learning rate × sphere < 1")
     parser.add_argument("--c3o", action="append", default=[], metavar="NAME=VALUE", help="of every C3O: trust_radius=0")
-    parser.add_argument("--best", action="append", default=[], metavar="OPTIMIZER=LR:WD", help="instead of a search")
+    parser.add_argument("--best", action="append", default=[], metavar="OPTIMIZER=LR:WD",
+                        help="instead of a search; 'c3o sphere=LR:SPHERE'")  # fmt: skip
     return parser
 
 

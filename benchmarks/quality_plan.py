@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STAGES = ("search", "finals", "ablate", "instant", "storage")
-OPTIMIZERS = ("c3o", "adamw", "muon")
+SPHERE = "c3o sphere"
+"""C3O whose hidden matrices are on a sphere, which has a search of its own: the learning rate moves embeddings and
+head, learning rate × sphere the matrices; weight decay is left to the first two, and is fixed."""
+OPTIMIZERS = ("c3o", SPHERE, "adamw", "muon")
 SHORTER = 0.87
 """Issue's bar: C3O reaches AdamW's final loss with this share of the tokens, in a decay of its own."""
 ENDED = ("done", "diverged", "oom")
@@ -25,9 +28,10 @@ Settings = tuple[tuple[str, Any], ...]
 ABLATIONS: dict[str, Settings] = {
     "trust cap off": (("c3o_trust_radius", 0.0),),
     "block credit on, gain 1": (("c3o_credit_gain", 1.0),),
+    **{f"sphere on hidden matrices, {x:g}": (("c3o_sphere", x),) for x in (2.0, 4.0, 8.0)},
+    "Nesterov": (("c3o_nesterov", True),),
+    "cautious weight decay": (("c3o_cautious", True),),
 }
-NOT_IN_THE_PRODUCT = ("sphere on hidden matrices", "Nesterov", "cautious weight decay")
-"""What the issue wants ablated and C3O does not offer: said in the evidence, not imitated here."""
 INSTANT: dict[str, Settings] = {
     "none": (),
     "coupled": (("instant_mode", "coupled"),),
@@ -77,7 +81,9 @@ class Spec:
     @property
     def kind(self) -> str:
         """Runs of one kind take the same time a token."""
-        return json.dumps([self.optimizer, dict(self.c3o).get("c3o_credit_gain", 0.0), *self.variant])
+        c3o = dict(self.c3o)
+        path = [c3o.get("c3o_credit_gain", 0.0), c3o.get("c3o_nesterov", False), c3o.get("c3o_cautious", False)]
+        return json.dumps([self.optimizer, *path, *self.variant])
 
 
 @dataclass(frozen=True)
@@ -104,17 +110,39 @@ class Study:
     seeds: tuple[int, ...] = (1, 2)
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     weight_decays: tuple[float, ...] = (0.05, 0.2)
+    sphere_learning_rates: tuple[float, ...] = (4e-3, 8e-3, 16e-3)
+    spheres: tuple[float, ...] = (2.0, 4.0, 8.0)
+    sphere_weight_decay: float = 0.05
     extensions: int = 2
     """Most points that a search may add beyond the edges of its grid."""
     instant: tuple[str, ...] = tuple(INSTANT)
     c3o: Settings = ()
     """What every C3O of the study has, unless a stage says otherwise."""
     best: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """(lr, weight decay) of optimizers whose search is not asked."""
+    """(lr, weight decay), with a sphere (lr, sphere), of optimizers whose search is not asked."""
 
     def steps(self, tokens: float) -> int:
         """Optimizer steps for at least so many tokens."""
         return max(1, -int(-tokens // self.tokens_per_step))
+
+    def grid(self, optimizer: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Learning rates, and weight decays or spheres, that its search begins with."""
+        if optimizer == SPHERE:
+            return self.sphere_learning_rates, self.spheres
+        return self.learning_rates, self.weight_decays
+
+    def spec(
+        self, optimizer: str, lr: float, second: float, steps: int, seed: int, c3o: Settings = (), **further: Any
+    ) -> Spec:
+        """A run of an optimizer at a point of its search; `c3o`: changes beyond those of every C3O."""
+        lr, second = float(f"{lr:.4g}"), float(f"{second:.4g}")
+        settings: Settings = ()
+        if optimizer in ("c3o", SPHERE):
+            own = {"c3o_sphere": second} if optimizer == SPHERE else {}
+            settings = tuple(sorted({**dict(self.c3o), **own, **dict(c3o)}.items()))
+        decay = self.sphere_weight_decay if optimizer == SPHERE else second
+        rule = "c3o" if optimizer == SPHERE else optimizer
+        return Spec(" ".join(self.flags), rule, lr, decay, steps, seed, c3o=settings, **further)
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> Study:
@@ -133,6 +161,7 @@ Results = Mapping[str, Mapping[str, Any]]
 class Search:
     """One optimizer's search so far."""
 
+    optimizer: str
     points: list[Spec]
     """All that belong to it by now, those still to run too."""
     complete: bool
@@ -141,13 +170,19 @@ class Search:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best point's learning rate or weight decay is the least or the largest tried at all: the optimum
-        may lie beyond.
+        """Whether the best point's learning rate or weight decay (sphere) is the least or the largest tried at all: the
+        optimum may lie beyond.
         """
         if self.best is None:
             return False
-        axes = (({getattr(p, name) for p in self.points}, getattr(self.best, name)) for name in ("lr", "weight_decay"))
-        return any(len(tried) > 1 and best in (min(tried), max(tried)) for tried, best in axes)
+        axes = zip(*(place_of(self.optimizer, p) for p in self.points), strict=True)
+        best = place_of(self.optimizer, self.best)
+        return any(len(set(tried)) > 1 and x in (min(tried), max(tried)) for tried, x in zip(axes, best, strict=True))
+
+
+def place_of(optimizer: str, spec: Spec) -> tuple[float, float]:
+    """A run's place in its optimizer's search: learning rate, and weight decay or sphere."""
+    return spec.lr, dict(spec.c3o)["c3o_sphere"] if optimizer == SPHERE else spec.weight_decay
 
 
 def loss_of(results: Results, spec: Spec) -> float | None:
@@ -161,39 +196,39 @@ def search_of(study: Study, optimizer: str, results: Results, *, closed: bool = 
     was run.
     """
 
-    def point(lr: float, decay: float) -> Spec:
-        lr, decay = float(f"{lr:.4g}"), float(f"{decay:.4g}")
-        c3o = tuple(sorted(study.c3o)) if optimizer == "c3o" else ()
-        return Spec(" ".join(study.flags), optimizer, lr, decay, study.steps(study.search_tokens), seed=0, c3o=c3o)
+    def point(lr: float, second: float) -> Spec:
+        return study.spec(optimizer, lr, second, study.steps(study.search_tokens), seed=0)
 
-    points = [point(lr, decay) for lr in study.learning_rates for decay in study.weight_decays]
+    rates, seconds = study.grid(optimizer)
+    points = [point(lr, second) for lr in rates for second in seconds]
     for _ in range(study.extensions + 1):
         if any(p.key not in results for p in points):
-            return Search(points, False, None)
+            return Search(optimizer, points, False, None)
         ended = [(loss, i) for i, p in enumerate(points) if (loss := loss_of(results, p)) is not None]
         if not ended:
-            return Search(points, True, None)
+            return Search(optimizer, points, True, None)
         best = points[min(ended)[1]]
-        further = _beyond(points, best, point)
-        most = len(study.learning_rates) * len(study.weight_decays) + study.extensions
+        further = _beyond(optimizer, points, best, point)
+        most = len(rates) * len(seconds) + study.extensions
         if further is None or len(points) >= most or (closed and further.key not in results):
-            return Search(points, True, best)
+            return Search(optimizer, points, True, best)
         points = [*points, further]
     raise AssertionError("a search is extended at most `extensions` times")
 
 
-def _beyond(points: Sequence[Spec], best: Spec, point: Any) -> Spec | None:
+def _beyond(optimizer: str, points: Sequence[Spec], best: Spec, point: Any) -> Spec | None:
     """The next point past the edge on which the best one lies; learning rate first."""
-    rates, decays = {p.lr for p in points}, {p.weight_decay for p in points}
+    rates, seconds = (set(axis) for axis in zip(*(place_of(optimizer, p) for p in points), strict=True))
+    lr, second = place_of(optimizer, best)
     tries = []
-    if best.lr == max(rates):
-        tries.append(point(2 * best.lr, best.weight_decay))
-    elif best.lr == min(rates):
-        tries.append(point(best.lr / 2, best.weight_decay))
-    if best.weight_decay == max(decays) and len(decays) > 1:
-        tries.append(point(best.lr, 2 * best.weight_decay))
-    elif best.weight_decay == min(decays) and len(decays) > 1:
-        tries.append(point(best.lr, best.weight_decay / 2))
+    if lr == max(rates):
+        tries.append(point(2 * lr, second))
+    elif lr == min(rates):
+        tries.append(point(lr / 2, second))
+    if second == max(seconds) and len(seconds) > 1:
+        tries.append(point(lr, 2 * second))
+    elif second == min(seconds) and len(seconds) > 1:
+        tries.append(point(lr, second / 2))
     known = {p.key for p in points}
     return next((p for p in tries if p.key not in known), None)
 
@@ -205,7 +240,6 @@ def plan(study: Study, results: Results, *, closed: bool = False) -> tuple[list[
     """
     items: list[Item] = []
     waiting: list[str] = []
-    base = " ".join(study.flags)
     best: dict[str, tuple[float, float]] = dict(study.best)
     for optimizer in study.optimizers:
         if optimizer in best:
@@ -214,24 +248,23 @@ def plan(study: Study, results: Results, *, closed: bool = False) -> tuple[list[
         if "search" in study.stages:
             items += [Item("search", optimizer, p) for p in search.points]
         if search.best is not None:
-            best[optimizer] = (search.best.lr, search.best.weight_decay)
+            best[optimizer] = place_of(optimizer, search.best)
         elif any(_needs(stage, optimizer) for stage in study.stages):
             why = "has no point that was trained to the end" if search.complete else "is not complete"
             waiting.append(f"the search of {optimizer} {why}")
 
     def runs(stage: str, label: str, optimizer: str, steps: int, seed: int, c3o: Settings = (), **further: Any) -> None:
         if optimizer in best:
-            lr, decay = best[optimizer]
-            settings = tuple(sorted({**dict(study.c3o), **dict(c3o)}.items())) if optimizer == "c3o" else ()
-            items.append(Item(stage, label, Spec(base, optimizer, lr, decay, steps, seed, c3o=settings, **further)))
+            items.append(Item(stage, label, study.spec(optimizer, *best[optimizer], steps, seed, c3o, **further)))
 
     whole = study.steps(study.final_tokens)
     if "finals" in study.stages:
         for seed in study.seeds:
             for optimizer in study.optimizers:
                 runs("finals", optimizer, optimizer, whole, seed)
-                if optimizer == "c3o":
-                    runs("finals", "c3o, shorter", "c3o", study.steps(SHORTER * study.final_tokens), seed)
+                if optimizer in ("c3o", SPHERE):
+                    shorter = study.steps(SHORTER * study.final_tokens)
+                    runs("finals", f"{optimizer}, shorter", optimizer, shorter, seed)
     if "ablate" in study.stages:
         for seed in study.seeds:
             for label, settings in {"base": (), **ABLATIONS}.items():

@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, write_evidence
-from quality_plan import NOT_IN_THE_PRODUCT, SHORTER, STAGES, Item, Results, Spec, Study, loss_of, plan, search_of
+from quality_plan import (
+    SHORTER,
+    SPHERE,
+    STAGES,
+    Item,
+    Results,
+    Spec,
+    Study,
+    loss_of,
+    place_of,
+    plan,
+    search_of,
+)  # fmt: skip
 from quality_queue import read_lines, results_of
 
 from eco_llm.errors import UserError
@@ -119,15 +131,22 @@ def _search(study: Study, items: list[Item], results: Results) -> tuple[str, dic
         for point in sorted(search.points, key=lambda p: (p.lr, p.weight_decay)):
             if point.key in results:
                 chosen = "best" + (", at the edge" if search.at_edge else "") if point == search.best else ""
-                rows.append([optimizer, f"{point.lr:g}", f"{point.weight_decay:g}", *_size(study, point),
+                rows.append([_shown(optimizer, point), f"{point.lr:g}", f"{point.weight_decay:g}", *_size(study, point),
                              _loss(results, point), chosen])  # fmt: skip
-        summary[f"{optimizer}_points"] = sum(p.key in results for p in search.points)
+        name = optimizer.replace(" ", "_")
+        summary[f"{name}_points"] = sum(p.key in results for p in search.points)
         if search.best is not None:
-            summary |= {f"{optimizer}_lr": search.best.lr, f"{optimizer}_weight_decay": search.best.weight_decay}
-            summary[f"{optimizer}_loss"] = loss_of(results, search.best)
-            summary[f"{optimizer}_at_edge"] = int(search.at_edge)
+            lr, second = place_of(optimizer, search.best)
+            summary |= {f"{name}_lr": lr, f"{name}_{'scale' if optimizer == SPHERE else 'weight_decay'}": second}
+            summary[f"{name}_loss"] = loss_of(results, search.best)
+            summary[f"{name}_at_edge"] = int(search.at_edge)
     header = ["optimizer", "lr", "weight decay", "M tokens", "steps", "held-out loss", "chosen"]
     return "quality_search", {"summary": summary, "table": {"header": header, "rows": rows}}
+
+
+def _shown(label: str, spec: Spec) -> str:
+    """The label, with the sphere that was searched."""
+    return f"{label} ({dict(spec.c3o)['c3o_sphere']:g})" if label.startswith(SPHERE) else label
 
 
 def _loss(results: Results, spec: Spec) -> str:
@@ -144,15 +163,23 @@ def _finals(study: Study, items: list[Item], results: Results) -> tuple[str, dic
     noise = noise_of(losses, list(losses))
     payload = _against(study, items, results, losses, "adamw", noise)
     summary = payload["summary"]
-    shorter = difference(losses, "c3o, shorter", "adamw")
-    if shorter:
-        summary["shorter_share"] = SHORTER
-        summary["shorter_minus_adamw"] = statistics.fmean(shorter)
-        summary["bar_met"] = int(statistics.fmean(shorter) <= 0)
-        share = f"C3O with {SHORTER:g} of AdamW's tokens ends {statistics.fmean(shorter):+.4f} nats from AdamW"
-        met = "reached" if summary["bar_met"] else "not reached"
-        clear = verdict(statistics.fmean(shorter), noise)
-        payload["verdict"] = f"{share}: {met} ({clear}; seeds {', '.join(f'{d:+.4f}' for d in shorter)})"
+    verdicts = []
+    for name, prefix, words in (("c3o", "", "C3O"), (SPHERE, "sphere_", "C3O on a sphere")):
+        shorter = difference(losses, f"{name}, shorter", "adamw")
+        if not shorter:
+            continue
+        delta = statistics.fmean(shorter)
+        summary |= {
+            "shorter_share": SHORTER,
+            f"{prefix}shorter_minus_adamw": delta,
+            f"{prefix}bar_met": int(delta <= 0),
+        }
+        share = f"{words} with {SHORTER:g} of AdamW's tokens ends {delta:+.4f} nats from AdamW"
+        seeds = ", ".join(f"{d:+.4f}" for d in shorter)
+        met = "reached" if delta <= 0 else "not reached"
+        verdicts.append(f"{share}: {met} ({verdict(delta, noise)}; seeds {seeds})")
+    if verdicts:
+        payload["verdict"] = "; ".join(verdicts)
     if to_muon := difference(losses, "c3o", "muon"):
         summary["c3o_minus_muon"] = statistics.fmean(to_muon)
     return "quality_optimizers", payload
@@ -160,9 +187,7 @@ def _finals(study: Study, items: list[Item], results: Results) -> tuple[str, dic
 
 def _ablate(study: Study, items: list[Item], results: Results) -> tuple[str, dict[str, Any]]:
     losses = losses_of(items, results)
-    payload = _against(study, items, results, losses, "base", noise_of(losses, list(losses)))
-    payload["not_in_the_product"] = list(NOT_IN_THE_PRODUCT)
-    return "quality_ablation", payload
+    return "quality_ablation", _against(study, items, results, losses, "base", noise_of(losses, list(losses)))
 
 
 def _instant(study: Study, items: list[Item], results: Results) -> tuple[str, dict[str, Any]]:
@@ -210,7 +235,7 @@ def _against(
         ]
         each = [f"{loss:.4f}" if loss is not None else e for loss, e in zip(by_seed.values(), ended, strict=True)]
         rows.append([
-            label, f"{spec.lr:g}", f"{spec.weight_decay:g}", *_size(study, spec), " / ".join(each),
+            _shown(label, spec), f"{spec.lr:g}", f"{spec.weight_decay:g}", *_size(study, spec), " / ".join(each),
             _digits(mean(by_seed)), _digits(spread(by_seed)), _digits(middle, sign=True),
             _digits(noise), None if middle is None else verdict(middle, noise), refused,
             f"{statistics.median(rates):,.0f}" if rates else None, ", ".join(commits) or None,

@@ -246,6 +246,10 @@ class C3OConfig:
     """Most steps a cached parameter norm may be used for."""
     c3o_credit_gain: float = 0.0
     """Strength of the block credit that scales updates; 0 is off."""
+    c3o_nesterov: bool = False
+    """Direction that looks one step ahead (NAdam's)."""
+    c3o_cautious: bool = False
+    """Weight decay only on elements that the update does not grow."""
     c3o_state_dtype: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     """Storage of the two moments: 8, 4, 2.06 or 1.06 bytes per parameter together."""
     c3o_error_bits: Literal[0, 8] = 0
@@ -261,6 +265,8 @@ class C3OConfig:
             c3o_trust_norm_refresh_steps=(1, 1_000_000),
             c3o_credit_gain=(0.0, 100.0),
         )
+        if self.c3o_nesterov and self.c3o_trust_norm_refresh_drift > 0:
+            raise UserError("--c3o-nesterov has no bound for --c3o-trust-norm-refresh-drift to skip by; use 0 for it")
 
 
 @dataclass(frozen=True)
@@ -507,6 +513,10 @@ class TrainConfig:
             return "--optimizer muon, which is not captured"
         if self.optimizer.optimizer == "c3o" and self.c3o.c3o_credit_gain > 0:
             return "--c3o-credit-gain, which C3O's kernels do not compute"
+        if self.optimizer.optimizer == "c3o" and self.c3o.c3o_nesterov:
+            return "--c3o-nesterov, which C3O's kernels do not compute"
+        if self.optimizer.optimizer == "c3o" and self.c3o.c3o_cautious:
+            return "--c3o-cautious, which C3O's kernels do not compute"
         if self.perf.perf_sync_boundaries:
             return "--perf-sync-boundaries, which stop the device inside the step"
         if self.perf.perf_device_time_mode == "host":
@@ -531,7 +541,17 @@ FREE_ON_RESUME = frozenset(
 
 # Settings, and sections, that runs of earlier versions do not have; they take their defaults.
 ADDED_SINCE_0_1_0 = frozenset(
-    {"cuda_graph", "instant", "weights_dtype", "gradient_release", "memory_report", "vram_gib", "c3o_sphere"}
+    {
+        "cuda_graph",
+        "instant",
+        "weights_dtype",
+        "gradient_release",
+        "memory_report",
+        "vram_gib",
+        "c3o_sphere",
+        "c3o_nesterov",
+        "c3o_cautious",
+    }
 )
 
 

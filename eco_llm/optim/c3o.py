@@ -56,6 +56,10 @@ class C3O(Optimizer):
         trust_radius: r, the most |Δ| may be as a share of |θ|; 0 is off.
         trust_floor: root-mean-square under which a tensor is treated as having it, so that a zero-initialised tensor
             can leave zero (the idea of Adafactor's eps_2, arXiv 1804.04235; our addition to the report's rule).
+        nesterov: the direction looks one step ahead, m / (1-b1^t) becoming b1 m / (1-b1^(t+1)) + (1-b1) g / (1-b1^t)
+            (NAdam, Dozat 2016, without its schedule of b1). Not in the kernels, and not with the norm skip.
+        cautious: weight decay acts on elements that the direction does not grow, u θ >= 0 (cautious weight decay, arXiv
+            2510.12402). Not in the kernels; a group with a sphere has no decay to be cautious with, and ignores it.
         sphere: step length on the sphere |θ| = R, as a multiple of `lr`: a step moves a tensor by the share
             sphere · lr < 1 of R, its norm stays, and there is no weight decay; 0 is off. Meant for hidden matrices.
             Where R, the update or lr is 0 the rule above holds (decided on the device). R is in the state
@@ -109,6 +113,8 @@ class C3O(Optimizer):
         credit_min: float = 0.5,
         credit_max: float = 2.0,
         credit_beta: float = 0.9,
+        nesterov: bool = False,
+        cautious: bool = False,
         grad_clip: float = 0.0,
         grad_clip_mode: str = "norm",
         state_dtype: torch.dtype | str = torch.float32,
@@ -130,6 +136,8 @@ class C3O(Optimizer):
             "credit_min": credit_min,
             "credit_max": credit_max,
             "credit_beta": credit_beta,
+            "nesterov": nesterov,
+            "cautious": cautious,
             "grad_clip": grad_clip,
             "grad_clip_mode": grad_clip_mode,
             "state_dtype": _dtype_name(state_dtype),
@@ -220,6 +228,8 @@ class C3O(Optimizer):
             group.setdefault("weight_rounding", "nearest")
             group.setdefault("error_bits", 0)
             group.setdefault("sphere", 0.0)
+            group.setdefault("nesterov", False)
+            group.setdefault("cautious", False)
             group.setdefault("foreach", None)
         self._forget_layout()
 
@@ -437,6 +447,8 @@ class C3O(Optimizer):
         return (
             group["foreach"] is None
             and not rule.has_credit
+            and not rule.nesterov
+            and not rule.cautious
             and (self._force_kernels or uses_triton(p))
             and p.dtype in _KERNEL_TYPES
             and rule.storage.name in _KERNEL_STORAGES
@@ -615,7 +627,15 @@ def _addresses(arena: Arena) -> tuple[int, ...]:
 
 def _features(rule: Rule) -> tuple[Any, ...]:
     """Settings that decide which state and which launches there are."""
-    return rule.has_credit, rule.may_skip_norms, rule.has_sphere, rule.weight_rounding, rule.error_bits
+    return (
+        rule.has_credit,
+        rule.nesterov,
+        rule.cautious,
+        rule.may_skip_norms,
+        rule.has_sphere,
+        rule.weight_rounding,
+        rule.error_bits,
+    )
 
 
 def _alike(grads: list[Tensor]) -> list[tuple[Any, list[Tensor]]]:

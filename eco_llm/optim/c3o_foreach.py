@@ -251,6 +251,8 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     factor = _credit_factors(bucket, grads, rule, skip_step) if rule.has_credit else None
 
     m, root, root_views, ratio = _update_moments(bucket, grads, rule, t, skip_step)
+    if rule.nesterov:
+        m = _ahead(bucket, m, grads, bias1, bias_correction(rule.beta1, t.to(dtype) + 1), rule)
     # s (m/bias1) / (sqrt(v/bias2) + eps) = m / (sqrt(v) · gain + shift): one broadcast for correction and credit.
     gain, shift = (bias1 / bias2.sqrt())[bucket.owner], (rule.eps * bias1)[bucket.owner]
     if factor is not None:
@@ -260,7 +262,9 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     if rule.has_sphere:
         scale, stats = _onto_sphere(bucket, params, d, d_views, rule, skip_step)
     else:
-        if rule.weight_decay:
+        if rule.weight_decay and rule.cautious:
+            _decay_cautiously(bucket, params, d, rule)
+        elif rule.weight_decay:
             torch._foreach_add_(d_views, params, alpha=rule.weight_decay)
         scale, stats = _trust(bucket, params, d_views, t, bias1, bias2, ratio, rule, skip_step)
     if skip_step is not None:
@@ -362,6 +366,22 @@ def _update_moments(
         start = bucket.arena.first[first]
         ratio = tensor_norms([bucket.arena.view(r, i, start) for i in range(first, last)], bucket.arena.dtype)
     return wide, root.sqrt_(), root_views, ratio
+
+
+def _decay_cautiously(bucket: Bucket, params: list[Tensor], d: Tensor, rule: Rule) -> None:
+    """Add λ θ to d, in place, where the two do not differ in sign."""
+    theta, views = bucket.work("param")
+    if params is bucket.params:
+        torch._foreach_copy_(views, params)
+    d.add_(torch.where(d * theta >= 0, theta, 0.0), alpha=rule.weight_decay)
+
+
+def _ahead(bucket: Bucket, m: Tensor, grads: list[Tensor], bias1: Tensor, next_bias1: Tensor, rule: Rule) -> Tensor:
+    """NAdam's first moment, times `bias1` as plain m is: scratch [rows, BLOCK]."""
+    rows, views = bucket.work("moment")
+    torch.mul(m, (rule.beta1 * bias1 / next_bias1)[bucket.owner][:, None], out=rows)
+    torch._foreach_add_(views, grads, alpha=1 - rule.beta1)
+    return rows
 
 
 def _read_moments(bucket: Bucket, m: Tensor, v: Tensor) -> None:

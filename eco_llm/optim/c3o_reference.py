@@ -118,9 +118,13 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
     new |= kept
 
     bias1, bias2 = 1 - rule.beta1 ** t.to(dtype), 1 - rule.beta2 ** t.to(dtype)
-    u = (m / bias1) / ((v / bias2).sqrt() + rule.eps)
+    ahead = m / bias1
+    if rule.nesterov:
+        ahead = rule.beta1 * m / (1 - rule.beta1 ** (t.to(dtype) + 1)) + (1 - rule.beta1) * g / bias1
+    u = ahead / ((v / bias2).sqrt() + rule.eps)
     u = s * u
-    d = u + rule.weight_decay * theta
+    decays = torch.where(u * theta >= 0, theta, 0.0) if rule.cautious and not rule.has_sphere else theta
+    d = u + rule.weight_decay * decays
 
     stats = torch.zeros(4, dtype=torch.float32, device=param.device)
     scale: Tensor | float = 1.0
@@ -150,8 +154,8 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
         new["sphere_radius"] = radius = torch.where(known < 0, theta_norm, known)
         share, u_norm = rule.sphere * rule.lr, torch.linalg.vector_norm(u)
         on_sphere = (radius > 0) & (u_norm > 0) & (share > 0)
-        ahead = theta - share * radius / u_norm * u
-        moved = torch.where(on_sphere, radius * (ahead / torch.linalg.vector_norm(ahead)), moved)
+        straight = theta - share * radius / u_norm * u
+        moved = torch.where(on_sphere, radius * (straight / torch.linalg.vector_norm(straight)), moved)
         counted = torch.zeros_like(stats)
         counted[1], counted[3] = 1.0, share
         stats = torch.where(on_sphere, counted, stats)

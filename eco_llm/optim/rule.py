@@ -39,6 +39,8 @@ class Rule:
     credit_min: float
     credit_max: float
     credit_beta: float
+    nesterov: bool
+    cautious: bool
     grad_clip: float
     grad_clip_mode: str
     weight_rounding: str
@@ -104,8 +106,8 @@ class Rule:
 
 _PLAIN = (
     "eps", "weight_decay", "trust_radius", "trust_floor", "sphere", "trust_norm_refresh_drift",
-    "trust_norm_refresh_steps", "credit_gain", "credit_min", "credit_max", "credit_beta", "grad_clip", "grad_clip_mode",
-    "weight_rounding", "error_bits",
+    "trust_norm_refresh_steps", "credit_gain", "credit_min", "credit_max", "credit_beta", "nesterov", "cautious",
+    "grad_clip", "grad_clip_mode", "weight_rounding", "error_bits",
 )  # fmt: skip
 
 
@@ -137,6 +139,10 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(
             "C3O: credit factors need 0 < credit_min <= 1 <= credit_max,"
             f" got {group['credit_min']} and {group['credit_max']}"
+        )
+    if group["nesterov"] and group["trust_norm_refresh_drift"]:
+        raise ValueError(
+            "C3O: nesterov needs trust_norm_refresh_drift=0: the norm skip's bound is not one of its direction"
         )
     if group["grad_clip_mode"] not in ("value", "norm"):
         raise ValueError(f"C3O: grad_clip_mode must be 'value' or 'norm', got {group['grad_clip_mode']!r}")

@@ -31,7 +31,8 @@ _SAME_TOKENS = ("data", "text_field", "tokenizer", "val_fraction", "vocab_size",
 # What decides how weights move by intention, and not only how fast or in how much memory.
 _LEARNING = (
     "optimizer", "lr", "weight_decay", "beta1", "beta2", "eps", "grad_clip", "grad_clip_mode", "schedule",
-    "decay_fraction", "min_lr_ratio", "c3o_trust_radius", "c3o_sphere", "c3o_credit_gain",
+    "decay_fraction", "min_lr_ratio", "c3o_trust_radius", "c3o_sphere", "c3o_credit_gain", "c3o_nesterov",
+    "c3o_cautious",
 )  # fmt: skip
 
 

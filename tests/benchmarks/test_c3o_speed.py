@@ -24,6 +24,7 @@ def test_traffic_is_the_documented_count(speed: Any) -> None:
     assert side("fp32", "adamw").traffic == 40
     assert side("bf16", "adamw", state="bf16").traffic == 20
     assert side("bf16", state="bf16").traffic == 24
+    assert side("bf16", state="bf16", sphere=True).traffic == 24
     assert side("bf16", state="bf16", skip=True).traffic == pytest.approx(16 + 8 / 17)
     assert side("bf16", state="int8").traffic == pytest.approx(18.1875)
     assert side("bf16", state="int4", error_bits=8).traffic == pytest.approx(2 + 6.0625 + 10.125)

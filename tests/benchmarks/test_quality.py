@@ -78,6 +78,22 @@ def test_weight_decay_is_searched_beyond_both_its_edges_too(modules: Any) -> Non
         assert not search.at_edge
 
 
+def test_a_sphere_is_searched_on_axes_of_its_own(modules: Any) -> None:
+    asked = study(modules, sphere_learning_rates=(1e-3, 2e-3), spheres=(1.0, 2.0), extensions=2)
+    results: dict[str, Any] = {}
+    while not (search := modules.plan.search_of(asked, "c3o sphere", results)).complete:
+        for point in search.points:
+            sphere = dict(point.c3o)["c3o_sphere"]
+            assert (point.optimizer, point.weight_decay) == ("c3o", 0.05)
+            results[point.key] = ended(abs(point.lr - 2e-3) + abs(sphere - 4.0))
+    places = [modules.plan.place_of("c3o sphere", p) for p in search.points]
+    assert places[:4] == [(1e-3, 1.0), (1e-3, 2.0), (2e-3, 1.0), (2e-3, 2.0)]
+    assert places[4:] == [(4e-3, 2.0), (2e-3, 4.0)]  # learning rate first, then the sphere
+    assert modules.plan.place_of("c3o sphere", search.best) == (2e-3, 4.0)
+    assert search.at_edge
+    assert len(modules.plan.search_of(study(modules), "c3o sphere", {}).points) + 2 < 12  # the default's price
+
+
 def _losses(modules: Any, asked: Any, loss: Any) -> list[tuple[str, float]]:
     point = modules.plan.search_of(asked, "adamw", {}).points[0]
     specs = [dataclasses.replace(point, lr=float(2**i)) for i in range(8)]
@@ -93,7 +109,7 @@ def test_nothing_is_chosen_where_every_point_failed(modules: Any) -> None:
 
 
 def test_one_run_serves_all_places_that_compute_the_same(modules: Any) -> None:
-    best = {"c3o": (1e-3, 0.1), "adamw": (2e-3, 0.1), "muon": (3e-3, 0.1)}
+    best = {"c3o": (1e-3, 0.1), "c3o sphere": (4e-3, 2.0), "adamw": (2e-3, 0.1), "muon": (3e-3, 0.1)}
     asked = study(modules, best=best, final_tokens=10_000, ablate_tokens=100_000)
     items, waiting = modules.plan.plan(asked, {})
     assert not waiting
@@ -103,6 +119,11 @@ def test_one_run_serves_all_places_that_compute_the_same(modules: Any) -> None:
     assert at["finals", "c3o", 1].key != at["finals", "c3o", 2].key
     assert at["finals", "c3o", 1].steps == at["finals", "adamw", 1].steps == 100
     assert at["finals", "c3o, shorter", 1].steps == 87  # a decay of its own
+    sphere = at["finals", "c3o sphere", 1]
+    assert (sphere.optimizer, sphere.lr, sphere.weight_decay, sphere.c3o) == ("c3o", 4e-3, 0.05, (("c3o_sphere", 2.0),))
+    assert at["finals", "c3o sphere, shorter", 1] == dataclasses.replace(sphere, steps=87)
+    assert at["ablate", "sphere on hidden matrices, 4", 1].c3o == (("c3o_sphere", 4.0),)  # at C3O's own best point
+    assert at["ablate", "sphere on hidden matrices, 4", 1].lr == 1e-3
     restored = modules.plan.Study.from_json(json.loads(json.dumps(dataclasses.asdict(asked))))
     assert restored == asked
     assert [i.spec.key for i in modules.plan.plan(restored, {})[0]] == [i.spec.key for i in items]
@@ -124,8 +145,6 @@ def test_all_settings_are_those_of_the_product(modules: Any) -> None:
         C3OConfig(**dict(settings)).validate()
     for settings in plan.INSTANT.values():
         InstantConfig(**dict(settings)).validate()
-    names = " ".join(f.name for f in dataclasses.fields(C3OConfig))
-    assert not any(word in names for word in ("sphere", "nesterov", "cautious")), "the product has it now: ablate it"
 
 
 # ---- the queue ---------------------------------------------------------------------------------------------
@@ -402,8 +421,8 @@ def _runs(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_stage_ends_in_evidence_and_a_second_launch_does_nothing(modules: Any, tmp_path: Path) -> None:
-    sizes = ["--final-tokens", "640", "--ablate-tokens", "384", "--storage-steps", "4", "--seeds", "1,2"]
-    sizes += ["--learning-rates", "4e-3", "--extensions", "0"]
+    sizes = ["--final-tokens", "640", "--ablate-tokens", "640", "--storage-steps", "4", "--seeds", "1,2"]
+    sizes += ["--learning-rates", "4e-3", "--spheres", "2", "--extensions", "0"]
     _study(tmp_path, "--workers", "2", *sizes, stages="search,finals,ablate,instant,storage")
     runs = _runs(tmp_path)
     assert len({r["key"] for r in runs}) == len(runs)
@@ -423,7 +442,9 @@ def test_every_stage_ends_in_evidence_and_a_second_launch_does_nothing(modules: 
         assert evidence["environment"]["device"] == "cpu"
         assert all(len(row) == len(evidence["table"]["header"]) for row in evidence["table"]["rows"])
     finals = written["quality_optimizers"]
-    assert [row[0] for row in finals["table"]["rows"]] == ["c3o", "c3o, shorter", "adamw", "muon"]
+    assert [row[0] for row in finals["table"]["rows"]] == [
+        "c3o", "c3o, shorter", "c3o sphere (2)", "c3o sphere, shorter (2)", "adamw", "muon",
+    ]  # fmt: skip
     by_hand = [
         next(s["final_loss"] for s in finals["samples"] if s["label"] == label and s["spec"]["seed"] == seed)
         for seed in (1, 2)
@@ -432,7 +453,7 @@ def test_every_stage_ends_in_evidence_and_a_second_launch_does_nothing(modules: 
     delta = (by_hand[0] - by_hand[1] + by_hand[2] - by_hand[3]) / 2
     assert finals["summary"]["shorter_minus_adamw"] == pytest.approx(delta)
     assert finals["summary"]["bar_met"] == (delta <= 0)
-    assert written["quality_ablation"]["not_in_the_product"]
+    assert len(written["quality_ablation"]["table"]["rows"]) == 1 + len(modules.plan.ABLATIONS)
     assert len(written["quality_storage"]["table"]["rows"]) == 8
     assert len(written["quality_instant"]["table"]["rows"]) == 5
 
@@ -469,8 +490,9 @@ def test_a_run_that_diverges_is_recorded_and_not_chosen_and_a_deadline_stops_in_
 
 
 def test_bad_flags_are_refused_in_one_line(modules: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = (["--stages", "serch"], ["--best", "adam=1:2"], ["--c3o", "trust=1"], ["--d-model", "7x"],
-           ["--learning-rates", "a"], ["--search-tokens", "0"], ["--collect", "/nowhere/runs.jsonl"])  # fmt: skip
+    bad = (["--stages", "serch"], ["--best", "adam=1:2"], ["--c3o", "trust=1"], ["--c3o", "cautious=1"],
+           ["--d-model", "7x"], ["--learning-rates", "a"], ["--search-tokens", "0"], ["--spheres", "200"],
+           ["--collect", "/nowhere/runs.jsonl"])  # fmt: skip
     for flags in bad:
         try:
             code = modules.quality.main(["--preset", "tiny", *flags])

@@ -52,17 +52,18 @@ def adversarial(kind: str, t: int, u: torch.Tensor | None, shape: torch.Size, ge
     radius=st.sampled_from([1e-3, 0.1, 3.0]),
     gain=st.sampled_from([0.0, 30.0]),
     drift=st.sampled_from([1e-6, 0.1]),
+    cautious=st.booleans(),
     foreach=st.booleans(),
 )
 def test_bounds_hold_and_skips_are_right(
     seed: int, kinds: list[str], b1: float, b2: float, eps: float, lr: float, decay: float, radius: float,
-    gain: float, drift: float, foreach: bool,
+    gain: float, drift: float, cautious: bool, foreach: bool,
 ) -> None:  # fmt: skip
     gen = torch.Generator().manual_seed(seed)
     params = [nn.Parameter(torch.randn(s, generator=gen, dtype=torch.float64)) for s in ((6, 7), (4097,), ())]
     options = {
         "lr": lr, "betas": (b1, b2), "eps": eps, "weight_decay": decay, "trust_radius": radius, "credit_gain": gain,
-        "state_dtype": torch.float64,
+        "cautious": cautious, "state_dtype": torch.float64,
     }  # fmt: skip
     optimizer = C3O(params, trust_norm_refresh_drift=drift, trust_norm_refresh_steps=4, foreach=foreach, **options)
     exact_params = [nn.Parameter(p.detach().clone()) for p in params]

@@ -47,6 +47,37 @@ def test_foreach_equals_for_loop(name: str, dtype: torch.dtype, state_dtype: tor
         assert a.metrics()[key] == b.metrics()[key]
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+def test_nesterov_equals_nadam_without_its_momentum_schedule(foreach: bool) -> None:
+    """NAdam's μ_t is b1 (1 - 0.5 · 0.96^(t · decay)): with a huge decay it is b1 in every step. PyTorch keeps the
+    product of all μ in float32, whence the tolerance.
+    """
+    ours, theirs = parameters(), parameters()
+    c3o = C3O(ours, lr=1e-2, trust_radius=0.0, nesterov=True, state_dtype=torch.float64, foreach=foreach)
+    nadam = torch.optim.NAdam(
+        theirs, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, decoupled_weight_decay=True, momentum_decay=1e6
+    )
+    for i in range(20):
+        set_gradients(ours, i)
+        set_gradients(theirs, i)
+        c3o.step()
+        nadam.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_cautious_decay_acts_where_the_update_shrinks_a_weight(foreach: bool) -> None:
+    p = nn.Parameter(torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0], dtype=torch.float64))
+    optimizer = C3O(
+        [p], lr=0.1, weight_decay=0.5, cautious=True, trust_radius=0.0, state_dtype=torch.float64, foreach=foreach
+    )
+    p.grad = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0], dtype=torch.float64)  # the first u is the sign of the gradient
+    optimizer.step()
+    wanted = torch.tensor([1.9 - 0.1, -2.1, 2.1, -1.9 + 0.1, 1.9], dtype=torch.float64)
+    torch.testing.assert_close(p.detach(), wanted, rtol=1e-7, atol=0)
+
+
 def test_every_rule_of_the_table_changes_the_result() -> None:
     results = {}
     for name in RULES:

@@ -383,9 +383,10 @@ def test_works_under_the_gradient_scaler(foreach: bool, clip: tuple[str, float])
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["norm", "value"])
-def test_step_never_synchronises(mode: str, state_dtype: torch.dtype | str, foreach: bool) -> None:
+@pytest.mark.parametrize("name", ["credit-skip", "nesterov-all", "cautious-skip"])
+def test_step_never_synchronises(name: str, mode: str, state_dtype: torch.dtype | str, foreach: bool) -> None:
     params = parameters(torch.float32, device="cuda")
-    rule = {**RULES["credit-skip"], "grad_clip": 0.5, "grad_clip_mode": mode}
+    rule = {**RULES[name], "grad_clip": 0.5, "grad_clip_mode": mode}
     optimizer = C3O(params, state_dtype=state_dtype, foreach=foreach, **rule)
     optimizer.found_inf = torch.zeros((), device="cuda")
     set_gradients(params, 0)
@@ -431,11 +432,14 @@ def test_cuda_equals_cpu(name: str) -> None:
 
 
 @pytest.mark.gpu
-def test_launches_do_not_grow_with_the_number_of_tensors() -> None:
+@pytest.mark.parametrize(
+    "rule", [STATEFUL, RULES["nesterov-all"], RULES["cautious-skip"]], ids=["credit", "all", "cwd"]
+)
+def test_launches_do_not_grow_with_the_number_of_tensors(rule: dict[str, Any]) -> None:
     counts = []
     for tensors in (4, 40):
         params = parameters(torch.float32, shapes=[(31, 33)] * tensors, device="cuda")[:-1]
-        optimizer = C3O(params, **STATEFUL)
+        optimizer = C3O(params, **{"foreach": True, **rule})
         optimizer.found_inf = torch.zeros((), device="cuda")
         set_gradients(params, 0)
         optimizer.step()

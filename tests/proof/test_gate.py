@@ -87,13 +87,31 @@ def test_equal_tokens_may_be_accumulated_differently() -> None:
 
 
 @pytest.mark.parametrize(
-    "own", [{"lr": 1e-9}, {"optimizer": "adamw"}, {"weight_decay": 0.0}, {"schedule": "constant"}, {"grad_clip": 0.0}]
+    "own",
+    [
+        {"lr": 1e-9},
+        {"optimizer": "adamw"},
+        {"weight_decay": 0.0},
+        {"schedule": "constant"},
+        {"grad_clip": 0.0},
+        {"c3o_sphere": 2.0},
+        {"c3o_nesterov": True},
+        {"c3o_cautious": True},
+    ],
 )
 def test_sides_that_learn_differently_by_intention_are_refused(own: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"--{next(iter(own)).replace('_', '-')} is .*--gate-steps 1 compares speed"):
         check_same_learning(settings(), settings(**own), 10)
     check_same_learning(settings(), settings(**own), 1)
     check_same_learning(settings(), settings(c3o_trust_norm_refresh_drift=0.02, instant_mode="recompute"), 10)
+
+
+def test_a_side_of_an_earlier_version_has_the_defaults_of_what_it_lacks() -> None:
+    earlier = settings()
+    del earlier["c3o_sphere"]
+    check_same_learning(earlier, settings(), 10)
+    with pytest.raises(UserError, match="--c3o-sphere"):
+        check_same_learning(settings(c3o_sphere=2.0), earlier, 10)
 
 
 # -- training --------------------------------------------------------------------------------------------------
