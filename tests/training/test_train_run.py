@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import perf_evidence
 import pytest
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
@@ -401,6 +402,14 @@ def test_the_perf_window_writes_the_reports_files(
     assert not any(row["name"].startswith(("eco/", "Optimizer.")) for row in bottlenecks["profiler"]["rows"])
     assert (perf / "trace.json.gz").stat().st_size > 0
     assert not any(traced)  # neither the final validation nor the final checkpoint is in the trace
+
+
+def test_a_window_before_its_trace_holds_everything(tiny_flags: Flags, tmp_path: Path) -> None:
+    window = "--perf-profile-enable --perf-warmup-steps 3 --perf-measure-steps 5 --perf-profiler-steps 2"
+    big = "--batch-size 8 --seq-len 96"  # the little between phases weighs less
+    assert main(tiny_flags(f"--steps 10 --eval-interval 0 {big} {window}")) == 0
+    ranges = perf_evidence.check(tmp_path / "run")["ranges"]
+    assert ranges["eco/block_02_mla_backward"] == ranges["eco/zero_grad"] == 2
 
 
 def test_a_validation_inside_the_window_is_named(
