@@ -77,7 +77,7 @@ def check(run: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
     unknown = {e["name"] for e in events if e["name"].startswith("eco/block_")} - names.keys()
     assert not unknown, f"ranges of no block: {unknown}"
     if on_gpu:
-        ran = {e["args"]["correlation"] for e in events if e.get("cat") == "kernel"}
+        ran = {e["args"].get("correlation") for e in events if e.get("cat") == "kernel"} - {None}
         launched = [
             e for e in events
             if e.get("cat") in ("cuda_runtime", "cuda_driver") and e["args"].get("correlation") in ran

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from stand_in_trainer import output_of, stand_in_trainer
 
-from eco_llm.config import OptimizerConfig, TrainingConfig
 from eco_llm.perf.phases import PhaseTimer
 from eco_llm.training import checkpoint
 from eco_llm.training.hooks.base import Hook
 from eco_llm.training.outcome import Outcome
 from eco_llm.training.scalars import AsyncScalars
-from eco_llm.training.sigma_trainer import SigmaTrainer
 from eco_llm.training.step import StepOutput
 
 STEP_S, RECORD_S, LAUNCH_S = 1.0, 0.1, 0.05
@@ -89,34 +86,19 @@ def test_the_device_never_waits_for_records(monkeypatch: pytest.MonkeyPatch) -> 
     """Sixty steps, after which a host that ran ahead at will would have fifty records to deliver before it launches."""
     device = Device()
     watcher = Watcher(device, stops=(1, 61))
-    output = StepOutput(("loss", "grad_norm", "applied"), torch.tensor([2.0, 1.0, 1.0]))
     timer = PhaseTimer("cpu", make_mark=device.mark, host_clock=lambda: device.now, wall_clock=lambda: device.now)
 
     def run() -> StepOutput:
         with timer.phase("forward"):
             device.launch()
-        return output
+        return output_of(2.0)
 
     def on_stand_in(self: AsyncScalars, size: int) -> tuple[torch.Tensor, Mark]:
         return torch.empty(size), device.mark()
 
     monkeypatch.setattr(AsyncScalars, "_buffer", on_stand_in)
     monkeypatch.setattr(checkpoint, "save", lambda *args, **kwargs: None)
-    stack = SimpleNamespace(
-        figures=dict, observe=dict, unsaid=list, state_dict=dict, review_due=lambda step: False
-    )  # fmt: skip
-    parts: dict[str, Any] = {
-        "training": TrainingConfig(steps=120, save_interval=1000, eval_interval=0),
-        "optimizer": OptimizerConfig(),
-        "runtime": SimpleNamespace(device=torch.device("cpu")),
-        "model": SimpleNamespace(stack=stack, state_dict=dict),
-        "update": SimpleNamespace(set_lr=lambda lr: None, state_dict=dict),
-        "loader": SimpleNamespace(state_dict=dict),
-        "step": SimpleNamespace(prepare=lambda: None, run=run),
-    }
-    trainer = SigmaTrainer(
-        **parts, timer=timer, validate=lambda: pytest.fail("no validation"), checkpoints=Path(), hooks=[watcher]
-    )
+    trainer = stand_in_trainer(run, timer, [watcher], steps=120)
     trainer._scalars._cuda = True
     assert trainer.fit() == Outcome.DONE
     assert watcher.idle_s[1:] == [pytest.approx(0.0, abs=1e-9)] * 2
