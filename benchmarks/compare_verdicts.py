@@ -1,6 +1,6 @@
 """Claim: `eco_train compare` sees no difference where there is none, and a slowdown of 5% where there is one.
 
-    python benchmarks/compare_verdicts.py [--times N] [--jobs J] [FLAGS OF eco_train compare, but for the sides]
+    python benchmarks/compare_verdicts.py [--times N] [--jobs J] [FURTHER FLAGS OF eco_train compare]
 
 N comparisons (20) of A with itself and N with a delay of 5% of every step planted in B, each in processes of its own
 with one thread of torch each, J of them (1) at a time: one for every three or four cores that have nothing else to do.
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     while argv[:1] in (["--times"], ["--jobs"]):
         times, jobs = (int(argv[1]), jobs) if argv[0] == "--times" else (times, int(argv[1]))
         argv = argv[2:]
-    flags = argv or DEFAULT.split()
+    flags = [*DEFAULT.split(), *argv]
     kinds = [(i, planted) for i in range(times) for planted in (0.0, PLANTED)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
 
