@@ -1,9 +1,10 @@
 """Claim: `eco_train compare` sees no difference where there is none, and a slowdown of 5% where there is one.
 
-    python benchmarks/compare_verdicts.py [--times N] [FLAGS OF eco_train compare, but for the sides]
+    python benchmarks/compare_verdicts.py [--times N] [--jobs J] [FURTHER FLAGS OF eco_train compare]
 
-N comparisons of A with itself and N with a delay of 5% of every step planted in B, in turn, each in processes of its
-own. The claim: at least 19 of 20 of either kind get the right verdict, and none the opposite one.
+N comparisons (20) of A with itself and N with a delay of 5% of every step planted in B, each in processes of its own
+with one thread of torch each, J of them (1) at a time: one for every three or four cores that have nothing else to do.
+The claim: at least 19 of 20 of either kind get the right verdict, and none the opposite one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ PLANTED = 0.05
 def compare(flags: list[str], planted: float, out: Path) -> dict[str, Any]:
     """One comparison of A with B, which is A but for the planted delay."""
     command = [*Program.this().command, "compare", *flags, "--a", "", "--b", "", "--output-dir", str(out)]
-    settings = {**os.environ, **Program.this().environment, PLANTED_DELAY: f"b:{planted}" if planted else ""}
+    settings = {**os.environ, **Program.this().environment, "OMP_NUM_THREADS": "1"}
+    settings[PLANTED_DELAY] = f"b:{planted}" if planted else ""
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"eco_train compare ended with {done.returncode}: {done.stdout}{done.stderr}")
@@ -43,21 +46,24 @@ def compare(flags: list[str], planted: float, out: Path) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Measure, print, write the evidence."""
-    times = 20
-    if argv[:1] == ["--times"]:
-        times, argv = int(argv[1]), argv[2:]
-    flags = argv or DEFAULT.split()
-    samples: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(times):
-            for planted in (0.0, PLANTED):
-                # The seed also draws the order of the windows.
-                found = compare([*flags, "--seed", str(i)], planted, Path(folder))
-                samples.append(
-                    {"round": i, "planted": planted, "verdict": found["verdict"], **found["paired"]}
-                    | {"load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
-                )
-                print(json.dumps(samples[-1]), flush=True)
+    times, jobs = 20, 1
+    while argv[:1] in (["--times"], ["--jobs"]):
+        times, jobs = (int(argv[1]), jobs) if argv[0] == "--times" else (times, int(argv[1]))
+        argv = argv[2:]
+    flags = [*DEFAULT.split(), *argv]
+    kinds = [(i, planted) for i in range(times) for planted in (0.0, PLANTED)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+
+        def one(kind: tuple[int, float]) -> dict[str, Any]:
+            i, planted = kind
+            # The seed also draws the order of the windows.
+            found = compare([*flags, "--seed", str(i)], planted, Path(folder, f"{i}_{planted}"))
+            sample = {"round": i, "planted": planted, "verdict": found["verdict"], **found["paired"]}
+            sample["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+            print(json.dumps(sample), flush=True)
+            return sample
+
+        samples = [one(kinds[0]), *pool.map(one, kinds[1:])]  # the first prepares the data for all
     verdicts = {p: [s["verdict"] for s in samples if s["planted"] == p] for p in (0.0, PLANTED)}
     summary = {
         "comparisons_of_each_kind": times,
@@ -65,6 +71,7 @@ def main(argv: list[str]) -> None:
         "planted_found_slower": verdicts[PLANTED].count("slower"),
         "planted_found_faster": verdicts[PLANTED].count("faster"),
         "planted_percent": 100 * PLANTED,
+        "at_a_time": jobs,
     }
     print(summary)
     print(write_evidence("compare_verdicts", {"flags": flags, "summary": summary, "samples": samples}))

@@ -73,6 +73,7 @@ class Side:
         if instrumented:
             for hook in self._hooks:
                 hook.on_start(1, ENDLESS)
+            self._trainer._timer.begin_step(1)
             self._keep_outputs()
         else:
             step: Any = self._trainer._step

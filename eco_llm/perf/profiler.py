@@ -62,7 +62,9 @@ class StepProfiler:
         self._profile: profile | None = None
 
     def start(self) -> None:
-        """Begin tracing (the first start in a process takes up to seconds)."""
+        """Begin tracing (the first start in a process takes up to seconds). Waits for the device."""
+        if self._on_cuda:
+            torch.cuda.synchronize(self._device)  # kernels still queued belong to the steps before
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._on_cuda else [])
         self._profile = profile(activities=activities, profile_memory=True, acc_events=True)
         self._profile.start()
@@ -84,7 +86,7 @@ class StepProfiler:
             return
         self._annotate(False)
         if self._on_cuda:
-            torch.cuda.synchronize(self._device)  # kernels still queued belong to the traced steps
+            torch.cuda.synchronize(self._device)  # and these to the traced ones
         finished, self._profile = self._profile, None
         finished.stop()
         with replacing(self._trace) as temporary:

@@ -14,10 +14,11 @@ class AsyncScalars:
 
     On CUDA the copy goes to pinned memory and an event marks its end; `collect` only asks the event. On CPU the
     values are there at once. Order is kept. At most `in_flight` steps may be under way: past that `push` waits
-    for the oldest, so a host that runs ahead cannot grow memory without bound.
+    for the oldest. Eight let the host write a file while the device works on; more would only be late news of a bad
+    loss, steps to sit through after Ctrl-C, and a pile of records to deliver at once whenever the device had to stop.
     """
 
-    def __init__(self, device: torch.device, in_flight: int = 64) -> None:
+    def __init__(self, device: torch.device, in_flight: int = 8) -> None:
         self._cuda = device.type == "cuda"
         self._limit = in_flight
         self._waiting: deque[tuple[int, Sequence[str], Tensor, torch.cuda.Event | None]] = deque()

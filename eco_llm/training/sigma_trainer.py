@@ -2,13 +2,13 @@
 
 One turn: fetch, forward, backward, update, clear (the core step, in `step.py`), then whatever is due: validation,
 checkpoint. Numbers that live on the device reach the log some steps later; nothing here waits for them. What
-happens to a step's numbers is the hooks' affair. What ends a run, the last validation and the last checkpoint, comes
-after its last step and is in no step's time: a short run's rates would be those of scoring the model.
+happens to a step's numbers is the hooks' affair: the last thing in a turn, when the device has work again, and on the
+next step's clock, so that nothing lies between two steps. What ends a run, the last validation and the last
+checkpoint, comes after its last step and is in no step's time: a short run's rates would be those of scoring the model.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,8 +89,10 @@ class SigmaTrainer:
             with StopRequest() as stop:
                 for hook in self._hooks:
                     hook.on_start(self.step + 1, last)
+                self._timer.begin_step(self.step + 1)
                 while self.step < last and stop.outcome is None:
                     self._turn(self.step + 1)
+                self._timer.discard_step()
                 self._drain()
                 self._review()
                 self._announce(self._model.stack.unsaid())
@@ -121,7 +123,7 @@ class SigmaTrainer:
         return failures
 
     def _turn(self, step: int) -> None:
-        self._timer.begin_step(step)
+        """Do a step that the clock already counts as begun, and begin the next."""
         self._review()
         self._step.prepare()  # compiling and capturing are in the first step's time, and not in its core
         if self._is_save_due():  # here, so that the cost is inside a step and the step saved has its record written
@@ -146,6 +148,7 @@ class SigmaTrainer:
             hook.on_step_end(step)
         if self._is_validation_due() and is_last:
             record |= self._score()
+        self._timer.begin_step(step + 1)
         self._deliver(self._timer.collect(), self._scalars.collect())
 
     def _score(self) -> dict[str, float]:
@@ -179,7 +182,7 @@ class SigmaTrainer:
         Every step gets its times: the scalars let the device fall behind by fewer steps than the timer can hold.
         """
         for t in times:
-            self._waiting[t.step] |= dataclasses.asdict(t) | rates(t, self._training.tokens_per_step)
+            self._waiting[t.step] |= t.as_dict() | rates(t, self._training.tokens_per_step)
         for step, values in scalars:
             self._waiting[step] |= self._model.stack.observe(values)
         while self._waiting:

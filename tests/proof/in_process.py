@@ -1,14 +1,26 @@
-"""A side of a comparison without a process: its steps take real time and nothing else, so that hundreds are cheap."""
+"""Sides of a comparison without processes, so that hundreds of comparisons are cheap.
+
+`InProcess`: steps take real time and nothing else. `Simulated`: the real training loop, its clock, its log and the
+planted delay, on a noisy machine whose clock only moves when somebody works.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from stand_in_trainer import output_of, stand_in_trainer
+
+from eco_llm.perf.phases import PhaseTimer
 from eco_llm.proof.runs import Program
+from eco_llm.training.hooks.metrics_file import MetricsFile
+from eco_llm.training.hooks.turns import TakeTurns
+from eco_llm.training.step import StepOutput
 
 PHASES = ("data", "forward", "backward", "opt_step", "zero_grad")
 
@@ -54,3 +66,57 @@ class InProcess:
         record = {"step": self._done, "loss": 5.7 - 0.05 * self._done, "grad_norm": 2.0, "memory_peak_gib": 0.1}
         times = dict.fromkeys((f"phase_{name}_s" for name in PHASES), seconds / 5)
         return record | {"step_time_s": seconds, "core_step_time_s": seconds} | times
+
+
+class Machine:
+    """A clock for both sides. It heats up by a fifth, steps scatter by 3%, and one in fifty is half as long again."""
+
+    def __init__(self, seed: int) -> None:
+        self.now, self._random = 0.0, random.Random(seed)
+
+    def work(self, seconds: float) -> None:
+        heat = 1.2 - 0.2 * math.exp(-self.now / 2.0)
+        spike = 1.5 if self._random.random() < 0.02 else 1.0
+        self.now += seconds * heat * spike * max(0.5, self._random.gauss(1.0, 0.03))
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Simulated(InProcess):
+    """Stands in for TurnRun. Its `machine` must be the `time` of eco_llm.training.hooks.turns."""
+
+    machine: ClassVar[Machine]
+    delays: ClassVar[dict[str, float]] = {}
+
+    def start(self) -> None:
+        super().start()
+        machine = self.machine
+        self._until = 0
+        self._log = MetricsFile(self.run / "metrics.jsonl")
+        self._turns = TakeTurns(lambda done: self._until, delay=self.delays.get(self.side, 0.0))
+        timer = PhaseTimer("cpu", host_clock=machine.perf_counter, wall_clock=machine.perf_counter)
+
+        def run() -> StepOutput:
+            for name, share in (("forward", 0.3), ("backward", 0.6), ("opt_step", 0.1)):
+                with timer.phase(name):  # type: ignore[arg-type]
+                    machine.work(share * 0.01)
+            return output_of(5.7 - 0.05 * self._done, 2.0)
+
+        self._trainer = stand_in_trainer(run, timer, [self._log, self._turns], steps=10**6)
+        timer.begin_step(1)
+
+    def turn(self, until: int) -> None:
+        """Train up to `until` as the process does; what lies between two turns is in the next one's first step."""
+        self._until = until
+        while self._done < until:
+            self._done += 1
+            self._trainer._turn(self._done)
+
+    def leave(self) -> None:
+        """Deliver what is under way."""
+        self._trainer._drain()
+        self._log.on_end()

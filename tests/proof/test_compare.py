@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from in_process import InProcess
+from in_process import InProcess, Machine, Simulated
 
 from eco_llm.cli.compare import _take
 from eco_llm.cli.main import main
@@ -29,6 +29,7 @@ from eco_llm.proof.report import write_report
 from eco_llm.proof.revisions import Revision, turns_protocol
 from eco_llm.proof.runs import Program, Stopped, read_records
 from eco_llm.proof.turns import PROTOCOL, RunFailed
+from eco_llm.training.hooks import turns
 
 Flags = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +109,28 @@ def test_equal_sides_differ_in_no_comparison_and_five_percent_are_found(
     assert verdicts[0.0].count("no difference shown") >= 19
     assert verdicts[0.05].count("slower") >= 19
     assert "faster" not in verdicts[0.05]
+
+
+def test_the_real_loop_with_five_percent_planted_is_found_and_without_is_not(
+    in_process: type[InProcess], tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty of each kind again, on a simulated machine: the trainer's own clock and log, and the delay that live runs
+    sleep. What no stand-in shows is whether two processes differ by themselves."""
+    monkeypatch.setattr(compare, "TurnRun", Simulated)
+    right = {0.0: 0, 0.05: 0}
+    for i in range(20):
+        for planted in right:
+            monkeypatch.setattr(Simulated, "machine", Machine(seed=i), raising=False)
+            monkeypatch.setattr(turns, "time", Simulated.machine)
+            monkeypatch.setattr(Simulated, "delays", {"b": planted})
+            sides = ["--a", "", "--b", "", "--window-steps", "5", "--seed", str(i)]
+            assert main(["compare", *tiny_flags("--perf-warmup-steps 0"), *sides]) == 0
+            found = report(tmp_path / "run")
+            right[planted] += found["verdict"] == ("slower" if planted else "no difference shown")
+            assert found["verdict"] != "faster"
+            assert found["paired"]["percent"] == pytest.approx(100 * (1 / (1 + planted) - 1), abs=2)
+    assert right[0.0] >= 19
+    assert right[0.05] >= 19
 
 
 # -- stopping --------------------------------------------------------------------------------------------------

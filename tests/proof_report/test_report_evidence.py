@@ -277,6 +277,37 @@ def test_a_comparison_a_sweep_and_a_ledger_are_shown(runs: Runs) -> None:
     assert Page(page).complaints == []
 
 
+def test_a_run_a_sweep_and_a_comparison_are_reported_together(runs: Runs, tmp_path: Path) -> None:
+    """Tables of training have columns for what was trained; what failed in a sweep is an incident."""
+    (run,) = runs("before")
+    swept, compared = tmp_path / "swept", tmp_path / "compared"
+    (swept / "perf" / "sweep" / "errors").mkdir(parents=True)
+    crash = "perf/sweep/errors/crash_batch-size-6_1.json"
+    points = [{**SWEPT["points"][1], "crash_reports": [crash]}, {"name": "batch-size-8", "status": "killed"}]
+    content = {**SWEPT, "axes": {"batch_size": ["4", "6", "8"]}, "points": [SWEPT["points"][0], *points]}
+    (swept / SWEEP).write_text(json.dumps(content), encoding="utf-8")
+    died = {"exception": "OutOfMemoryError", "message": "no room", "kind": "out_of_memory", "step": 1}
+    (swept / crash).write_text(json.dumps(died), encoding="utf-8")
+    (compared / "perf").mkdir(parents=True)
+    sides = {side: {**COMPARED[side], "revision": name} for side, name in (("a", "v1"), ("b", "v2"))}
+    (compared / COMPARISON).write_text(json.dumps({**COMPARED, **sides}), encoding="utf-8")
+    markdown, page = report([run, swept, compared])
+    sections = dict(re.findall(r"^## (.*?)$(.*?)(?=^## |\Z)", markdown, re.M | re.S))
+    changed = sections["What was changed"]
+    assert "| `--d-model` | 768 | [32](" in changed
+    assert "| `--batch-size` | [4, 6, 8](" in changed
+    assert re.search(r"\| `--lr` \| \[0.001\].* \| \[0.02\]", changed)
+    assert re.search(r"\| code: revision \| \[v1\].* \| \[v2\]", changed)
+    assert "- Steps, last in the log: **[60](" in sections["Summary"]
+    assert "|  | value |" in sections["Measured results"]
+    assert "swept" not in sections["Measured results"] + sections["Memory"]
+    incidents = sections["Incidents"]
+    assert "OutOfMemoryError: no room" in incidents
+    assert "swept: the sweep's point batch-size-8 ended as [killed](" in incidents
+    assert "None: no crash report" not in incidents
+    assert Page(page).complaints == []
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import perf_evidence
 import pytest
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
@@ -403,6 +404,14 @@ def test_the_perf_window_writes_the_reports_files(
     assert not any(traced)  # neither the final validation nor the final checkpoint is in the trace
 
 
+def test_a_window_before_its_trace_holds_everything(tiny_flags: Flags, tmp_path: Path) -> None:
+    window = "--perf-profile-enable --perf-warmup-steps 3 --perf-measure-steps 5 --perf-profiler-steps 2"
+    big = "--batch-size 8 --seq-len 96"  # the little between phases weighs less
+    assert main(tiny_flags(f"--steps 10 --eval-interval 0 {big} {window}")) == 0
+    ranges = perf_evidence.check(tmp_path / "run")["ranges"]
+    assert ranges["eco/block_02_mla_backward"] == ranges["eco/zero_grad"] == 2
+
+
 def test_a_validation_inside_the_window_is_named(
     tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -575,3 +584,31 @@ def test_a_checkpoint_costs_the_loop_and_not_the_core_step(
     for r in rows[1:]:
         assert r["core_step_time_s"] < 0.5
     assert phase_share(rows[1:]) == pytest.approx(1, rel=0.1)
+
+
+def test_a_steps_time_is_the_whole_turn_of_the_loop(
+    tiny_flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a record costs to deliver is in the next step's time; nothing lies between two steps."""
+
+    class SlowLog(Hook):
+        def on_record(self, record: dict[str, Any]) -> None:
+            time.sleep(0.5 if record["step"] == 3 else 0.02)
+
+    original = SigmaTrainer.__init__
+
+    def with_slow_log(self: SigmaTrainer, **kwargs: Any) -> None:
+        original(self, **{**kwargs, "hooks": [*kwargs["hooks"], SlowLog()]})
+
+    monkeypatch.setattr(SigmaTrainer, "__init__", with_slow_log)
+    window = "--perf-profile-enable --perf-warmup-steps 2 --perf-measure-steps 4"
+    assert main(tiny_flags(f"--steps 6 --eval-interval 0 {window}")) == 0
+    rows = records(tmp_path / "run")
+    assert [r["step"] for r in rows if r["step_time_s"] > 0.5] == [4]
+    assert all(r["core_step_time_s"] < r["step_time_s"] - 0.02 for r in rows[1:])
+    assert all(r["core_step_time_s"] < 0.5 for r in rows)
+    whole = rows[-1]["ended_at"] - rows[0]["started_at"]
+    assert sum(r["step_time_s"] for r in rows) == pytest.approx(whole, rel=0.02)
+    baseline = json.loads((tmp_path / "run" / "perf" / "baseline_throughput.json").read_text())
+    assert baseline["avg_step_time_s"] - baseline["avg_core_step_time_s"] > (0.5 + 3 * 0.02) / 4
+    assert baseline["avg_effective_tokens_per_s"] == pytest.approx(4 * 48 / sum(r["step_time_s"] for r in rows[2:]))

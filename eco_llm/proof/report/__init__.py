@@ -28,19 +28,22 @@ MOST_RUNS = 8  # as many colours as can be told apart
 
 
 def document_of(runs: Sequence[Run]) -> Document:
-    """The report on these runs, the first being what the others are set against."""
-    head = summary(runs)
+    """The report on these runs, the first being what the others are set against.
+
+    Folders of comparisons or sweeps alone have no log and no window: they take part only in the sections about those.
+    """
+    trained = [run for run in runs if run.trained]
+    head = summary(trained or runs)
     head.blocks += [said for run in runs for say in (verdict, sweep_in_short) if (said := say(run)) is not None]
-    trained = any(run.trained for run in runs)  # else there are only comparisons or sweeps to report on
     sections = (
         head,
-        what_changed(runs) if trained else None,
+        what_changed(trained, runs),
         commands(runs),
-        curves(runs),
-        measured(runs) if trained else None,
-        improvements(runs),
-        bottlenecks(runs) if trained else None,
-        memory(runs) if trained else None,
+        curves(trained) if trained else None,
+        measured(trained) if trained else None,
+        improvements(runs, trained),
+        bottlenecks(trained) if trained else None,
+        memory(trained) if trained else None,
         sweeps(runs),
         incidents(runs),
         hardware(runs),

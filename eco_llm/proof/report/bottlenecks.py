@@ -24,7 +24,7 @@ _KERNELS_SHOWN = 12
 
 def bottlenecks(runs: Sequence[Run]) -> Section:
     """Dominant stage, stacked phases, stage tables of the first run against the last, costliest kernels."""
-    blocks: list[Block] = [absent(run[BOTTLENECKS]) for run in runs if run[BOTTLENECKS].problem and run.trained]
+    blocks: list[Block] = [absent(run[BOTTLENECKS]) for run in runs if run[BOTTLENECKS].problem]
     known = [run for run in runs if not run[BOTTLENECKS].problem]
     for run in known:
         dominant = _dominant(run)

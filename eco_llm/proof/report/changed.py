@@ -12,15 +12,22 @@ from eco_llm.perf.environment import command_line
 from eco_llm.proof.report.document import Block, Cell, Code, Fact, Section, Table, clean, text
 from eco_llm.proof.report.evidence import CONFIG, Run
 from eco_llm.proof.report.tables import absent
-from eco_llm.proof.report.verdicts import commands_of
+from eco_llm.proof.report.verdicts import commands_of, varied
 from eco_llm.version import __version__
 
 _PLACES = ("output_dir", "resume")  # they say where a run is, not what it does
 
 
-def what_changed(runs: Sequence[Run]) -> Section:
-    """Settings in which the runs differ; of one run, those that are not this version's defaults."""
-    blocks: list[Block] = [absent(run[CONFIG]) for run in runs if run[CONFIG].problem and run.trained]
+def what_changed(runs: Sequence[Run], also: Sequence[Run] = ()) -> Section | None:
+    """Settings in which the runs differ; of one run, those that are not this version's defaults.
+
+    None where nothing is known.
+
+    Args:
+        runs: those that were trained.
+        also: where comparisons and sweeps may lie, each of which says what it varied.
+    """
+    blocks: list[Block] = [absent(run[CONFIG]) for run in runs if run[CONFIG].problem]
     known = [run for run in runs if not run[CONFIG].problem]
     if len(runs) == 1:
         blocks += [_against_defaults(run) for run in known]
@@ -40,7 +47,9 @@ def what_changed(runs: Sequence[Run]) -> Section:
                 ),
             )
         )
-    return Section("changed", "What was changed", blocks)
+    for run in also:
+        blocks += varied(run)
+    return Section("changed", "What was changed", blocks) if blocks else None
 
 
 def _settings(run: Run) -> dict[str, Fact]:

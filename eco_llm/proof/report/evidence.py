@@ -33,7 +33,9 @@ WRITTEN_BY = {
     MEMORY: "--memory-report",
     SWEEP: "eco_train sweep",
 }
-"""Evidence that a report reads, besides errors/crash_*.json, and what writes it."""
+"""Evidence that a report reads, besides crash reports, and what writes it."""
+
+_CRASHES = ("errors/crash_*.json", "perf/compare/*/errors/crash_*.json", "perf/sweep/errors/crash_*.json")
 
 OUTPUTS = ("PROOF_OF_EVOLUTION.md", "report.html")
 CRASHES_SHOWN = 20
@@ -109,7 +111,9 @@ class Run:
     Attributes:
         label: the run's name in the report.
         hue: its colour in every chart.
-        crashes: the newest crash reports, oldest first; `crash_count` counts all.
+        crashes: the newest crash reports, oldest first, then those of a comparison's sides and a sweep's points;
+            `crash_count` counts all.
+        died: whether one of them is this run's own.
     """
 
     def __init__(self, path: Path, label: str, hue: int, *, alone: bool) -> None:
@@ -122,9 +126,10 @@ class Run:
         """Read the files as they are now."""
         self.metrics.refresh()
         self.files = {name: self._json(name) for name in WRITTEN_BY if name != METRICS}
-        crashes = sorted((self.path / "errors").glob("crash_*.json"))
+        crashes = [p for place in _CRASHES for p in sorted(self.path.glob(place))]
         self.crash_count = len(crashes)
-        self.crashes = [self._json(f"errors/{p.name}") for p in crashes[-CRASHES_SHOWN:]]
+        self.died = any((self.path / "errors").glob("crash_*.json"))
+        self.crashes = [self._json(p.relative_to(self.path).as_posix()) for p in crashes[-CRASHES_SHOWN:]]
         self.set_aside = sorted(p.name for p in (self.path / "previous").glob("[0-9]*"))
 
     def _json(self, name: str) -> JsonFile:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eco_llm.proof.report.document import Block, Cell, Code, Section, Source, Table, clean, text
-from eco_llm.proof.report.evidence import CONFIG, WRITTEN_BY, JsonFile, Run
+from eco_llm.proof.report.evidence import CONFIG, SWEEP, WRITTEN_BY, JsonFile, Run
 from eco_llm.proof.report.numbers import unit_of, whole
 
 _TRACEBACK = 6000
@@ -42,12 +42,10 @@ def incidents(runs: Sequence[Run]) -> Section:
                 text(f"{run.label}: {run.crash_count:,} crash reports; the newest {len(run.crashes)} are shown.")
             )
     if rows:
-        blocks.insert(
-            0, Table("Crash reports (errors/)", ("run", "time", "step", "kind", "what"), tuple(rows), numeric=False)
-        )
+        blocks.insert(0, Table("Crash reports", ("run", "time", "step", "kind", "what"), tuple(rows), numeric=False))
     blocks += traces
     for run in runs:
-        blocks += _in_the_log(run)
+        blocks += _in_the_log(run) + _in_the_sweep(run)
     if not blocks:
         blocks.append(text("None: no crash report, no skipped step, no damaged file."))
     return Section("incidents", "Incidents", blocks)
@@ -62,6 +60,23 @@ def _crash(run: Run, file: JsonFile) -> tuple[Cell, ...]:
     what = ": ".join(clean(f.value, 300) for f in (exception, message) if f is not None)
     source = next((f.source for f in (message, exception) if f is not None), file.whole())
     return Cell(run.label), shown("time"), shown("step"), shown("kind"), Cell(what or "–", (source,))
+
+
+def _in_the_sweep(run: Run) -> list[Block]:
+    """Points that ended badly and left no crash report: killed, refused, interrupted."""
+    file, found = run[SWEEP], list[Block]()
+    points = None if file.problem else file.data.get("points")
+    for i, point in enumerate(points if isinstance(points, list) else []):
+        if not isinstance(point, dict) or point.get("status") in ("done", None) or point.get("crash_reports"):
+            continue
+        name, status, message = (file.at("points", i, key) for key in ("name", "status", "message"))
+        parts: list[str | Cell] = [f"{run.label}: the sweep's point ", Cell(clean(name.value if name else i))]
+        if status is not None:
+            parts += [" ended as ", Cell(clean(status.value).replace("_", " "), (status.source,))]
+        if message is not None:
+            parts += [": ", Cell(clean(message.value, 300), (message.source,))]
+        found.append(text(*parts, "."))
+    return found
 
 
 def _in_the_log(run: Run) -> list[Block]:
@@ -99,7 +114,7 @@ def _in_the_log(run: Run) -> list[Block]:
     wanted, last = run[CONFIG].at("config", "training", "steps"), log.one("step", "last")
     if wanted is not None and last is not None and wanted.number is not None and last.value < wanted.number:
         parts = (whole(last, unit_of("step", [])), " of ", whole(wanted, unit_of("step", [])))
-        why = "." if run.crash_count else ": still running, interrupted or killed."
+        why = "." if run.died else ": still running, interrupted or killed."
         found.append(text(f"{run.label}: the log ends at step ", *parts, why))
     for line, why in log.damaged:
         found.append(

@@ -104,7 +104,7 @@ def measured(runs: Sequence[Run]) -> Section:
         lambda run, key: run[WINDOW].at(key),
         note=_window_note(runs),
     )
-    blocks += [absent(run[WINDOW]) for run in runs if run[WINDOW].problem and run.trained]
+    blocks += [absent(run[WINDOW]) for run in runs if run[WINDOW].problem]
     if window:
         blocks.append(window)
     tail = across(
@@ -129,7 +129,7 @@ def measured(runs: Sequence[Run]) -> Section:
     )
     if others:
         blocks.append(others)
-    blocks += [block for run in runs if run.trained and (block := missing_log(run))]
+    blocks += [block for run in runs if (block := missing_log(run))]
     return Section("measured", "Measured results", blocks)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from eco_llm.proof.report.document import Block, Cell, Code, Section, Table, Text, clean, text
+from eco_llm.proof.report.document import Block, Cell, Code, Fact, Section, Table, Text, clean, text
 from eco_llm.proof.report.evidence import COMPARISON, SWEEP, JsonFile, Run
 from eco_llm.proof.report.measured import improvement
 from eco_llm.proof.report.numbers import cell, change, show, unit_of
@@ -65,8 +65,8 @@ def verdict(run: Run) -> Text | None:
     return None
 
 
-def improvements(runs: Sequence[Run]) -> Section:
-    """Paired comparisons first, since they alone say how sure they are; then the runs given, side by side."""
+def improvements(runs: Sequence[Run], trained: Sequence[Run]) -> Section:
+    """Paired comparisons first, since they alone say how sure they are; then the trained runs, side by side."""
     blocks: list[Block] = []
     for run in runs:
         file = run[COMPARISON]
@@ -74,8 +74,9 @@ def improvements(runs: Sequence[Run]) -> Section:
             blocks += _comparison(run, file)
         elif not file.missing or len(runs) == 1:
             blocks.append(absent(file))
-    blocks += improvement(runs)
-    if len(runs) == 1 and runs[0].trained:
+    if trained:
+        blocks += improvement(trained)
+    if len(runs) == 1 and trained:
         blocks.append(text("One run was given, so there is nothing to set it against: name an earlier run before it."))
     return Section("improvement", "Quantified improvement", blocks)
 
@@ -85,19 +86,6 @@ def _comparison(run: Run, file: JsonFile) -> list[Block]:
     said = verdict(run)
     if said is not None:
         blocks.append(said)
-    changed = file.data.get("changed")
-    if isinstance(changed, dict) and changed:
-        rows = tuple(
-            (
-                Cell("--" + clean(k).replace("_", "-"), code=True),
-                _setting(file, k, 0),
-                _setting(file, k, 1),
-            )
-            for k, pair in changed.items()
-            if isinstance(pair, list) and len(pair) == 2
-        )
-        if rows:
-            blocks.append(Table("Settings of the two sides", ("", "A", "B"), rows, numeric=False))
     sides = []
     for key in _SIDES:
         a, b = file.at("a", key), file.at("b", key)
@@ -121,10 +109,42 @@ def _comparison(run: Run, file: JsonFile) -> list[Block]:
     return blocks
 
 
-def _setting(file: JsonFile, name: str, side: int) -> Cell:
-    fact = file.at("changed", name, side)
-    if fact is None:
+def varied(run: Run) -> list[Block]:
+    """What the two sides of a comparison differ in, and what a sweep went through."""
+    blocks: list[Block] = []
+    file = run[COMPARISON]
+    changed = {} if file.problem else file.data.get("changed")
+    rows: list[tuple[Cell, ...]] = [
+        (_flag(name), _said(file.at("changed", name, 0)), _said(file.at("changed", name, 1)))
+        for name, pair in (changed.items() if isinstance(changed, dict) else ())
+        if isinstance(pair, list) and len(pair) == 2
+    ]
+    revisions = [None if file.problem else file.at(side, "revision") for side in "ab"]
+    if any(fact is not None and fact.value is not None for fact in revisions):
+        rows.append((Cell("code: revision"), *(_said(fact) for fact in revisions)))
+    if rows:
+        blocks.append(
+            Table(f"The two sides of the comparison ({file.label})", ("", "A", "B"), tuple(rows), numeric=False)
+        )
+    file = run[SWEEP]
+    axes = {} if file.problem else file.data.get("axes")
+    values: list[tuple[Cell, ...]] = [
+        (_flag(name), _said(file.at("axes", name))) for name in (axes if isinstance(axes, dict) else ())
+    ]
+    if values:
+        blocks.append(Table(f"What the sweep varied ({file.label})", ("", "values"), tuple(values), numeric=False))
+    return blocks
+
+
+def _flag(name: str) -> Cell:
+    return Cell("--" + clean(name).replace("_", "-"), code=True)
+
+
+def _said(fact: Fact | None) -> Cell:
+    if fact is None or fact.value is None:
         return Cell("–")
+    if isinstance(fact.value, list):
+        return Cell(clean(", ".join(map(str, fact.value))), (fact.source,))
     return Cell(clean(fact.value if isinstance(fact.value, str) else json.dumps(fact.value)), (fact.source,))
 
 

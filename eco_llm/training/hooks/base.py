@@ -16,13 +16,16 @@ class Hook:
         """Training is about to do steps `first_step` to `last_step`."""
 
     def on_step(self, step: int) -> None:
-        """Step `step` begins, and its time runs. This method and the next are called in time with the device queue."""
+        """Step `step` begins, and its time runs: what is done here and in `on_record` is in it, and not in its core.
+
+        This method and the next are called in time with the device queue.
+        """
 
     def on_step_end(self, step: int) -> None:
         """Step `step` has ended on the host: what is done here is in no step's time."""
 
     def on_record(self, record: dict[str, Any]) -> None:
-        """One step's numbers, as they go to metrics.jsonl."""
+        """One step's numbers, as they go to metrics.jsonl. Called while the device works on a later step."""
 
     def on_checkpoint(self, step: int) -> None:
         """The checkpoint of `step` is on the disk."""

@@ -19,7 +19,11 @@ class MetricsFile(Hook):
 
     def on_record(self, record: dict[str, Any]) -> None:
         """Write one line; NaN, which is not JSON and which other readers reject, becomes the string "nan"."""
-        self._file.write(json.dumps(strict(record), allow_nan=False) + "\n")
+        try:
+            line = json.dumps(record, allow_nan=False)
+        except ValueError:
+            line = json.dumps(strict(record), allow_nan=False)
+        self._file.write(line + "\n")
         self._file.flush()
 
     def on_checkpoint(self, step: int) -> None:

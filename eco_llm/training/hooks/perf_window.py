@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 
 from eco_llm.config import PerfConfig
 from eco_llm.files import write_json
-from eco_llm.perf.phases import PhaseTimer, StepTimes
+from eco_llm.perf.phases import STEP_TIMES, PhaseTimer, StepTimes
 from eco_llm.perf.profiler import Annotated, StepProfiler
 from eco_llm.perf.window import BASELINE_FILE, GpuState, PerfWindow, RollingWindow
 from eco_llm.training.hooks.base import Hook
 
-_TIMES = tuple(f.name for f in dataclasses.fields(StepTimes))
 _REWRITE_EVERY_S = 30.0
 
 
@@ -107,7 +105,7 @@ class PerfFiles(Hook):
 
     def on_record(self, record: dict[str, Any]) -> None:
         """Feed one step."""
-        times, gpu = StepTimes(**{name: record[name] for name in _TIMES}), GpuState.of(record)
+        times, gpu = StepTimes(**{name: record[name] for name in STEP_TIMES}), GpuState.of(record)
         validated = "val_loss" in record and times.step != self._last_step  # after the last step, not inside it
         if not (self._profiled_apart and times.step in self._profiled):
             self._rolling.add(times, gpu)

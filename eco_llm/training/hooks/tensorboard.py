@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ _GROUPS = {
 
 
 _NO_CURVE = {"step", "started_at", "ended_at"}
+
+
+@functools.cache
+def _tag(name: str) -> str:
+    return f"{_GROUPS.get(name.split('_')[0], 'train')}/{name}"
 
 
 class TensorBoard(Hook):
@@ -41,7 +47,7 @@ class TensorBoard(Hook):
         and logging a step cost.
         """
         values = [
-            self._summary.Value(tag=f"{_GROUPS.get(name.split('_')[0], 'train')}/{name}", simple_value=value)
+            self._summary.Value(tag=_tag(name), simple_value=value)
             for name, value in record.items()
             if isinstance(value, (int, float)) and name not in _NO_CURVE
         ]

@@ -31,13 +31,18 @@ class TakeTurns(Hook):
             SystemExit: it was the last turn. The trainer writes the records under way, and saves nothing.
         """
         if step > self._last:
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
+            _wait_for_device()
             last = self._ask(step - 1)
             if last is None:
                 raise SystemExit(0)
             self._last, self._woke_at = last, None
         if self._delay:
+            _wait_for_device()  # else the host sleeps while the device works, and nothing is slower for it
             if self._woke_at is not None:
                 time.sleep(self._delay * (time.perf_counter() - self._woke_at))
             self._woke_at = time.perf_counter()
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
