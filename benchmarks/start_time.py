@@ -3,25 +3,33 @@
     python benchmarks/start_time.py [--rounds N] [--modes eager,compiled,eager_graph,compiled_graph] [FLAGS OF train …]
 
 Runs `eco_train FLAGS --steps 1` in processes of their own, with the default GPU profile where there is a GPU and the
-quickstart elsewhere, on data prepared beforehand. Cold: the kernel caches (.runtime_cache's two and CUDA's own) are
-empty folders; the files of Python and PyTorch are in the page cache all the same. Warm: the same folders, again; the
-median of N rounds is reported. Each process also says where its time went (`--start-marks`, the private mode in which
-this script calls itself).
+quickstart elsewhere, on data prepared beforehand (kept where FLAGS name a --data-cache). Cold: the kernel caches
+(.runtime_cache's two and CUDA's own) are empty folders; the files of Python and PyTorch are in the page cache all the
+same. Warm: the same folders, again; the median of N rounds is reported. The evidence is written anew after each mode.
+
+Each process runs the command itself and also says where its time went (`--start-marks`, the private mode in which this
+script calls itself): marks, which follow one another and add up to the total, and spans, the calls and imports inside
+them. A span holds those that it encloses, and ends when the device is idle.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.abc
+import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-from common import write_evidence
 
 MODES = {
     "eager": ["--no-torch-compile", "--cuda-graph", "off"],
@@ -30,38 +38,160 @@ MODES = {
     "compiled_graph": ["--torch-compile", "--cuda-graph", "auto"],
 }
 MARKS = ("arguments", "import_torch", "import_trainer", "device_and_data", "model_and_hooks", "prepare", "first_step")
+IMPORTS = ("torch", "triton", "torch._dynamo", "torch._inductor.compile_fx", "torch.utils.tensorboard")
+# span → what is called, as module:attribute, looked up when the trainer has been imported
+CALLS = {
+    "device": "eco_llm.runtime:Runtime.detect",
+    "data": "eco_llm.training.launch:prepare",
+    "seed_context_compiler": "eco_llm.runtime:Runtime.setup",
+    "model": "eco_llm.training.launch:SigmaLLM",
+    "optimizer": "eco_llm.training.launch:build_optimizer",
+    "loader": "eco_llm.training.launch:TokenLoader",
+    "compile_blocks": "eco_llm.model.sigma_llm:SigmaLLM.compile_blocks",
+    "nvml": "eco_llm.training.launch:DeviceCounters",
+    "settings": "eco_llm.training.launch:_Launch._record_settings",
+    "environment": "eco_llm.training.launch:collect_environment",
+    "tensorboard": "eco_llm.training.launch:TensorBoard",
+    "step": "eco_llm.training.launch:_Launch._make_step",
+    "optimizer_state": "eco_llm.optim.update:Update.make_capturable",
+    "warm_up": "eco_llm.training.graph:CudaGraph.warm_up",
+    "capture": "eco_llm.training.graph:CudaGraph.capture",
+    "core_step": "eco_llm.training.step:TrainStep.run",
+    "core_replay": "eco_llm.training.graph:GraphedStep.run",
+}
+
+
+class Clock:
+    """Seconds since `began`, of marks and of spans: each span's calls one after another, as [begin, end]."""
+
+    def __init__(self, began: float) -> None:
+        self._began = began
+        self.marks: dict[str, float] = {}
+        self.spans: dict[str, list[list[float]]] = {}
+        self.processor = 0.0  # seconds of this process at the last mark
+
+    def now(self) -> float:
+        return time.time() - self._began
+
+    def mark(self, name: str) -> None:
+        """The first call counts."""
+        if name not in self.marks:
+            self.marks[name] = self.now()
+            self.processor = time.process_time()
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        begin = self.now()
+        try:
+            yield
+        finally:
+            _idle()
+            self.spans.setdefault(name, []).append([begin, self.now()])
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its calls in a span."""
+
+        @functools.wraps(function)
+        def spanned(*args: Any, **keywords: Any) -> Any:
+            with self.span(name):
+                return function(*args, **keywords)
+
+        return spanned
+
+
+def _idle() -> None:
+    """Wait for the device, if one is in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+class TimedImports(importlib.abc.MetaPathFinder):
+    """Times the imports of some modules, and calls what waits for the end of one."""
+
+    def __init__(self, clock: Clock, names: tuple[str, ...], after: dict[str, Callable[[], None]]) -> None:
+        self._clock, self._names, self._after = clock, names, after
+        self._asking: set[str] = set()
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> Any:
+        if fullname in self._asking or not (fullname in self._names or fullname in self._after):
+            return None
+        self._asking.add(fullname)  # the next line asks every finder, this one too
+        spec = importlib.util.find_spec(fullname)
+        self._asking.discard(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def timed(module: ModuleType) -> None:
+            with self._clock.span(f"import {fullname}"):
+                execute(module)
+            if fullname in self._after:
+                self._after[fullname]()
+
+        spec.loader.exec_module = timed  # type: ignore[method-assign]
+        return spec
 
 
 def train_with_marks(flags: list[str]) -> int:
-    """Train as `eco_train` would, and print when each part of the start was over, seconds since BEGAN_AT."""
-    began = float(os.environ["BEGAN_AT"])
-    marks: dict[str, float] = {}
+    """Train as `eco_train` does, and print when each part of the start was over, seconds since BEGAN_AT."""
+    clock = Clock(float(os.environ["BEGAN_AT"]))
+    sys.meta_path.insert(0, TimedImports(clock, IMPORTS, {"eco_llm.training.launch": lambda: _observe(clock)}))
+    from eco_llm.cli.main import main as eco_train
 
-    def mark(name: str) -> None:
-        marks.setdefault(name, time.time() - began)
+    code = eco_train(["train", *flags])
+    if code != 0:
+        return code
+    torch_import = clock.spans["import torch"][0]
+    clock.marks |= {"arguments": torch_import[0], "import_torch": torch_import[1]}
+    from torch._dynamo.utils import compilation_time_metrics, counters
 
-    from eco_llm.cli.args_file import expand
-    from eco_llm.cli.parse import parse
-    from eco_llm.cli.train import TrainCommand
-    from eco_llm.runtime import set_cache_dirs
+    from eco_llm.perf import environment
 
-    config = parse(TrainCommand, expand(flags), prog="eco_train train").config
-    config.validate()
-    set_cache_dirs()
-    mark("arguments")
-    import torch
+    cached = {k: int(v) for k, v in counters["aot_autograd"].items() if "cache" in k}
+    cached |= {k: int(v) for k, v in counters["inductor"].items() if "cache" in k}
+    where = json.loads((_run_directory(flags) / "config.json").read_text(encoding="utf-8"))["resolved"]["device"]
+    report = {
+        "marks": clock.marks,
+        "spans": clock.spans,
+        "compiler": {name: sum(seconds) for name, seconds in compilation_time_metrics.items()},
+        "caches": cached,
+        "processor_s": clock.processor,  # what follows the step, a checkpoint, is not the start
+        "environment": environment.collect(where),
+    }
+    print("MARKS " + json.dumps(report))
+    return 0
 
-    mark("import_torch")
+
+def _run_directory(flags: list[str]) -> Path:
+    return Path(flags[len(flags) - 1 - flags[::-1].index("--output-dir") + 1])
+
+
+def _observe(clock: Clock) -> None:
+    """Put clocks into the trainer, which has just been imported."""
+    clock.mark("import_trainer")
+    for name, where in CALLS.items():
+        module, _, attribute = where.partition(":")
+        owner: Any = sys.modules[module]
+        *path, last = attribute.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        function = getattr(owner, last)
+        spanned: Any = clock.around(name, function)
+        if isinstance(owner, type) and isinstance(owner.__dict__[last], staticmethod):
+            spanned = staticmethod(spanned)
+        setattr(owner, last, spanned)
+
     from eco_llm.training import launch
     from eco_llm.training.sigma_trainer import SigmaTrainer
 
-    mark("import_trainer")
     build, turn = launch._Launch._build, SigmaTrainer._turn
 
     def marked_build(self: Any, *args: Any) -> Any:
-        mark("device_and_data")
+        clock.mark("device_and_data")
         built = build(self, *args)
-        mark("model_and_hooks")
+        _idle()
+        clock.mark("model_and_hooks")
         return built
 
     def marked_turn(self: Any, step: int) -> None:
@@ -69,48 +199,59 @@ def train_with_marks(flags: list[str]) -> int:
 
         def prepare() -> None:
             step_prepare()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            mark("prepare")
+            _idle()
+            clock.mark("prepare")
 
         self._step.prepare = prepare
         turn(self, step)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        mark("first_step")
+        _idle()
+        clock.mark("first_step")
 
     launch._Launch._build = marked_build  # type: ignore[method-assign, assignment]
     SigmaTrainer._turn = marked_turn  # type: ignore[method-assign]
-    code = launch.train(config, command=sys.argv)
-    from torch._dynamo.utils import counters
-
-    cached = {k: int(v) for k, v in counters["aot_autograd"].items() if "cache" in k}
-    cached |= {k: int(v) for k, v in counters["inductor"].items() if "cache" in k}
-    print("MARKS " + json.dumps({"marks": marks, "caches": cached}))
-    return int(code)
 
 
 def start(flags: list[str], caches: Path, run: Path) -> dict[str, Any]:
-    """One process: seconds each part of its start took, and their sum `total`."""
+    """One process: seconds each part of its start took, their sum `total_s`, spans, and its `environment`.
+
+    Raises:
+        RuntimeError: it ended badly, or said nothing.
+    """
     folders = {
         "TRITON_CACHE_DIR": caches / "triton",
         "TORCHINDUCTOR_CACHE_DIR": caches / "inductor",
         "CUDA_CACHE_PATH": caches / "cuda",
     }
     environment = {**os.environ, **{name: str(path) for name, path in folders.items()}, "BEGAN_AT": repr(time.time())}
-    command = [sys.executable, __file__, "--start-marks", *flags, "--output-dir", str(run), "--no-resume"]
+    command = [sys.executable, __file__, "--start-marks", *flags, "--no-resume", "--output-dir", str(run)]
     done = subprocess.run(command, env=environment, check=False, stdout=subprocess.PIPE, text=True)
+    shutil.rmtree(run, ignore_errors=True)  # gigabytes of checkpoint
     said = [line for line in done.stdout.splitlines() if line.startswith("MARKS ")]
     if done.returncode != 0 or not said:
         raise RuntimeError(f"eco_train ended with exit code {done.returncode}:\n{done.stdout}")
     report = json.loads(said[-1].removeprefix("MARKS "))
-    marks = [0.0, *(report["marks"][name] for name in MARKS)]
+    reached = report.pop("marks")
+    marks = [0.0, *(reached[name] for name in MARKS)]
     parts = {f"{name}_s": after - before for name, before, after in zip(MARKS, marks, marks[1:], strict=False)}
-    return {**parts, "total_s": marks[-1], "caches": report["caches"]}
+    return {**parts, "total_s": marks[-1], **report}
+
+
+def show(label: str, taken: dict[str, Any]) -> None:
+    """Print one start: its parts, its spans in the order in which they began, what compiling spent."""
+    print(f"{label}  total {taken['total_s']:.2f} s, processor {taken['processor_s']:.2f} s  {taken['caches']}")
+    print("  parts     " + "  ".join(f"{name} {taken[f'{name}_s']:.2f}" for name in MARKS))
+    calls = sorted((begin, end, name) for name, times in taken["spans"].items() for begin, end in times)
+    print("  spans     " + "  ".join(f"{name} {end - begin:.2f}" for begin, end, name in calls if end - begin >= 0.005))
+    spent = sorted(taken["compiler"].items(), key=lambda item: -item[1])[:10]
+    print("  compiler  " + "  ".join(f"{name} {seconds:.2f}" for name, seconds in spent), flush=True)
 
 
 def main(argv: list[str]) -> None:
     """Measure, print, write the evidence."""
+    from common import write_evidence
+
+    from eco_llm.perf.environment import command_line
+
     rounds, modes = 3, list(MODES)
     while argv[:1] and argv[0] in ("--rounds", "--modes"):
         if argv[0] == "--rounds":
@@ -120,30 +261,33 @@ def main(argv: list[str]) -> None:
         argv = argv[2:]
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    on_gpu = torch.cuda.is_available()  # asked only: this process stays off the device
+    if not on_gpu:
         modes = [mode for mode in modes if not mode.endswith("_graph")]
-    profile = argv or (["@train_sigma_args.txt"] if device == "cuda" else ["@presets/quickstart_cpu.txt"])
+    profile = argv or (["@train_sigma_args.txt"] if on_gpu else ["@presets/quickstart_cpu.txt"])
     once = ["--steps", "1", "--eval-interval", "0", "--sample-tokens", "0"]
+    name = "start_time" if not argv else "start_time_custom"
     samples: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        flags = [*profile, *once, "--data-cache", str(place / "data")]
-        start([*flags, *MODES["eager"]], place / "unused", place / "run")  # prepares the data, fills the page cache
+        kept = any(flag.startswith("--data-cache") for flag in argv)
+        flags = [*profile, *once, *([] if kept else ["--data-cache", str(place / "data")])]
+        # Prepares the data and fills the page cache; on the CPU, where no kernel needs compiling.
+        start([*flags, *MODES["eager"], "--device", "cpu", "--batch-size", "1"], place / "unused", place / "run")
         for mode in modes:
-            caches = place / mode
-            taken = [start([*flags, *MODES[mode]], caches, place / "run") for _ in range(1 + rounds)]
-            samples += [{"mode": mode, "start": "warm" if i else "cold", **t} for i, t in enumerate(taken)]
+            taken = [start([*flags, *MODES[mode]], place / mode, place / "run") for _ in range(1 + rounds)]
+            environment = {**taken[-1]["environment"], "command": command_line(sys.argv)}
+            for i, one in enumerate(taken):
+                del one["environment"]
+                samples.append({"mode": mode, "start": "warm" if i else "cold", **one})
+                show(f"{mode} {'warm' if i else 'cold'}", one)
             summary[f"{mode}_cold_s"] = taken[0]["total_s"]
             summary[f"{mode}_warm_s"] = statistics.median(t["total_s"] for t in taken[1:])
-            for label, t in (("cold", taken[0]), ("warm", taken[-1])):
-                parts = "  ".join(f"{name} {t[f'{name}_s']:.2f}" for name in MARKS)
-                print(f"{mode:>15} {label}  total {t['total_s']:6.2f} s = {parts}  {t['caches']}", flush=True)
+            payload = {"flags": [*profile, *once], "unit": "s", "summary": summary, "samples": samples}
+            path = write_evidence(name, payload, recorded=environment)
     print(json.dumps(summary, indent=1))
-    name = "start_time" if not argv else "start_time_custom"
-    payload = {"flags": [*profile, *once], "unit": "s", "summary": summary, "samples": samples}
-    print(write_evidence(name, payload, device=device))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from eco_llm.config import RuntimeConfig
 from eco_llm.errors import UserError
+from eco_llm.head_start import importing
 from eco_llm.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -144,7 +145,10 @@ def _cache_whole_graphs() -> None:
     constants of the graph, and the graph, like the autocast state around it, is part of the key.
     """
     import torch
-    import torch._inductor.config as inductor
+
+    with importing("torch._inductor"):
+        import torch._inductor.compile_fx  # the whole compiler, which the first `torch.compile` needs
+        import torch._inductor.config as inductor
 
     inductor.unsafe_marked_cacheable_functions = {
         **inductor.unsafe_marked_cacheable_functions,
