@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,12 +17,13 @@ GPU = ("avg_gpu_util_percent", "avg_gpu_power_watts", "gpu_memory_used_gib")
 ALLOCATOR = tuple(f"gpu_memory_{what}_gib" for what in ("allocated", "peak", "reserved", "reserved_peak"))
 
 
-def check(run: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
+def check(run: Path, *, ignore: Iterable[str] = (), phases_within: float = 0.02) -> dict[str, Any]:
     """Assert that every number, range and kernel is there; a summary for people.
 
     Args:
         run: made with --perf-profile-enable and --perf-profiler-steps, the window before the traced steps.
         ignore: of GPU, what this card does not offer.
+        phases_within: of the core step is what phases leave uncovered, in the median step of the window.
     """
     resolved = json.loads((run / "config.json").read_text(encoding="utf-8"))
     model, device = resolved["config"]["model"], resolved["resolved"]["device"]
@@ -43,7 +45,8 @@ def check(run: Path, *, ignore: Iterable[str] = ()) -> dict[str, Any]:
     assert len(measured) == baseline["measure_steps"] == len(baseline["samples"])
     for key in TIMES:
         assert close(baseline[f"avg_{key}"], sum(r[key] for r in measured) / len(measured), 1e-9), key
-    assert close(sum(baseline[f"avg_phase_{name}_s"] for name in PHASES), baseline["avg_core_step_time_s"], 0.02)
+    covered = [sum(r[f"phase_{name}_s"] for name in PHASES) / r["core_step_time_s"] for r in baseline["samples"]]
+    assert close(statistics.median(covered), 1, phases_within), covered
     assert baseline["avg_core_step_time_s"] <= baseline["avg_step_time_s"] * (1 + 1e-9)
     assert baseline["profiled_steps_in_window"] == 0
 

@@ -406,9 +406,9 @@ def test_the_perf_window_writes_the_reports_files(
 
 def test_a_window_before_its_trace_holds_everything(tiny_flags: Flags, tmp_path: Path) -> None:
     window = "--perf-profile-enable --perf-warmup-steps 3 --perf-measure-steps 5 --perf-profiler-steps 2"
-    big = "--batch-size 8 --seq-len 96"  # the little between phases weighs less
+    big = "--batch-size 8 --seq-len 96"  # the little between phases weighs less, where nothing else takes the processor
     assert main(tiny_flags(f"--steps 10 --eval-interval 0 {big} {window}")) == 0
-    ranges = perf_evidence.check(tmp_path / "run")["ranges"]
+    ranges = perf_evidence.check(tmp_path / "run", phases_within=0.1)["ranges"]
     assert ranges["eco/block_02_mla_backward"] == ranges["eco/zero_grad"] == 2
 
 
