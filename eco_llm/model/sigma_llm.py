@@ -227,8 +227,8 @@ class SigmaLLM(nn.Module):
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile every block in place with torch.compile, for static shapes.
 
-        Blocks of a kind share one compiled graph, so this costs two compilations, not one a layer (four where INSTANT
-        runs the halves of a block on their own); names in the state dict do not change. Generation (`prefill`, `step`)
+        Blocks of a kind share one compiled graph, and the first has one more, so this costs three compilations, not one
+        a layer (four where INSTANT runs the halves of a block on their own); names in the state dict do not change. Generation (`prefill`, `step`)
         stays uncompiled.
 
         Raises:
