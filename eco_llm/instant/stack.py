@@ -41,9 +41,7 @@ HYSTERESIS = 0.9
 class Block(Layer, Protocol):
     """What the stack needs of a block."""
 
-    def __call__(
-        self, x: Tensor, delta: Tensor | None = None, keep: Keep | None = None, /
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, delta: Tensor | None = None, keep: Keep | None = None, /) -> tuple[Tensor, Tensor]:
         """Both sub-layers, plain residual form, of x + delta: a pair whose sum is the result, all [B, T, D]; no delta
         is 0. `keep` as of a `Feed`.
         """

@@ -227,9 +227,9 @@ class SigmaLLM(nn.Module):
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile every block in place with torch.compile, for static shapes.
 
-        Blocks of a kind share one compiled graph, and the first has one more, so this costs three compilations, not one
-        a layer (four where INSTANT runs the halves of a block on their own); names in the state dict do not change. Generation (`prefill`, `step`)
-        stays uncompiled.
+        Blocks of a kind share one compiled graph, and the first, which has no delta, takes one more: that is three
+        compilations, not one a layer (four where INSTANT runs the halves of a block on their own). Names in the state
+        dict do not change. Generation (`prefill`, `step`) stays uncompiled.
 
         Raises:
             UserError: a pinned chunk of 256 on CUDA before torch 2.13, whose compiler cannot scan 256 tokens.

@@ -105,7 +105,9 @@ def test_mistakes_are_refused() -> None:
 
 # Rows of less than a chunk, of chunks with nothing idle, of one warp and of several, of chunks with idle ends; numbers
 # of rows that no program's rows divide.
-SHAPES = [(2, 1, 40), (2, 63, 200), (1, 100, 128), (3, 67, 768), (1, 21, 1024), (1, 3, 2560), (1, 2, 5001), (1, 2, 8192)]
+SHAPES = [
+    (2, 1, 40), (2, 63, 200), (1, 100, 128), (3, 67, 768), (1, 21, 1024), (1, 3, 2560), (1, 2, 5001), (1, 2, 8192),
+]  # fmt: skip
 
 
 @pytest.mark.gpu

@@ -24,8 +24,8 @@ def add_rms_norm(
 
     Args:
         x: [B, T, D], the residual stream, at least float32.
-        delta: [B, T, D], what a sub-layer adds to it, in any float type that x can hold; None: nothing. The kernels
-            copy x then: so its gradients, from the norm and from all that reads s, come out of one pass as they do else.
+        delta: [B, T, D], what a sub-layer adds to it, in any float type that x can hold; None: nothing. s is
+            a copy of x then where kernels make it: so its gradients, of all that reads s, still leave one pass.
         weight: [D].
         eps: added to the mean square.
         keep_sum: what the kernels keep for backward, to no effect on results: s, or x and delta, where those are kept

@@ -26,8 +26,8 @@ from eco_llm.ops.partials import sum_partials
 _CHUNKS = 6  # at most: 24 channels a thread, which backward holds five times
 _CHANNELS_OF_A_WARP = 128  # in a chunk
 _FORWARD_WARPS, _BACKWARD_WARPS = 4, 8
-# Of backward on a multiprocessor, by its registers: 123 kB being loaded at 768 channels, where 25 are enough. By ptxas for
-# compute capability 9.0 it takes 125 to 128 registers by itself, and spills nothing.
+# Programs of backward on a multiprocessor, by its registers: 123 kB being loaded at 768 channels, where 25 are enough.
+# By ptxas for compute capability 9.0 it takes at most 128 of its own accord, and spills nothing.
 _RESIDENT, _REGISTERS = 2, 128
 
 
@@ -54,7 +54,7 @@ def _store(pointer, value, k: tl.constexpr, live, C: tl.constexpr, CHUNK: tl.con
 
 @triton.jit
 def _load_weight(weight, k: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """Chunk k of the weight beside each row, read as the rows are: of one row it would change threads before its use."""
+    """Chunk k of the weight beside each row, read as rows are: read once, it would change threads before its use."""
     columns = k * CHUNK + tl.arange(0, CHUNK)[None, :] + tl.zeros((ROWS, 1), tl.int32)
     return tl.load(weight + columns, mask=columns < C, other=0.0)
 
