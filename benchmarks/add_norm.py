@@ -59,7 +59,7 @@ def op_work(rows: int, backend: Any, keep_sum: bool) -> Callable[[], tuple[Tenso
     return work
 
 
-def compare_ops(rows: int, rounds: int, copy_rate: float) -> list[tuple[dict[str, float], list[dict[str, float]]]]:
+def compare_ops(rows: int, rounds: int, copy_rate: float) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """(summary, samples) for each way of keeping."""
     found = []
     for keep_sum in (True, False):
@@ -69,7 +69,7 @@ def compare_ops(rows: int, rounds: int, copy_rate: float) -> list[tuple[dict[str
             error = float((a.double() - b.double()).norm() / a.double().norm())
             require_close(1.0, 1.0 + error, relative=4e-3 if a.dtype == torch.bfloat16 else 1e-5, what=name)
         timers = [seconds_each(replayed(work), torch.cuda.synchronize, 20) for work in sides]
-        result = interleave(*timers, rounds, warmup=3)
+        result = interleave(timers[0], timers[1], rounds, warmup=3)
         floor = sum(BYTES[keep_sum]) * rows * WIDTH / copy_rate
         key = f"rows{rows}_{'sum' if keep_sum else 'parts'}_kept"
         summary = {f"{key}_{k}": v for k, v in result.summary().items()} | {f"{key}_floor": floor}
@@ -87,7 +87,7 @@ def never(tensor: Tensor) -> bool:
     return False
 
 
-def compare_steps(shape: str, rounds: int, runtime: Runtime) -> tuple[dict[str, float], list[dict[str, float]]]:
+def compare_steps(shape: str, rounds: int, runtime: Runtime) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(summary, samples) of a whole step with the reference in the op's place, and with the op."""
     batch, length = (int(n) for n in shape.split("x"))
     model = SigmaConfig(loss_chunk_tokens=4096) if batch * length > 4096 else SigmaConfig()
@@ -99,7 +99,8 @@ def compare_steps(shape: str, rounds: int, runtime: Runtime) -> tuple[dict[str, 
             firsts.append(float(side.step()))  # compiles and captures
         sides.append(side)
     require_close(*firsts, relative=1e-3, what="first loss")
-    result = interleave(*(seconds_each(side.step, torch.cuda.synchronize, 5) for side in sides), rounds, warmup=2)
+    timers = [seconds_each(side.step, torch.cuda.synchronize, 5) for side in sides]
+    result = interleave(timers[0], timers[1], rounds, warmup=2)
     lasts = [float(side.step()) for side in sides]
     if not all(last < first for last, first in zip(lasts, firsts, strict=True)):
         raise GateError(f"losses went from {firsts} to {lasts}")

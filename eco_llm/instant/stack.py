@@ -138,11 +138,11 @@ class Stack:
         if self._gate is not None:
             self._gate.begin_step()
 
-    def __call__(self, blocks: Sequence[Block], x: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D], what the final norm reads."""
+    def __call__(self, blocks: Sequence[Block], x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] -> (x, delta), whose sum the final norm reads; no delta is 0."""
         if not torch.is_grad_enabled():
             if self._config.coupled:
-                return coupled_values((f for block in blocks for f in block.sub_layers), x)
+                return coupled_values((f for block in blocks for f in block.sub_layers), x), None
             return _plain(blocks, x)
         if not x.requires_grad:  # a frozen embedding: autograd would not enter a mode's backward
             x = x.detach().requires_grad_()
@@ -151,9 +151,9 @@ class Stack:
             blocks = named(blocks, self._mixers)
         if self._config.coupled:
             if self._decided.fallback:
-                return coupled_stored(blocks, x, recompute)
+                return coupled_stored(blocks, x, recompute), None
             assert self._gate is not None
-            return coupled(blocks, x, self._gate)
+            return coupled(blocks, x, self._gate), None
         self.sizes = Bytes()
         if self._draws is not None:
             self._draws += 1
@@ -180,7 +180,7 @@ class Stack:
             else:
                 x = recompute(_whole(blocks[at]), x)
             at += 1
-        return _sum(x, delta)
+        return x, delta
 
     def _compressed(self, block: Block, index: int, x: Tensor) -> Tensor:
         shapes = [p.shape for p in block.parameters()]
@@ -394,11 +394,11 @@ def _counters(blocks: int) -> Tensor:
     return torch.arange(2 * blocks).view(blocks, 2) << 32
 
 
-def _plain(blocks: Sequence[Block], x: Tensor) -> Tensor:
+def _plain(blocks: Sequence[Block], x: Tensor) -> tuple[Tensor, Tensor | None]:
     delta: Tensor | None = None
     for block in blocks:
         x, delta = block(x, delta)
-    return _sum(x, delta)
+    return x, delta
 
 
 def _sum(x: Tensor, delta: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 # Kernels build tuples of tiles by `+`, for they know no unpacking, and rebind a name with another number of them.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment, no-untyped-def"
+# mypy: disable-error-code="assignment, no-untyped-def, var-annotated"
 """Residual sum and RMSNorm as Triton kernels. Maths and bytes: README.md beside this file.
 
 A program owns `ROWS` rows (tokens) at a time, in at most six chunks of `CHUNK` channels that stay in registers between
