@@ -15,7 +15,6 @@ from torch.profiler import record_function
 
 from eco_llm.instant.coupled import Layer
 from eco_llm.instant.replay import Feed, SubLayer
-from eco_llm.ops.quantize import Keep
 
 
 class NamedBlock:
@@ -31,16 +30,19 @@ class NamedBlock:
         self._name = name
         self._call: Any = call or block
 
-    def __call__(self, x: Tensor, keep: Keep | None = None, /) -> Tensor:
-        """[B, T, D] -> [B, T, D]; x requires a gradient, or its gradient has no name. `keep` as of the block."""
+    def __call__(self, x: Tensor, *more: Any) -> Any:
+        """As the block, or the sub-layer; x [B, T, D] requires a gradient, or its gradient has no name."""
         ranges = _Open(f"{self._name}_backward")
+        delta = more[0] if more and isinstance(more[0], Tensor) else None
         if x.requires_grad:
-            x.register_hook(ranges.close)
+            # Of a pair (x, delta) the node that made delta is the first that backward comes to, below and above.
+            (x if delta is None else delta).register_hook(ranges.close)
         with record_function(self._name):
-            y = self._call(x) if keep is None else self._call(x, keep)
+            result = self._call(x, *more)
+        y = result[1] if isinstance(result, tuple) else result
         if x.requires_grad and y.grad_fn is not None:
             y.grad_fn.register_prehook(ranges.open)
-        return y
+        return result
 
     @property
     def sub_layers(self) -> tuple[SubLayer, Feed]:

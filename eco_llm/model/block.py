@@ -19,7 +19,11 @@ LayerCache = MambaCache | MLACache
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)). `mix` and `feed` are the two f's, pure functions of x."""
+    """x += mixer(norm(x)); x += mlp(norm(x)). `mix` and `feed` are the two f's, pure functions of x.
+
+    A block leaves the sum at its end to the next block's norm, which makes it in its own pass over the stream, forward
+    and backward (`ops/add_norm`): what goes from block to block is a pair (x, delta) that stands for x + delta.
+    """
 
     def __init__(self, config: SigmaConfig, mixer: Literal["mamba", "mla"]) -> None:
         super().__init__()
@@ -31,17 +35,23 @@ class Block(nn.Module):
 
     def mix(self, x: Tensor, keep: Keep | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; ops of a Mamba mixer keep what they can for backward as `keep` says."""
-        u = self.mixer_norm(x)
-        return self.mixer(u, keep) if isinstance(self.mixer, Mamba) else self.mixer(u)
+        return self._mixed(self.mixer_norm(x), keep)
 
     def feed(self, x: Tensor, keep: Keep | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; ops keep what they can for backward as `keep` says."""
         return self.mlp(self.mlp_norm(x), keep)
 
-    def forward(self, x: Tensor, keep: Keep | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; ops keep what they can for backward as `keep` says."""
-        x = x + self.mix(x, keep)
-        return x + self.feed(x, keep)
+    def forward(self, x: Tensor, delta: Tensor | None = None, keep: Keep | None = None) -> tuple[Tensor, Tensor]:
+        """(x, delta) -> (x, delta), all [B, T, D]; no delta is 0. Ops keep what they can for backward as `keep` says.
+
+        Of the stream itself two tensors are kept, the sum that enters and what the mixer adds to it.
+        """
+        x, u = self.mixer_norm.of_sum(x, delta, keep_sum=True)
+        x, v = self.mlp_norm.of_sum(x, self._mixed(u, keep), keep_sum=False)
+        return x, self.mlp(v, keep)
+
+    def _mixed(self, u: Tensor, keep: Keep | None) -> Tensor:
+        return self.mixer(u, keep) if isinstance(self.mixer, Mamba) else self.mixer(u)
 
     @property
     def sub_layers(self) -> tuple[SubLayer, Feed]:
@@ -57,6 +67,6 @@ class Block(nn.Module):
         return self.mixer.extend(self.mixer_norm(x), cache)  # type: ignore[arg-type]  # built for this mixer
 
     def extend(self, x: Tensor, cache: LayerCache) -> Tensor:
-        """`forward` for the next T tokens after those in `cache`, which takes them in."""
+        """The block for the next T tokens after those in `cache`, which takes them in; x and result [B, T, D]."""
         x = x + self.extend_mix(x, cache)
         return x + self.feed(x)

@@ -4,8 +4,7 @@ Each function mirrors one of the model's: `ops/mamba_mixer/triton.py`, `ops/ssd/
 `model/mla.py`, `model/block.py`. Change the two together; tests/instant/test_plan_layers.py runs the real operators on
 fake tensors and compares what they keep, benchmarks/plan_accuracy.py compares whole steps with a GPU's own count.
 
-Compiled blocks (`Job.compiled`): the elementwise parts are fused, so their intermediates never exist, and of the two
-norms' inputs the second is not kept but added again from the block's input and the mixer's result.
+Compiled blocks (`Job.compiled`): the elementwise parts are fused, so their intermediates never exist.
 """
 
 from __future__ import annotations
@@ -305,6 +304,30 @@ class Parts:
         if into is not None and d_x is not into:
             self.tape.give(into)
         return d_x
+
+    # -- the same in a whole block, where norms make the residual sums (ops/add_norm) --
+
+    def part_forward(self, part: str, kind: Kind, codes: bool = False) -> tuple[Buffer, list[Buffer]]:
+        """A mixer, or the MLP, behind its norm: (result, kept, the norm's result included)."""
+        u = self.narrow(kind)
+        if part == "mlp":
+            out, more = self.mlp_forward(kind, codes and self.mlp_writes_codes)
+        else:
+            out, more = self.mixer_forward(part, kind, codes and self.mixer_writes_codes)
+        return out, [u, *more]
+
+    def part_backward(self, part: str, dy: list[Buffer], kept: list[Buffer], codes: bool = False) -> Buffer:
+        """The gradient of the norm's result, from dy, that of the part, where it has its own place; frees all."""
+        d_u = self.mlp_backward() if part == "mlp" else self.mixer_backward(part, codes and self.mixer_writes_codes)
+        self.tape.give(*dy, *kept)
+        return d_u
+
+    def sum_backward(self, d_u: Buffer, kept: list[Buffer], delta: bool = True) -> tuple[Buffer, list[Buffer]]:
+        """Of a sum and its norm: (the stream's gradient, that of what was added, in its type); frees d_u and kept."""
+        dx = self.wide()
+        narrowed = [self.narrow()] if delta and self.c != F32 else []
+        self.tape.give(d_u, *kept)
+        return dx, narrowed
 
 
 _CONV_STRIP = 4 * 32
