@@ -22,7 +22,7 @@ from eco_llm.instant.coupled import Layer, coupled, coupled_stored, coupled_valu
 from eco_llm.instant.fixed_point import Run, errors_by_iteration, fixed_point, iterations_needed
 from eco_llm.instant.ranges import named
 from eco_llm.instant.recompute import recompute
-from eco_llm.instant.replay import Feed, Setting, SubLayer
+from eco_llm.instant.replay import Setting, SubLayer
 from eco_llm.instant.verification import BLOCK_PREFIX, NAMES, Gate, block_name
 from eco_llm.ops.quantize import Keep
 
@@ -41,12 +41,18 @@ HYSTERESIS = 0.9
 class Block(Layer, Protocol):
     """What the stack needs of a block."""
 
-    def __call__(self, x: Tensor, keep: Keep | None = None, /) -> Tensor:
-        """Both sub-layers, plain residual form: [B, T, D] -> [B, T, D]; `keep` as of a `Feed`."""
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Both sub-layers, plain residual form: [B, T, D] -> [B, T, D]."""
 
     @property
-    def sub_layers(self) -> tuple[SubLayer, Feed]:
+    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
         """(mix, feed)."""
+
+    def writes_codes(self, x: Tensor, keep: Keep) -> bool:
+        """Whether `coded` serves x."""
+
+    def coded(self, x: Tensor, mixed: Tensor | None, keep: Keep) -> Tensor:
+        """The same as a call, by ops that keep codes; `mixed` is the mixer's share if that was made already."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Its weights."""
@@ -180,13 +186,17 @@ class Stack:
         shapes = [p.shape for p in block.parameters()]
         keep = Keep(self._decided.bits[index], self._draw(index))
         packing = Packing(keep.bits, keep.step, (x.shape[0], x.shape[1]), shapes, self.sizes)
-        if self._mixers[index] == "mamba":
-            with packing:
-                return block(x, keep)
+        whole = self._mixers[index] == "mamba"
         mix, feed = block.sub_layers
-        x = x + recompute_from_packed(mix, x, packing)  # outside: what attention keeps of itself is dropped, not packed
+        # Outside the hooks: what attention keeps of itself is dropped, not packed.
+        mixed = None if whole else recompute_from_packed(mix, x, packing)
         with packing:
-            return x + feed(x, keep)
+            if block.writes_codes(x, keep):
+                return block.coded(x, mixed, keep)
+            if mixed is None:
+                return block(x)
+            x = x + mixed
+            return x + feed(x)
 
     def _draw(self, index: int) -> Tensor:
         """The counter of a block's random numbers: a 0-dim view, so that all blocks share one compiled graph."""

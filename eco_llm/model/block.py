@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
-from eco_llm.instant.replay import Feed, SubLayer
+from eco_llm.instant.replay import SubLayer
 from eco_llm.model.mamba import Mamba, MambaCache
 from eco_llm.model.mla import MLA, MLACache
 from eco_llm.model.mlp import SwiGLU
@@ -27,24 +27,44 @@ class Block(nn.Module):
         self.mixer: Mamba | MLA = Mamba(config) if mixer == "mamba" else MLA(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
-        self._compiled: tuple[SubLayer, Feed] | None = None
+        self._compiled: tuple[SubLayer, SubLayer] | None = None
 
-    def mix(self, x: Tensor, keep: Keep | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; ops of a Mamba mixer keep what they can for backward as `keep` says."""
-        u = self.mixer_norm(x)
-        return self.mixer(u, keep) if isinstance(self.mixer, Mamba) else self.mixer(u)
+    def mix(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.mixer(self.mixer_norm(x))
 
-    def feed(self, x: Tensor, keep: Keep | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; ops keep what they can for backward as `keep` says."""
-        return self.mlp(self.mlp_norm(x), keep)
+    def feed(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.mlp(self.mlp_norm(x))
 
-    def forward(self, x: Tensor, keep: Keep | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; ops keep what they can for backward as `keep` says."""
-        x = x + self.mix(x, keep)
-        return x + self.feed(x, keep)
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = x + self.mix(x)
+        return x + self.feed(x)
+
+    def writes_codes(self, x: Tensor, keep: Keep) -> bool:
+        """Whether `coded` serves the stream x [B, T, D]."""
+        return self.mlp.writes_codes(x, keep) and (
+            not isinstance(self.mixer, Mamba) or self.mixer.writes_codes(x, keep)
+        )
+
+    def coded(self, x: Tensor, mixed: Tensor | None, keep: Keep) -> Tensor:
+        """`forward`, with codes of activations and nothing else of them kept for backward. Never compiled: all that a
+        compiler would fuse is in kernels.
+
+        Args:
+            x: [B, T, D].
+            mixed: mix(x), if it was made already, as that of an MLA mixer must be; None: is made here.
+            keep: bits, and the counter of the random numbers.
+        """
+        if mixed is None:
+            assert isinstance(self.mixer, Mamba)
+            x, mixed = self.mixer.coded(x, None, self.mixer_norm, keep)
+        x, fed = self.mlp.coded(x, mixed, self.mlp_norm, keep)
+        return x + fed
 
     @property
-    def sub_layers(self) -> tuple[SubLayer, Feed]:
+    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
         """(mix, feed), as training calls them: compiled if `compile_sub_layers` was."""
         return self._compiled or (self.mix, self.feed)
 

@@ -10,6 +10,7 @@ copies are made once a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -151,15 +152,18 @@ class MixerGradients(NamedTuple):
 
 
 def mixer_backward(
-    d_out: Tensor, kept: Kept | KeptCodes, u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor,
-    dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float,
-    chunk_size: int, bits: int = 0,
+    d_out: Tensor, kept: Kept | KeptCodes, u: Tensor | Callable[[Tensor], Tensor], in_weight: Tensor,
+    conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor,
+    out_weight: Tensor, state_dim: int, eps: float, chunk_size: int, bits: int = 0,
 ) -> MixerGradients:  # fmt: skip
-    """Every gradient; d_out [B, T, D]. `kept.out` is not read; `bits` are of codes, where those were kept."""
+    """Every gradient; d_out [B, T, D]. `kept.out` is not read; `bits` are of codes, where those were kept.
+
+    A function in the place of u is given its gradient and returns u, perhaps in the same place; the gradient is its.
+    """
     heads, inner = dt_bias.shape[0], norm_weight.shape[0]
     narrow_in = kept.in_weight if kept.in_weight.numel() else in_weight
     narrow_out = kept.out_weight if kept.out_weight.numel() else out_weight
-    d_zxbcdt = u.new_empty(*u.shape[:2], in_weight.shape[0])  # filled through its three views: no concatenation
+    d_zxbcdt = d_out.new_empty(*d_out.shape[:2], in_weight.shape[0])  # filled through its three views: no concatenation
     d_z, d_xbc, d_dt = _split(d_zxbcdt, inner, heads)
 
     d_out = d_out.contiguous()
@@ -178,7 +182,7 @@ def mixer_backward(
     del gated
 
     if isinstance(kept, KeptCodes):
-        xbc = dequantize_triton(kept.xbc, kept.xbc_scales, d_xbc.shape, u.dtype, bits)
+        xbc = dequantize_triton(kept.xbc, kept.xbc_scales, d_xbc.shape, d_out.dtype, bits)
         dt = kept.dt.view(d_dt.shape)
     x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias), inner, heads, state_dim)
     s = ssd.shape_of(x, B, chunk_size)
@@ -189,6 +193,8 @@ def mixer_backward(
         *conv_partials, norm_partials, grads.partial.flatten(1)
     )
     d_u = d_zxbcdt @ narrow_in
+    if not isinstance(u, Tensor):
+        u = u(d_u)
     d_in_weight = weight_gradient(d_zxbcdt.flatten(0, 1), u.flatten(0, 1), in_weight.dtype)
     return MixerGradients(
         d_u, d_in_weight, d_conv_weight.view_as(conv_weight), d_conv_bias, small.view(3, heads), d_norm_weight,
