@@ -147,7 +147,8 @@ class Parts:
         d_zxbcdt, d_gated, gated = take(c * M * w_in.rows), take(c * M * self.inner), take(c * M * self.inner)
         self.gradient(w_out.numbers)
         give(gated)
-        xbc = [take(c * M * channels)] if norm else []
+        coded = channels % GROUP == 0 and self.job.model.mamba_conv_width <= 8  # the convolution reads codes
+        xbc = [take(c * M * channels)] if norm and not coded else []
         conv = take(c * M * channels)
         tile = s.block
         again = [] if s.chunk == tile else [take(s.decays(tile))]

@@ -3,7 +3,8 @@
 Forward keeps the input, the in-projection's output and y for backward: (768 + 3352 + 1536) · 2 = 11.3 kB a token at the
 default width of 768, and 0.2 kB of decays. What the convolution, the norm and the state passing made is made again in
 backward, where it costs a few kernels that only move bytes. Where codes are kept instead (`mixer_forward_to_codes`),
-the norm's kernels write and read those of y and z, and the convolution's input passes through the quantizer. The
+the norm's kernels write and read those of y and z, and the convolution's read those of its input in backward; the
+quantizer writes them. The
 products with weights are cuBLAS's; the weights' gradients leave them in the weights' own type, and their compute-type
 copies are made once a step.
 """
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eco_llm.ops.causal_conv.triton import conv_silu_backward_partials, conv_silu_forward
+from eco_llm.ops.causal_conv.triton import Codes as ConvCodes
+from eco_llm.ops.causal_conv.triton import conv_silu_backward_partials, conv_silu_forward, takes_codes
 from eco_llm.ops.gated_norm.triton import (
     Codes,
     gated_norm_backward_partials,
@@ -181,14 +183,20 @@ def mixer_backward(
     d_out_weight = weight_gradient(d_out.flatten(0, 1), gated.flatten(0, 1), out_weight.dtype)
     del gated
 
+    conv_codes = None
     if isinstance(kept, KeptCodes):
-        xbc = dequantize_triton(kept.xbc, kept.xbc_scales, d_xbc.shape, d_out.dtype, bits)
-        dt = kept.dt.view(d_dt.shape)
-    x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias), inner, heads, state_dim)
+        xbc, dt = d_xbc, kept.dt.view(d_dt.shape)
+        if takes_codes(*conv_weight.shape):
+            conv_codes = ConvCodes(kept.xbc, kept.xbc_scales, bits)  # d_xbc is a stand-in, of shape and type
+        else:
+            xbc = dequantize_triton(kept.xbc, kept.xbc_scales, d_xbc.shape, d_out.dtype, bits)
+    x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias, conv_codes), inner, heads, state_dim)
     s = ssd.shape_of(x, B, chunk_size)
     by_head = d_y.view(*d_y.shape[:2], heads, inner // heads)
     grads = ssd.backward(by_head, x, dt, dt_bias, A, B, C, D, s, initial=None, d_final=None, d_raw=d_dt, d=kept.decays)
-    conv_partials = conv_silu_backward_partials(xbc, conv_weight, conv_bias, grads.dx.flatten(2), grads.d_bc, d_xbc)
+    conv_partials = conv_silu_backward_partials(
+        xbc, conv_weight, conv_bias, grads.dx.flatten(2), grads.d_bc, d_xbc, conv_codes
+    )
     d_conv_weight, d_conv_bias, d_norm_weight, small = sum_partials(
         *conv_partials, norm_partials, grads.partial.flatten(1)
     )
