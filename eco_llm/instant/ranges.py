@@ -26,21 +26,24 @@ class NamedBlock:
     opens. Gradients of weights may still be added up after it.
     """
 
-    def __init__(self, block: Any, name: str, call: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, block: Any, name: str, call: Callable[..., Any] | None = None) -> None:
         self._block: Layer = block
         self._name = name
         self._call: Any = call or block
 
-    def __call__(self, x: Tensor, *more: Any) -> Tensor:
-        """[B, T, D] -> [B, T, D]; x requires a gradient, or its gradient has no name."""
+    def __call__(self, x: Tensor, *more: Any) -> Any:
+        """As the block, or the part of it; x [B, T, D] requires a gradient, or its gradient has no name."""
         ranges = _Open(f"{self._name}_backward")
+        delta = more[0] if more and isinstance(more[0], Tensor) else None
         if x.requires_grad:
-            x.register_hook(ranges.close)
+            # Of a pair (x, delta) the node that made delta is the first that backward comes to, below and above.
+            (x if delta is None else delta).register_hook(ranges.close)
         with record_function(self._name):
-            y: Tensor = self._call(x, *more)
+            result = self._call(x, *more)
+        y = result[1] if isinstance(result, tuple) else result
         if x.requires_grad and y.grad_fn is not None:
             y.grad_fn.register_prehook(ranges.open)
-        return y
+        return result
 
     @property
     def sub_layers(self) -> tuple[SubLayer, SubLayer]:
@@ -52,9 +55,17 @@ class NamedBlock:
         """The block's answer."""
         return bool(self._block.writes_codes(x, keep))  # type: ignore[attr-defined]  # a sub-layer's is not asked
 
-    def coded(self, x: Tensor, mixed: Tensor | None, keep: Keep) -> Tensor:
+    def coded(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
         """The block's, under its name."""
-        return NamedBlock(self._block, self._name, self._block.coded)(x, mixed, keep)  # type: ignore[attr-defined]
+        return self._part("coded", x, delta, keep)
+
+    def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """The block's, under its name."""
+        return self._part("coded_feed", x, delta, keep)
+
+    def _part(self, name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = NamedBlock(self._block, self._name, getattr(self._block, name))(*arguments)
+        return result
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The block's."""

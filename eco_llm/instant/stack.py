@@ -51,8 +51,11 @@ class Block(Layer, Protocol):
     def writes_codes(self, x: Tensor, keep: Keep) -> bool:
         """Whether `coded` serves x."""
 
-    def coded(self, x: Tensor, mixed: Tensor | None, keep: Keep) -> Tensor:
-        """The same as a call, by ops that keep codes; `mixed` is the mixer's share if that was made already."""
+    def coded(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """A call with x + delta by ops that keep codes, as a pair whose sum is the result; no delta is 0."""
+
+    def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """The second half of `coded`."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Its weights."""
@@ -161,9 +164,15 @@ class Stack:
         self.sizes = Bytes()
         if self._draws is not None:
             self._draws += 1
+        delta: Tensor | None = None  # of the block before, which its successor adds
         at = 0
         while at < len(blocks):
             mode, inverted = self.modes[at], self._decided.iterations[at]
+            if mode == "compress":
+                x, delta = self._compressed(blocks[at], at, x, delta)
+                at += 1
+                continue
+            x, delta = _sum(x, delta), None
             if inverted is not None:
                 end = at + 1
                 while end < len(blocks) and self._decided.iterations[end] is not None:
@@ -175,28 +184,33 @@ class Stack:
                 continue
             if mode == "none":
                 x = blocks[at](x)
-            elif mode == "compress":
-                x = self._compressed(blocks[at], at, x)
             else:
                 x = recompute(blocks[at], x)
             at += 1
-        return x
+        return _sum(x, delta)
 
-    def _compressed(self, block: Block, index: int, x: Tensor) -> Tensor:
+    def _compressed(
+        self, block: Block, index: int, x: Tensor, delta: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block of x + delta, as a pair whose sum is the result."""
         shapes = [p.shape for p in block.parameters()]
         keep = Keep(self._decided.bits[index], self._draw(index))
         packing = Packing(keep.bits, keep.step, (x.shape[0], x.shape[1]), shapes, self.sizes)
-        whole = self._mixers[index] == "mamba"
+        coded, whole = block.writes_codes(x, keep), self._mixers[index] == "mamba"
+        if coded and whole:
+            with packing:
+                return block.coded(x, delta, keep)
+        x = _sum(x, delta)
+        if whole:
+            with packing:
+                return block(x), None
         mix, feed = block.sub_layers
-        # Outside the hooks: what attention keeps of itself is dropped, not packed.
-        mixed = None if whole else recompute_from_packed(mix, x, packing)
+        mixed = recompute_from_packed(mix, x, packing)  # outside: what attention keeps of itself is dropped, not packed
         with packing:
-            if block.writes_codes(x, keep):
-                return block.coded(x, mixed, keep)
-            if mixed is None:
-                return block(x)
+            if coded:
+                return block.coded_feed(x, mixed, keep)
             x = x + mixed
-            return x + feed(x)
+            return x, feed(x)
 
     def _draw(self, index: int) -> Tensor:
         """The counter of a block's random numbers: a 0-dim view, so that all blocks share one compiled graph."""
@@ -396,6 +410,10 @@ class Stack:
 def _counters(blocks: int) -> Tensor:
     """`Stack._draws` before the first forward."""
     return torch.arange(2 * blocks).view(blocks, 2) << 32
+
+
+def _sum(x: Tensor, delta: Tensor | None) -> Tensor:
+    return x if delta is None else x + delta
 
 
 def _plain(blocks: Sequence[Block], x: Tensor) -> Tensor:

@@ -48,20 +48,18 @@ class Block(nn.Module):
             not isinstance(self.mixer, Mamba) or self.mixer.writes_codes(x, keep)
         )
 
-    def coded(self, x: Tensor, mixed: Tensor | None, keep: Keep) -> Tensor:
-        """`forward`, with codes of activations and nothing else of them kept for backward. Never compiled: all that a
-        compiler would fuse is in kernels.
+    def coded(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """`forward` of x + delta as a pair whose sum is the result, all [B, T, D], no delta being 0; for a Mamba mixer.
 
-        Args:
-            x: [B, T, D].
-            mixed: mix(x), if it was made already, as that of an MLA mixer must be; None: is made here.
-            keep: bits, and the counter of the random numbers.
+        Codes of activations and nothing else of them are kept for backward; `keep` has their bits, and the counter of
+        the random numbers. Never compiled: all that a compiler would fuse is in kernels.
         """
-        if mixed is None:
-            assert isinstance(self.mixer, Mamba)
-            x, mixed = self.mixer.coded(x, None, self.mixer_norm, keep)
-        x, fed = self.mlp.coded(x, mixed, self.mlp_norm, keep)
-        return x + fed
+        assert isinstance(self.mixer, Mamba)
+        return self.coded_feed(*self.mixer.coded(x, delta, self.mixer_norm, keep), keep)
+
+    def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """The second half of `coded`, for any mixer."""
+        return self.mlp.coded(x, delta, self.mlp_norm, keep)
 
     @property
     def sub_layers(self) -> tuple[SubLayer, SubLayer]:
