@@ -22,7 +22,7 @@ from eco_llm.instant.coupled import Layer, coupled, coupled_stored, coupled_valu
 from eco_llm.instant.fixed_point import Run, errors_by_iteration, fixed_point, iterations_needed
 from eco_llm.instant.ranges import named
 from eco_llm.instant.recompute import recompute
-from eco_llm.instant.replay import Feed, Setting, SubLayer
+from eco_llm.instant.replay import Setting, SubLayer
 from eco_llm.instant.verification import BLOCK_PREFIX, NAMES, Gate, block_name
 from eco_llm.ops.quantize import Keep
 
@@ -41,14 +41,23 @@ HYSTERESIS = 0.9
 class Block(Layer, Protocol):
     """What the stack needs of a block."""
 
-    def __call__(self, x: Tensor, delta: Tensor | None = None, keep: Keep | None = None, /) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, delta: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
         """Both sub-layers, plain residual form, of x + delta: a pair whose sum is the result, all [B, T, D]; no delta
-        is 0. `keep` as of a `Feed`.
+        is 0.
         """
 
     @property
-    def sub_layers(self) -> tuple[SubLayer, Feed]:
+    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
         """(mix, feed)."""
+
+    def writes_codes(self, x: Tensor, keep: Keep) -> bool:
+        """Whether `coded` serves x."""
+
+    def coded(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """A call with x + delta by ops that keep codes, as a pair whose sum is the result; no delta is 0."""
+
+    def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """The second half of `coded`."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Its weights."""
@@ -165,6 +174,10 @@ class Stack:
                 x, delta = blocks[at](x, delta)
                 at += 1
                 continue
+            if mode == "compress":
+                x, delta = self._compressed(blocks[at], at, x, delta)
+                at += 1
+                continue
             x, delta = _sum(x, delta), None
             if inverted is not None:
                 end = at + 1
@@ -175,24 +188,32 @@ class Stack:
                 x = fixed_point(Run(at, blocks[at:end], counts, self._config.instant_reversible_tol), x, self._gate)
                 at = end
                 continue
-            if mode == "compress":
-                x = self._compressed(blocks[at], at, x)
-            else:
-                x = recompute(_whole(blocks[at]), x)
+            x = recompute(_whole(blocks[at]), x)
             at += 1
         return x, delta
 
-    def _compressed(self, block: Block, index: int, x: Tensor) -> Tensor:
+    def _compressed(
+        self, block: Block, index: int, x: Tensor, delta: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block of x + delta, as a pair whose sum is the result."""
         shapes = [p.shape for p in block.parameters()]
         keep = Keep(self._decided.bits[index], self._draw(index))
         packing = Packing(keep.bits, keep.step, (x.shape[0], x.shape[1]), shapes, self.sizes)
-        if self._mixers[index] == "mamba":
+        coded, whole = block.writes_codes(x, keep), self._mixers[index] == "mamba"
+        if coded and whole:
             with packing:
-                return _sum(*block(x, None, keep))
+                return block.coded(x, delta, keep)
+        if whole:
+            with packing:
+                return block(x, delta)
+        x = _sum(x, delta)
         mix, feed = block.sub_layers
-        x = x + recompute_from_packed(mix, x, packing)  # outside: what attention keeps of itself is dropped, not packed
+        mixed = recompute_from_packed(mix, x, packing)  # outside: what attention keeps of itself is dropped, not packed
         with packing:
-            return x + feed(x, keep)
+            if coded:
+                return block.coded_feed(x, mixed, keep)
+            x = x + mixed
+            return x, feed(x)
 
     def _draw(self, index: int) -> Tensor:
         """The counter of a block's random numbers: a 0-dim view, so that all blocks share one compiled graph."""
