@@ -63,6 +63,7 @@ def compare_ops(rows: int, rounds: int, copy_rate: float) -> list[tuple[dict[str
     """(summary, samples) for each way of keeping."""
     found = []
     for keep_sum in (True, False):
+        torch._dynamo.reset()  # else the sides and sizes before count as recompilations, whose number is limited
         sides = [op_work(rows, backend, keep_sum) for backend in ("reference", "triton")]
         names = ("sum", "norm", "dx", "ddelta", "dweight")
         for name, a, b in zip(names, sides[0](), sides[1](), strict=True):
@@ -94,6 +95,7 @@ def compare_steps(shape: str, rounds: int, runtime: Runtime) -> tuple[dict[str, 
     batches = Batches(model.vocab_size, batch, length, runtime.device)
     sides, firsts = [], []
     for replaced in (True, False):
+        torch._dynamo.reset()  # the other side's graphs are captured
         with mock.patch("eco_llm.ops.add_norm.uses_triton", never) if replaced else contextlib.nullcontext():
             side = Ours(model, batches.cycle(), runtime)
             firsts.append(float(side.step()))  # compiles and captures
