@@ -52,9 +52,10 @@ def floors(shape: SigmaConfig, batch: int, time: int, chunk: int, parameters: in
         attention        q, k, v, result forward; those, dy and three gradients backward; causal half of the products
         SSD              as in `mamba_mixer.py`; the smaller part of it that a chunk computes
         convolution      input read and result written forward; input, gradient, d input backward
-        norms            pre-norms: x read, result written, then x, dy, dx; gated norms: y, z and the same
-        elementwise      SwiGLU: gate, up, product forward; those three and their gradients backward; residual adds are
-                         counted with the norms; fp32 → bf16 of every matrix once
+        norms            pre-norms with residual sums: stream and what is added read, sum and norm written; then the sum
+                         and both gradients read, dx written in both types; gated norms: y, z, g and d g, y, z, d y, d z
+        elementwise      SwiGLU: gate, up, product forward; those three and their gradients backward; fp32 → bf16 of
+                         every matrix once
         cross-entropy    logits written by one product, read, their gradient written, read twice; in bf16
         optimizer        p, g, m, v read, p, m, v written (fp32, 28 bytes), and g read once more for the global norm
         embedding        rows gathered and gradient rows added
@@ -74,7 +75,7 @@ def floors(shape: SigmaConfig, batch: int, time: int, chunk: int, parameters: in
     product_bytes = sum(3 * 2 * (tokens * (k + n) + k * n) * count for k, n, count in linear)
     matrices = sum(k * n * count for k, n, count in linear)
     ssd_bytes = tokens * ((5 * inner + 6 * state) * 2 + 12 * heads)
-    norm_bytes = tokens * d * (4 + 2 + 4 + 2 + 4 + 4) * (2 * shape.n_layers + 1) + mamba * tokens * inner * 2 * (3 + 5)
+    norm_bytes = tokens * d * (12 + 16) * (2 * shape.n_layers + 1) + mamba * tokens * inner * 2 * (3 + 5)
     return {
         "matrix products": (product_bytes, product_flops),
         "attention": (mla * tokens * d * 2 * (4 + 8), mla * 3 * 2 * tokens * time * d),

@@ -7,14 +7,14 @@ inside the phase `eco/backward`, and the gradient follows it. A compiled block i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from eco_llm.instant.coupled import Layer
-from eco_llm.instant.replay import Feed, SubLayer
+from eco_llm.instant.replay import SubLayer
 from eco_llm.ops.quantize import Keep
 
 
@@ -26,27 +26,46 @@ class NamedBlock:
     opens. Gradients of weights may still be added up after it.
     """
 
-    def __init__(self, block: Any, name: str, call: SubLayer | None = None) -> None:
+    def __init__(self, block: Any, name: str, call: Callable[..., Any] | None = None) -> None:
         self._block: Layer = block
         self._name = name
         self._call: Any = call or block
 
-    def __call__(self, x: Tensor, keep: Keep | None = None, /) -> Tensor:
-        """[B, T, D] -> [B, T, D]; x requires a gradient, or its gradient has no name. `keep` as of the block."""
+    def __call__(self, x: Tensor, *more: Any) -> Any:
+        """As the block, or the part of it; x [B, T, D] requires a gradient, or its gradient has no name."""
         ranges = _Open(f"{self._name}_backward")
+        delta = more[0] if more and isinstance(more[0], Tensor) else None
         if x.requires_grad:
-            x.register_hook(ranges.close)
+            # Of a pair (x, delta) the node that made delta is the first that backward comes to, below and above.
+            (x if delta is None else delta).register_hook(ranges.close)
         with record_function(self._name):
-            y = self._call(x) if keep is None else self._call(x, keep)
+            result = self._call(x, *more)
+        y = result[1] if isinstance(result, tuple) else result
         if x.requires_grad and y.grad_fn is not None:
             y.grad_fn.register_prehook(ranges.open)
-        return y
+        return result
 
     @property
-    def sub_layers(self) -> tuple[SubLayer, Feed]:
+    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
         """Both halves, under the block's name."""
         mix, feed = self._block.sub_layers
         return NamedBlock(self._block, self._name, mix), NamedBlock(self._block, self._name, feed)
+
+    def writes_codes(self, x: Tensor, keep: Keep) -> bool:
+        """The block's answer."""
+        return bool(self._block.writes_codes(x, keep))  # type: ignore[attr-defined]  # a sub-layer's is not asked
+
+    def coded(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """The block's, under its name."""
+        return self._part("coded", x, delta, keep)
+
+    def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """The block's, under its name."""
+        return self._part("coded_feed", x, delta, keep)
+
+    def _part(self, name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = NamedBlock(self._block, self._name, getattr(self._block, name))(*arguments)
+        return result
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The block's."""

@@ -10,21 +10,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from eco_llm.ops.quantize import Keep
-
 SubLayer = Callable[[Tensor], Tensor]
-
-
-class Feed(Protocol):
-    """A sub-layer whose ops can quantize for themselves."""
-
-    def __call__(self, x: Tensor, keep: Keep | None = None, /) -> Tensor:
-        """[B, T, D] -> [B, T, D]; what ops keep for backward, they keep as `keep` says where they can."""
 
 
 @dataclass(frozen=True)

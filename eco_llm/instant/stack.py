@@ -22,7 +22,7 @@ from eco_llm.instant.coupled import Layer, coupled, coupled_stored, coupled_valu
 from eco_llm.instant.fixed_point import Run, errors_by_iteration, fixed_point, iterations_needed
 from eco_llm.instant.ranges import named
 from eco_llm.instant.recompute import recompute
-from eco_llm.instant.replay import Feed, Setting, SubLayer
+from eco_llm.instant.replay import Setting, SubLayer
 from eco_llm.instant.verification import BLOCK_PREFIX, NAMES, Gate, block_name
 from eco_llm.ops.quantize import Keep
 
@@ -41,12 +41,23 @@ HYSTERESIS = 0.9
 class Block(Layer, Protocol):
     """What the stack needs of a block."""
 
-    def __call__(self, x: Tensor, keep: Keep | None = None, /) -> Tensor:
-        """Both sub-layers, plain residual form: [B, T, D] -> [B, T, D]; `keep` as of a `Feed`."""
+    def __call__(self, x: Tensor, delta: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
+        """Both sub-layers, plain residual form, of x + delta: a pair whose sum is the result, all [B, T, D]; no delta
+        is 0.
+        """
 
     @property
-    def sub_layers(self) -> tuple[SubLayer, Feed]:
+    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
         """(mix, feed)."""
+
+    def writes_codes(self, x: Tensor, keep: Keep) -> bool:
+        """Whether `coded` serves x."""
+
+    def coded(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """A call with x + delta by ops that keep codes, as a pair whose sum is the result; no delta is 0."""
+
+    def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
+        """The second half of `coded`."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Its weights."""
@@ -136,11 +147,11 @@ class Stack:
         if self._gate is not None:
             self._gate.begin_step()
 
-    def __call__(self, blocks: Sequence[Block], x: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D], what the final norm reads."""
+    def __call__(self, blocks: Sequence[Block], x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] -> (x, delta), whose sum the final norm reads; no delta is 0."""
         if not torch.is_grad_enabled():
             if self._config.coupled:
-                return coupled_values((f for block in blocks for f in block.sub_layers), x)
+                return coupled_values((f for block in blocks for f in block.sub_layers), x), None
             return _plain(blocks, x)
         if not x.requires_grad:  # a frozen embedding: autograd would not enter a mode's backward
             x = x.detach().requires_grad_()
@@ -149,15 +160,25 @@ class Stack:
             blocks = named(blocks, self._mixers)
         if self._config.coupled:
             if self._decided.fallback:
-                return coupled_stored(blocks, x, recompute)
+                return coupled_stored(blocks, x, recompute), None
             assert self._gate is not None
-            return coupled(blocks, x, self._gate)
+            return coupled(blocks, x, self._gate), None
         self.sizes = Bytes()
         if self._draws is not None:
             self._draws += 1
+        delta: Tensor | None = None  # of the block before, which its successor adds
         at = 0
         while at < len(blocks):
             mode, inverted = self.modes[at], self._decided.iterations[at]
+            if mode == "none":
+                x, delta = blocks[at](x, delta)
+                at += 1
+                continue
+            if mode == "compress":
+                x, delta = self._compressed(blocks[at], at, x, delta)
+                at += 1
+                continue
+            x, delta = _sum(x, delta), None
             if inverted is not None:
                 end = at + 1
                 while end < len(blocks) and self._decided.iterations[end] is not None:
@@ -167,26 +188,32 @@ class Stack:
                 x = fixed_point(Run(at, blocks[at:end], counts, self._config.instant_reversible_tol), x, self._gate)
                 at = end
                 continue
-            if mode == "none":
-                x = blocks[at](x)
-            elif mode == "compress":
-                x = self._compressed(blocks[at], at, x)
-            else:
-                x = recompute(blocks[at], x)
+            x = recompute(_whole(blocks[at]), x)
             at += 1
-        return x
+        return x, delta
 
-    def _compressed(self, block: Block, index: int, x: Tensor) -> Tensor:
+    def _compressed(
+        self, block: Block, index: int, x: Tensor, delta: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block of x + delta, as a pair whose sum is the result."""
         shapes = [p.shape for p in block.parameters()]
         keep = Keep(self._decided.bits[index], self._draw(index))
         packing = Packing(keep.bits, keep.step, (x.shape[0], x.shape[1]), shapes, self.sizes)
-        if self._mixers[index] == "mamba":
+        coded, whole = block.writes_codes(x, keep), self._mixers[index] == "mamba"
+        if coded and whole:
             with packing:
-                return block(x, keep)
+                return block.coded(x, delta, keep)
+        if whole:
+            with packing:
+                return block(x, delta)
+        x = _sum(x, delta)
         mix, feed = block.sub_layers
-        x = x + recompute_from_packed(mix, x, packing)  # outside: what attention keeps of itself is dropped, not packed
+        mixed = recompute_from_packed(mix, x, packing)  # outside: what attention keeps of itself is dropped, not packed
         with packing:
-            return x + feed(x, keep)
+            if coded:
+                return block.coded_feed(x, mixed, keep)
+            x = x + mixed
+            return x, feed(x)
 
     def _draw(self, index: int) -> Tensor:
         """The counter of a block's random numbers: a 0-dim view, so that all blocks share one compiled graph."""
@@ -325,7 +352,7 @@ class Stack:
                 x, errors = self._four_bit_error(block, index, x, setting)
                 found.append((index, errors))
             else:
-                x = setting.value(block, x)
+                x = setting.value(_whole(block), x)
         sizes = [errors.numel() for _, errors in found]
         numbers = torch.cat([errors.flatten().float() for _, errors in found]).tolist()
         for (index, _), size in zip(found, sizes, strict=True):
@@ -344,7 +371,7 @@ class Stack:
             leaf = x.detach().requires_grad_()
             if self._mixers[index] == "mamba":
                 with measured:
-                    y = block(leaf)
+                    y = _sum(*block(leaf))
             else:
                 measured.add(x)
                 mix, feed = block.sub_layers
@@ -388,7 +415,17 @@ def _counters(blocks: int) -> Tensor:
     return torch.arange(2 * blocks).view(blocks, 2) << 32
 
 
-def _plain(blocks: Sequence[Block], x: Tensor) -> Tensor:
+def _plain(blocks: Sequence[Block], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    delta: Tensor | None = None
     for block in blocks:
-        x = block(x)
-    return x
+        x, delta = block(x, delta)
+    return x, delta
+
+
+def _sum(x: Tensor, delta: Tensor | None) -> Tensor:
+    return x if delta is None else x + delta
+
+
+def _whole(block: Block) -> SubLayer:
+    """The block as a function of x [B, T, D]."""
+    return lambda x: _sum(*block(x))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from eco_llm.config import SigmaConfig
 from eco_llm.model.linear import Linear
 from eco_llm.model.norm import RMSNorm
-from eco_llm.ops.mamba_mixer import mamba_mixer
+from eco_llm.ops.mamba_mixer import mamba_mixer, writes_codes
 from eco_llm.ops.quantize import Keep
 from eco_llm.ops.ssd import choose_chunk, ssd, ssd_step
 
@@ -67,13 +67,32 @@ class Mamba(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         self.D.fill_(1.0)
 
-    def forward(self, u: Tensor, keep: Keep | None = None) -> Tensor:
-        """u [B, T, D] -> [B, T, D]; `keep` as in `mamba_mixer`."""
-        assert self.conv1d.bias is not None
+    def forward(self, u: Tensor) -> Tensor:
+        """u [B, T, D] -> [B, T, D]."""
         return mamba_mixer(
-            u, self.in_proj.weight, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias,
-            self._rates(), self.D, self.norm.weight, self.out_proj.weight, state_dim=self.state_dim, eps=self.norm.eps,
-            chunk_size=choose_chunk(u.shape[1], self.chunk), keep=keep,
+            u, *self._weights(), state_dim=self.state_dim, eps=self.norm.eps,
+            chunk_size=choose_chunk(u.shape[1], self.chunk),
+        )  # fmt: skip
+
+    def writes_codes(self, x: Tensor, keep: Keep) -> bool:
+        """Whether `coded` serves the stream x [B, T, D]."""
+        return writes_codes(x, self.conv1d.weight, self.inner_dim, self.head_width, self.state_dim, keep)
+
+    def coded(self, x: Tensor, added: Tensor | None, norm: RMSNorm, keep: Keep) -> tuple[Tensor, Tensor]:
+        """(x + added, forward of its norm), of which backward has codes: `ops.mamba_mixer.coded`."""
+        from eco_llm.ops.mamba_mixer.coded import coded_mixer  # imports Triton
+
+        return coded_mixer(
+            x, added, norm.weight, norm.eps, *self._weights(), state_dim=self.state_dim, eps=self.norm.eps,
+            chunk_size=choose_chunk(x.shape[1], self.chunk), keep=keep,
+        )  # fmt: skip
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `mamba_mixer` has them."""
+        assert self.conv1d.bias is not None
+        return (
+            self.in_proj.weight, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, self._rates(), self.D,
+            self.norm.weight, self.out_proj.weight,
         )  # fmt: skip
 
     def extend(self, u: Tensor, cache: MambaCache) -> Tensor:

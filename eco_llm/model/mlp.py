@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
+from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.quantize import Keep
-from eco_llm.ops.swiglu import swiglu_mlp
+from eco_llm.ops.swiglu import swiglu_mlp, writes_codes
 
 
 class SwiGLU(nn.Module):
@@ -17,6 +18,16 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(config.d_model, 2 * config.mlp_dim, bias=False)
         self.down = nn.Linear(config.mlp_dim, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, keep: Keep | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D], in the autocast type if autocast is on; `keep` as in `swiglu_mlp`."""
-        return swiglu_mlp(x, self.gate_up.weight, self.down.weight, keep=keep)
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D], in the autocast type if autocast is on."""
+        return swiglu_mlp(x, self.gate_up.weight, self.down.weight)
+
+    def writes_codes(self, x: Tensor, keep: Keep) -> bool:
+        """Whether `coded` serves the stream x [B, T, D]."""
+        return writes_codes(x, self.gate_up.weight, self.down.weight, keep)
+
+    def coded(self, x: Tensor, added: Tensor | None, norm: RMSNorm, keep: Keep) -> tuple[Tensor, Tensor]:
+        """(x + added, forward of its norm), of which backward has codes: `ops.swiglu.coded`."""
+        from eco_llm.ops.swiglu.coded import coded_mlp  # imports Triton
+
+        return coded_mlp(x, added, norm.weight, norm.eps, self.gate_up.weight, self.down.weight, keep=keep)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eco_llm.ops.add_norm import add_rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467).
@@ -24,3 +26,7 @@ class RMSNorm(nn.Module):
         # CUDA's autocast would cast a bf16 x up, and store a float32 result that the next product rounds again.
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+    def of_sum(self, x: Tensor, delta: Tensor | None, *, keep_sum: bool) -> tuple[Tensor, Tensor]:
+        """(x + delta in the type of x, its norm in the type of products); as `add_rms_norm`, all [B, T, dim]."""
+        return add_rms_norm(x, delta, self.weight, self.eps, keep_sum=keep_sum)

@@ -88,11 +88,11 @@ class SigmaLLM(nn.Module):
         return self._cross_entropy(input_ids, targets, "sum"), (targets != IGNORE).sum()
 
     def hidden(self, input_ids: Tensor) -> Tensor:
-        """input_ids [B, T] -> normalised hidden states [B, T, D], what the head reads."""
+        """input_ids [B, T] -> normalised hidden states [B, T, D], what the head reads, in the type of products."""
         return self._trunk(self.embedding(input_ids))
 
     def _trunk(self, x: Tensor) -> Tensor:
-        return self.final_norm(self.stack(self._blocks(), _at_least_float32(x)))
+        return self.final_norm.of_sum(*self.stack(self._blocks(), _at_least_float32(x)), keep_sum=True)[1]
 
     def review_memory(self, step: int, input_ids: Tensor) -> list[str]:
         """`Stack.review`, with input_ids [B, T] as the batch to probe with."""
@@ -227,9 +227,9 @@ class SigmaLLM(nn.Module):
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile every block in place with torch.compile, for static shapes.
 
-        Blocks of a kind share one compiled graph, so this costs two compilations, not one a layer (four where INSTANT
-        runs the halves of a block on their own); names in the state dict do not change. Generation (`prefill`, `step`)
-        stays uncompiled.
+        Blocks of a kind share one compiled graph, and the first, which has no delta, takes one more: that is three
+        compilations, not one a layer (four where INSTANT runs the halves of a block on their own). Names in the state
+        dict do not change. Generation (`prefill`, `step`) stays uncompiled.
 
         Raises:
             UserError: a pinned chunk of 256 on CUDA before torch 2.13, whose compiler cannot scan 256 tokens.

@@ -54,8 +54,8 @@ def total_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float
     return (sum(e.item() for e, _ in squares) / sum(w.item() for _, w in squares)) ** 0.5
 
 
-def kept_bytes(model: SigmaLLM, forward: Callable[[], Tensor]) -> int:
-    """Bytes, weights apart, that autograd still holds for the result of `forward`, by its own hooks."""
+def kept_bytes(model: SigmaLLM, forward: Callable[[], tuple[Tensor, Tensor | None]]) -> int:
+    """Bytes, weights apart, that autograd still holds for what the stack gave, by its own hooks."""
     alive: list[weakref.ref[Held]] = []
 
     class Held:
@@ -68,8 +68,8 @@ def kept_bytes(model: SigmaLLM, forward: Callable[[], Tensor]) -> int:
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.x):
-        out = forward()
-    assert out.requires_grad
+        x, delta = forward()
+    assert all(t.requires_grad for t in (x, delta) if t is not None)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held = [h.x.untyped_storage() for h in (ref() for ref in alive) if h is not None]
     return sum({s.data_ptr(): s.nbytes() for s in held if s.data_ptr() not in weights}.values())

@@ -31,8 +31,8 @@ class StoredStack:
     def __getattr__(self, name: str) -> object:
         return getattr(self._real, name)
 
-    def __call__(self, blocks: list, x: Tensor) -> Tensor:
-        return coupled_stored(blocks, x, lambda f, state: f(state.view_as(state)))
+    def __call__(self, blocks: list, x: Tensor) -> tuple[Tensor, None]:
+        return coupled_stored(blocks, x, lambda f, state: f(state.view_as(state))), None
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -41,12 +41,12 @@ def kept_between(mode: str, layers: int, data: tuple[Tensor, Tensor]) -> int:
             x = model.embedding(data[0])
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
-            out = model.stack(model._blocks(), x)
+            y, delta = model.stack(model._blocks(), x)
             torch.cuda.synchronize()
             kept = torch.cuda.memory_allocated() - before
-            out.sum().backward()
+            (y if delta is None else y + delta).sum().backward()
             model.zero_grad()
-            del out
+            del y, delta
     return kept
 
 

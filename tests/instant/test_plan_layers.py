@@ -119,7 +119,7 @@ def kept_by_compiler(block: Block, x: Tensor) -> dict[int, int]:
 
     def forward(graph: Any, _: Any) -> Any:
         (output,) = (node for node in graph.graph.nodes if node.op == "output")
-        kept = [node for node in output.args[0][1:] if node is not None and node.op != "placeholder"]
+        kept = [node for node in output.args[0][2:] if node is not None and node.op != "placeholder"]
         found.update(
             {node.meta["val"].untyped_storage()._cdata: node.meta["val"].untyped_storage().nbytes() for node in kept}
         )
@@ -136,16 +136,17 @@ def kept_by_compiler(block: Block, x: Tensor) -> dict[int, int]:
 
 @pytest.mark.parametrize("mixer", ["mamba", "mla"])
 def test_compiled_blocks_keep_what_the_plan_says(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("eco_llm.ops.mamba_mixer", "eco_llm.ops.swiglu"):
+    for module in ("eco_llm.ops.add_norm", "eco_llm.ops.mamba_mixer", "eco_llm.ops.swiglu"):
         monkeypatch.setattr(f"{module}.uses_triton", lambda tensor: True)
     model = SigmaConfig(d_model=256, n_heads=4, n_layers=6, kv_latent_dim=64)
     batch, time = 2, 512
     x = torch.zeros(batch, time, model.d_model, requires_grad=True)
     found = kept_by_compiler(Block(model, mixer), x)
     parts = parts_of(model, batch, time)
-    mixed, first = parts.sub_forward(mixer, "activations")
-    _, second = parts.sub_forward("mlp", "activations")
-    planned = sum(b.block.size for b in (*first, mixed, *second))
+    total = parts.wide("activations")
+    mixed, first = parts.part_forward(mixer, "activations")
+    _, second = parts.part_forward("mlp", "activations")
+    planned = sum(b.block.size for b in (total, *first, mixed, *second))
     assert planned == pytest.approx(sum(found.values()), rel=0.02)
 
 

@@ -37,6 +37,8 @@ from eco_llm.instant.plan.step import GIB, context_of, estimate
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 DEFAULT = SigmaConfig()
+BEFORE_CODED = "6c115ad"
+"""Evidence of this commit is of a `compress` that kept the streams too: it keeps less now."""
 
 
 def job(model: SigmaConfig = DEFAULT, mode: str = "none", batch: int = 4, seq_len: int = 512, **changes: Any) -> Job:
@@ -57,12 +59,17 @@ def test_estimates_are_within_five_percent_of_measured_steps(shape: str) -> None
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("nvidia-*/plan_accuracy*.json")), ids=lambda p: p.parent.name)
 def test_evidence_of_the_plan_holds(file: Path) -> None:
     """Every configuration that benchmarks/plan_accuracy.py measured, estimated anew."""
-    samples = json.loads(file.read_text(encoding="utf-8"))["samples"]
+    evidence = json.loads(file.read_text(encoding="utf-8"))
+    samples = evidence["samples"]
     assert len(samples) >= 12
     for sample in samples:
         model = SigmaConfig(**sample["model"])
         one = Job(model, modes=modes_of(sample["mode"], model), **sample["job"])
-        assert estimate(one).peak == pytest.approx(sample["measured_peak"], rel=0.05), sample["name"]
+        peak, measured = estimate(one).peak, sample["measured_peak"]
+        if sample["mode"] == "compress" and evidence["environment"]["commit"].startswith(BEFORE_CODED):
+            assert 0.85 * measured < peak < measured, sample["name"]
+        else:
+            assert peak == pytest.approx(measured, rel=0.05), sample["name"]
 
 
 @pytest.mark.parametrize("mode", ["none", "recompute", "compress", "fixed-point", "coupled", "recompute*9,none*9"])

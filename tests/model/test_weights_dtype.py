@@ -92,7 +92,7 @@ def test_the_residual_stream_stays_float32(compute: torch.dtype) -> None:
     model = make_model(torch.bfloat16)
     kinds: set[torch.dtype] = set()
     for block in model.blocks:
-        block.register_forward_hook(lambda module, args, output: kinds.update((args[0].dtype, output.dtype)))
+        block.register_forward_hook(lambda module, args, output: kinds.update((args[0].dtype, output[0].dtype)))
     with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
         model.loss(*batch())
         assert model(batch()[0]).dtype == compute

@@ -207,3 +207,50 @@ def test_launchers_refuse_what_does_not_fit() -> None:
         conv_silu_backward(x, weight, bias, x[..., :4], None, torch.empty_like(x))
     with pytest.raises(ValueError, match="dy_tail"):
         conv_silu_backward(x, weight, bias, x[..., :4], x[None], torch.empty_like(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("head", "tail", "taps"), [(64, 0, 4), (128, 64, 4), (64, 128, 8)])
+@pytest.mark.parametrize("time", [1, 3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_are_what_they_stand_for(
+    dtype: torch.dtype, time: int, head: int, tail: int, taps: int, bits: int
+) -> None:
+    """From codes, what is had from `dequantize`'s result, bit for bit."""
+    from eco_llm.ops.causal_conv import triton as conv
+    from eco_llm.ops.quantize import dequantize, quantize
+
+    channels = head + tail
+    x, weight, bias = (
+        normal(2, time, channels, seed=0, dtype=dtype),
+        normal(channels, taps, seed=1),
+        normal(channels, seed=2),
+    )
+    x[0, 0, :5] *= 40.0
+    q = quantize(x, bits, step=torch.tensor(3, device=x.device), stream=4, backend="reference")
+    codes, plain = conv.Codes(q.codes, q.scales, bits), dequantize(q, backend="reference")
+    out = torch.full((2, time, channels + 8), float("nan"), dtype=dtype, device=x.device)[
+        ..., 8:
+    ]  # a slice, of shape and type
+    assert torch.equal(conv.conv_silu_forward(out, weight, bias, codes), conv.conv_silu_forward(plain, weight, bias))
+    dy_head = normal(2, time, head, seed=5, dtype=dtype)
+    dy_tail = normal(3, 2, time, tail, seed=6) if tail else None
+    expected = torch.empty_like(x)
+    sums = conv.conv_silu_backward(plain, weight, bias, dy_head, dy_tail, expected)
+    partials = conv.conv_silu_backward_partials(out, weight, bias, dy_head, dy_tail, out, codes)
+    assert torch.equal(out, expected)
+    for part, want in zip(partials, sums, strict=True):
+        assert_close(part.sum(dim=0), want.flatten(), SUM_TOLERANCE)
+
+
+@pytest.mark.gpu
+def test_codes_without_whole_groups_are_refused() -> None:
+    from eco_llm.ops.causal_conv import triton as conv
+
+    assert not conv.takes_codes(96, 4)
+    assert not conv.takes_codes(128, 9)
+    x, weight, bias = normal(1, 5, 96, seed=0), normal(96, 4, seed=1), normal(96, seed=2)
+    with pytest.raises(ValueError, match="whole groups"):
+        conv.conv_silu_forward(x, weight, bias, conv.Codes(x, x.bfloat16(), 8))

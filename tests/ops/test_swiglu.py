@@ -11,11 +11,11 @@ import pytest
 import torch
 from kernel_cases import INTERPRETED, KERNEL_DEVICE, normal
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from eco_llm.ops import swiglu
-from eco_llm.ops.quantize import Keep, Quantized, dequantize, quantize
-from eco_llm.ops.swiglu import A_STREAM, swiglu_mlp
+from eco_llm.ops.quantize import Keep, dequantize, quantize
+from eco_llm.ops.residual_norm.reference import residual_norm_backward_reference, residual_norm_reference
+from eco_llm.ops.swiglu import swiglu_mlp, writes_codes
 
 # Largest error as a share of the largest element. The interpreter cuts numbers off to bf16 where a GPU rounds them.
 ELEMENTWISE = {torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
@@ -300,31 +300,14 @@ def test_launcher_refuses_what_does_not_fit() -> None:
         silu_mul_backward(normal(4, 12, seed=0), normal(4, 5, seed=0))
 
 
-# ---- a kept as codes: bit for bit what quantizing and dequantizing it does ------------------------------------------
+# ---- u and a kept as codes: bit for bit what quantizing and dequantizing them does ----------------------------------
 
-CODED_SHAPES = [(2, 1, 8, 64), (1, 63, 12, 192), (3, 5, 16, 128)] + ([] if INTERPRETED else [(3, 63, 768, 2048)])
+STREAM = 1 << 16
+CODED_SHAPES = [(2, 1, 64, 64), (1, 63, 128, 192), (3, 5, 192, 128)] + ([] if INTERPRETED else [(3, 63, 768, 2048)])
 
 
 def keep_of(bits: int, step: int = (5 << 32) + 7) -> Keep:
     return Keep(bits, torch.tensor(step, device=KERNEL_DEVICE))
-
-
-def packing_a(keep: Keep, width: int) -> torch.autograd.graph.saved_tensors_hooks:
-    """The slow twin: whatever is 2F wide goes through `quantize` and `dequantize` on its way to backward."""
-
-    def pack(x: Tensor) -> Tensor | Quantized:
-        if x.ndim == 2 and x.shape[1] == 2 * width and not isinstance(x, torch.nn.Parameter):
-            return quantize(x, keep.bits, step=keep.step, stream=A_STREAM, backend="reference")
-        return x.detach()
-
-    def unpack(kept: Tensor | Quantized) -> Tensor:
-        return dequantize(kept, backend="reference") if isinstance(kept, Quantized) else kept
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def coded_mlp(keep: Keep) -> Callable[..., Tensor]:
-    return lambda *leaves: swiglu_mlp(*leaves, keep=keep, backend="triton")
 
 
 @pytest.mark.gpu
@@ -344,8 +327,8 @@ def test_kernels_of_codes_are_the_unfused_ones(dtype: torch.dtype, rows: int, wi
     a, dh = 3 * normal(rows, 2 * width, seed=0, dtype=dtype), normal(rows, width, seed=1, dtype=dtype)
     a[0, 0], a[-1, -64:] = -300.0, 0.0
     keep = keep_of(bits)
-    h, coded = silu_mul_to_codes(a, bits, keep.step, A_STREAM)
-    expected = quantize(a, bits, step=keep.step, stream=A_STREAM, backend="reference")
+    h, coded = silu_mul_to_codes(a, bits, keep.step, STREAM)
+    expected = quantize(a, bits, step=keep.step, stream=STREAM, backend="reference")
     assert torch.equal(h, silu_mul_forward(a))
     assert torch.equal(coded.codes, expected.codes)
     assert torch.equal(coded.scales, expected.scales)
@@ -357,6 +340,26 @@ def test_kernels_of_codes_are_the_unfused_ones(dtype: torch.dtype, rows: int, wi
     shifted = torch.cat((dh.new_zeros(1), dh.view(-1)))[1:].view(rows, width)
     assert torch.equal(da, silu_mul_from_codes(coded, shifted))
     assert torch.equal(mine, shifted)
+
+
+def coded_case(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """Stream, what is added to it, the norm's weight, gate_up and down as leaves; gradients of stream and result."""
+    (x, *weights), dy = make(shape, torch.float32, weight_dtype)
+    stream, added = 3 * x.detach(), x.detach().flip(1).to(dtype)
+    pre_weight = 1 + 0.1 * x.detach()[0, 0]
+    leaves = [*(t.requires_grad_() for t in (stream, added, pre_weight)), *weights]
+    return leaves, (normal(*shape[:3], seed=7), dy.to(dtype))
+
+
+def run_coded(leaves: list[Tensor], gradients: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, ...]:
+    from eco_llm.ops.swiglu.coded import coded_mlp
+
+    x, added, pre_weight, *weights = leaves
+    with torch.autocast(KERNEL_DEVICE, torch.bfloat16, enabled=gradients[1].dtype == torch.bfloat16):
+        results = coded_mlp(x, added, pre_weight, 1e-5, *weights, keep=keep)
+    return *results, *torch.autograd.grad(results, leaves, gradients)
 
 
 @pytest.mark.gpu
@@ -371,128 +374,101 @@ def test_kernels_of_codes_are_the_unfused_ones(dtype: torch.dtype, rows: int, wi
 def test_codes_are_their_slow_twin(
     dtype: torch.dtype, weight_dtype: torch.dtype, shape: tuple[int, int, int, int], bits: int
 ) -> None:
-    leaves, dy = make(shape, dtype, weight_dtype)
+    """The unfused operators, between which u and a go through `quantize` and `dequantize`: the same bits, but for what
+    goes through sums of the norm's gradient, which the reference adds up otherwise.
+    """
+    from eco_llm.ops.residual_norm.triton import residual_norm_to_codes
+    from eco_llm.ops.swiglu.coded import A_STREAM, U_STREAM
+    from eco_llm.ops.swiglu.triton import mlp_backward, mlp_forward
+
+    leaves, (d_total, dy) = coded_case(shape, dtype, weight_dtype)
     keep = keep_of(bits)
-    got = run(coded_mlp(keep), leaves, dy)
-    with packing_a(keep, shape[3]):
-        y = triton_mlp(*leaves)
-    for actual, expected in zip(got, (y, *torch.autograd.grad(y, leaves, dy)), strict=True):
+    got = run_coded(leaves, (d_total, dy), keep)
+
+    def through_codes(t: Tensor, stream: int) -> Tensor:
+        q = quantize(t, bits, step=keep.step, stream=stream, backend="reference")
+        return dequantize(q, backend="reference")
+
+    x, added, pre_weight, *weights = (t.detach() for t in leaves)
+    exact_u = residual_norm_to_codes(x, added, pre_weight, 1e-5, dtype, bits, keep.step, 0).u  # for its bits alone
+    total, _, inverse = residual_norm_reference(x, added, pre_weight, 1e-5, dtype)
+    y, a, *_ = mlp_forward(exact_u, *weights)
+    u = through_codes(exact_u, U_STREAM)
+    narrow = [w.to(dtype) for w in weights]
+    d_u, *d_weights = mlp_backward(dy, u, through_codes(a, A_STREAM), *narrow, *(w.dtype for w in weights))
+    d_x, d_pre = residual_norm_backward_reference(d_u, u, inverse, pre_weight, d_total)
+    for actual, expected in zip((*got[:2], *got[5:]), (total, y, *d_weights), strict=True):
         assert torch.equal(actual, expected)
-    plain = run(triton_mlp, leaves, dy)
-    assert torch.equal(got[0], plain[0])  # forward is the exact one
-    assert not torch.equal(got[1], plain[1])
-    others = run(coded_mlp(keep_of(bits, step=8)), leaves, dy)
-    assert not torch.equal(got[1], others[1])
+    for actual, expected in zip(got[2:5], (d_x, d_x.to(dtype), d_pre), strict=True):
+        assert actual.dtype == expected.dtype
+        assert error(actual, expected) < (1e-5 if actual.dtype == torch.float32 else 8e-3)
+    others = run_coded(leaves, (d_total, dy), keep_of(bits, step=8))
+    assert torch.equal(got[1], others[1])
+    assert not torch.equal(got[5], others[5])
 
 
 @pytest.mark.gpu
 def test_a_number_that_is_not_finite_shows_in_the_gradient() -> None:
-    leaves, dy = make((1, 63, 12, 192), torch.float32, torch.float32)
+    leaves, gradients = coded_case((1, 63, 64, 192), torch.float32, torch.float32)
     with torch.no_grad():
         leaves[0][0, 5, 3] = float("nan")
-    got = run(coded_mlp(keep_of(8)), leaves, dy)
+    got = run_coded(leaves, gradients, keep_of(8))
     assert all(t.isnan().any() for t in got)
-    assert got[1][0, 6:].isfinite().all()
+    assert got[2][0, 6:].isfinite().all()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 4])
-def test_codes_are_all_that_is_kept_of_a(bits: int) -> None:
-    leaves, _ = make((1, 63, 8, 192), torch.bfloat16, torch.float32)
-    y = coded_mlp(keep_of(bits))(*leaves)
+def test_codes_are_all_that_is_kept(bits: int) -> None:
+    from eco_llm.ops.swiglu.coded import coded_mlp
+
+    (x, added, pre_weight, *weights), _ = coded_case((1, 63, 64, 192), torch.bfloat16, torch.float32)
+    with torch.autocast(KERNEL_DEVICE, torch.bfloat16):
+        _, y = coded_mlp(x, added, pre_weight, 1e-5, *weights, keep=keep_of(bits))
     sizes = [(t.dtype, t.numel()) for t in y.grad_fn.saved_tensors]
-    count = 63 * 2 * 192
+    codes = torch.int8 if bits == 8 else torch.uint8
     assert sizes == [
-        (torch.bfloat16, 63 * 8), (torch.int8 if bits == 8 else torch.uint8, count * bits // 8),
-        (torch.bfloat16, count // 64), (torch.bfloat16, 2 * 192 * 8), (torch.bfloat16, 192 * 8),
+        (codes, 63 * 64 * bits // 8), (torch.bfloat16, 63), (torch.float32, 63), (torch.float32, 64),
+        (codes, 63 * 384 * bits // 8), (torch.bfloat16, 63 * 6), (torch.bfloat16, 384 * 64), (torch.bfloat16, 64 * 192),
     ]  # fmt: skip
-    with torch.no_grad():
-        assert torch.equal(coded_mlp(keep_of(bits))(*leaves), y)
 
 
 @pytest.mark.gpu
-def test_widths_without_whole_groups_stay_as_they_are() -> None:
-    leaves, dy = make((1, 63, 8, 40), torch.float32, torch.float32)
-    for actual, expected in zip(run(coded_mlp(keep_of(8)), leaves, dy), run(triton_mlp, leaves, dy), strict=True):
-        assert torch.equal(actual, expected)
-
-
-def test_the_reference_keeps_a_for_hooks_to_pack() -> None:
-    leaves, dy = make((1, 63, 8, 64), torch.float32, torch.float32, "cpu")
-    keep = Keep(8, torch.tensor(3))
-    for actual, expected in zip(
-        run(lambda *x: swiglu_mlp(*x, keep=keep), leaves, dy), run(swiglu_mlp, leaves, dy), strict=True
-    ):
-        assert torch.equal(actual, expected)
-
-
-@pytest.mark.gpu
-def test_keep_that_cannot_be_is_refused() -> None:
-    leaves, _ = make((1, 3, 8, 64), torch.float32, torch.float32)
+def test_which_shapes_are_coded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swiglu, "uses_triton", lambda x: True)
+    (x, gate_up, down), _ = make((1, 3, 64, 128), torch.float32, torch.float32)
+    assert writes_codes(x, gate_up, down, keep_of(8))
+    assert not writes_codes(x.double(), gate_up, down, keep_of(8))
+    assert not writes_codes(x, gate_up, down.half(), keep_of(8))
+    for dim, width in ((40, 128), (64, 40)):
+        assert not writes_codes(*make((1, 3, dim, width), torch.float32, torch.float32)[0], keep_of(8))
     with pytest.raises(ValueError, match="8 or 4 bits, not 5"):
-        coded_mlp(keep_of(5))(*leaves)
+        writes_codes(x, gate_up, down, keep_of(5))
     with pytest.raises(ValueError, match="0-dim"):
-        coded_mlp(Keep(8, torch.zeros(2, dtype=torch.int64, device=KERNEL_DEVICE)))(*leaves)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("bits", [8, 4])
-def test_operators_of_codes_keep_the_rules(bits: int) -> None:
-    leaves, dy = make((2, 5, 8, 64), torch.bfloat16, torch.float32)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    keep = keep_of(bits)
-    torch.library.opcheck(swiglu._mlp_to_codes, (*leaves, bits, keep.step), test_utils=checks)
-    x, gate_up, down = (t.detach().bfloat16() for t in leaves)
-    q = quantize(normal(10, 128, seed=4, dtype=torch.bfloat16), bits, step=keep.step, stream=A_STREAM)
-    arguments = (dy, x, q.codes, q.scales, gate_up, down, bits, torch.float32, torch.float32)
-    torch.library.opcheck(swiglu._mlp_from_codes, arguments, test_utils=checks)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["aot_eager"] if INTERPRETED else ["aot_eager", "inductor"])
-def test_codes_compiled_under_autocast(backend: str) -> None:
-    """One graph for every step and every block: both come as a tensor."""
-    leaves, dy = make((2, 17, 16, 64), torch.float32, torch.float32)
-    dy = dy.bfloat16()
-
-    def function(x: Tensor, gate_up: Tensor, down: Tensor, keep: Keep) -> Tensor:
-        with torch.autocast(KERNEL_DEVICE, torch.bfloat16):
-            return swiglu_mlp(x * 1, gate_up, down, keep=keep, backend="triton")
-
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=False)
-    steps = torch.tensor([[3, 0], [(1 << 32) + 3, 0], [4, 0]], device=KERNEL_DEVICE)
-    gradients = []
-    for step in steps[:, 0].unbind():
-        keep = Keep(8, step)
-        got = run(lambda *x, keep=keep: compiled(*x, keep), leaves, dy)
-        for actual, expected in zip(got, run(lambda *x, keep=keep: function(*x, keep), leaves, dy), strict=True):
-            assert torch.equal(actual, expected)
-        gradients.append(got[1])
-    assert counter.frame_count == 1
-    assert not torch.equal(gradients[0], gradients[1])
-    assert not torch.equal(gradients[0], gradients[2])
+        writes_codes(x, gate_up, down, Keep(8, torch.zeros(2, dtype=torch.int64, device=KERNEL_DEVICE)))
+    monkeypatch.setattr(swiglu, "uses_triton", lambda x: False)
+    assert not writes_codes(x, gate_up, down, keep_of(8))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs CUDA graphs")
 def test_replayed_graphs_draw_anew() -> None:
-    leaves, dy = make((2, 63, 64, 128), torch.bfloat16, torch.float32)
+    leaves, gradients = coded_case((2, 63, 64, 128), torch.bfloat16, torch.float32)
     keep = keep_of(8)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        first = run(coded_mlp(keep), leaves, dy)
+        first = run_coded(leaves, gradients, keep)
         keep.step.add_(1)
-        second = run(coded_mlp(keep), leaves, dy)
+        second = run_coded(leaves, gradients, keep)
         keep.step.sub_(2)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         keep.step.add_(1)
-        got = run(coded_mlp(keep), leaves, dy)
+        got = run_coded(leaves, gradients, keep)
     for expected in (first, second):
         graph.replay()
         for actual, other in zip(got, expected, strict=True):
             assert torch.equal(actual, other)
-    assert not torch.equal(first[1], second[1])
+    assert not torch.equal(first[2], second[2])

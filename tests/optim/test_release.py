@@ -205,12 +205,15 @@ def test_kernels_of_units_equal_those_of_the_whole(rule: str, monkeypatch: pytes
 # -- ways in which backward reaches a block --------------------------------------------------------------------
 
 
+Pair = tuple[Tensor, Tensor]  # whose sum is meant
+
+
 def recompute_blocks(model: SigmaLLM, reentrant: bool) -> None:
     for block in model.blocks:
         forward = block.forward
 
-        def again(x: Tensor, forward: Callable[[Tensor], Tensor] = forward) -> Tensor:
-            return checkpoint(forward, x, use_reentrant=reentrant)  # type: ignore[no-any-return]
+        def again(x: Tensor, delta: Tensor | None = None, forward: Callable[..., Pair] = forward) -> Pair:
+            return checkpoint(forward, x, delta, use_reentrant=reentrant)  # type: ignore[no-any-return]
 
         block.forward = again
 
@@ -219,9 +222,10 @@ def recompute_sublayers(model: SigmaLLM, reentrant: bool) -> None:
     """Each half of a block in a backward of its own."""
     for block in model.blocks:
 
-        def again(x: Tensor, block: Any = block) -> Tensor:
+        def again(x: Tensor, delta: Tensor | None = None, block: Any = block) -> Pair:
+            x = x if delta is None else x + delta
             x = x + checkpoint(block.mix, x, use_reentrant=reentrant)
-            return x + checkpoint(block.feed, x, use_reentrant=reentrant)
+            return x, checkpoint(block.feed, x, use_reentrant=reentrant)
 
         block.forward = again
 
@@ -257,9 +261,9 @@ def test_compiled_blocks_release_too() -> None:
 def test_a_parameter_with_no_part_in_the_loss_is_left_alone() -> None:
     ordinary, released = both()
     for s in (ordinary, released):
-        mixer: Any = s.model.blocks[0]
-        mixer.mix = lambda x, keep=None: 0 * x  # half of a unit
-        s.model.blocks[2].forward = lambda x, keep=None: x  # a whole one
+        half: Any = s.model.blocks[0]
+        half._mixed = lambda u, keep: 0 * u  # of a unit, all but the norm
+        s.model.blocks[2].forward = lambda x, delta=None, keep=None: (x, delta)  # a whole one
     for i in range(3):
         assert ordinary.step(i).applied
         assert released.step(i).applied

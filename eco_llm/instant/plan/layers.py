@@ -1,15 +1,16 @@
 """What the parts of a block allocate, keep and free, forward and backward, in the order in which the code does.
 
-Each function mirrors one of the model's: `ops/mamba_mixer/triton.py`, `ops/ssd/triton.py`, `ops/swiglu/triton.py`,
-`model/mla.py`, `model/block.py`. Change the two together; tests/instant/test_plan_layers.py runs the real operators on
-fake tensors and compares what they keep, benchmarks/plan_accuracy.py compares whole steps with a GPU's own count.
+Each function mirrors one of the model's: `ops/mamba_mixer/triton.py`, `ops/ssd/triton.py`, `ops/swiglu/triton.py`, the
+first and last with `coded.py` beside them, `model/mla.py`, `model/block.py`. Change the two together;
+tests/instant/test_plan_layers.py runs the real operators on fake tensors and compares what they keep,
+benchmarks/plan_accuracy.py compares whole steps with a GPU's own count.
 
-Compiled blocks (`Job.compiled`): the elementwise parts are fused, so their intermediates never exist, and of the two
-norms' inputs the second is not kept but added again from the block's input and the mixer's result.
+Compiled blocks (`Job.compiled`): the elementwise parts are fused, so their intermediates never exist.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from eco_llm.instant.plan.allocator import Block, CachingAllocator
@@ -101,12 +102,14 @@ class Parts:
         for length in self.shapes.vectors(mixer):
             self.gradient(length, F32)
 
-    # -- Mamba mixer --
-
     @property
-    def mixer_writes_codes(self) -> bool:
-        """Whether a Mamba mixer quantizes y, z and xBC itself, under `compress`."""
-        return self.inner % GROUP == 0
+    def writes_codes(self) -> bool:
+        """Whether ops quantize for themselves under `compress`; else hooks do."""
+        m = self.job.model
+        inner = self.inner if "mamba" in m.mixer_pattern else 0
+        return all(width % GROUP == 0 for width in (self.D, m.mlp_dim, inner))
+
+    # -- Mamba mixer --
 
     def mamba_forward(self, kind: Kind, codes: bool = False) -> tuple[Buffer, list[Buffer]]:
         """(result, kept): zxbcdt, y, decays, casts of the weights. With `codes`, those of y, z and xBC, and the raw
@@ -133,15 +136,18 @@ class Parts:
         give(gated)
         return out, [*(written or (zxbcdt, y)), decays, *casts]
 
-    def mamba_backward(self, codes: bool = False) -> Buffer:
-        """The gradient of u; what forward kept is the caller's to free."""
+    def mamba_backward(self, norm: Callable[[], None] | None = None) -> Buffer:
+        """The gradient of u; what forward kept is the caller's to free. `norm` takes what u is had from, where codes
+        were kept.
+        """
         take, give, M, c, s = self.tape.take, self.tape.give, self.M, self.c, self.scan
         w_in, w_out = self.shapes.mamba().values()
         channels = self.inner + 2 * self.state
         d_zxbcdt, d_gated, gated = take(c * M * w_in.rows), take(c * M * self.inner), take(c * M * self.inner)
         self.gradient(w_out.numbers)
         give(gated)
-        xbc = [take(c * M * channels)] if codes else []
+        coded = channels % GROUP == 0 and self.job.model.mamba_conv_width <= 8  # the convolution reads codes
+        xbc = [take(c * M * channels)] if norm and not coded else []
         conv = take(c * M * channels)
         tile = s.block
         again = [] if s.chunk == tile else [take(s.decays(tile))]
@@ -153,16 +159,13 @@ class Parts:
         give(states, d_states, vectors, *again)
         conv_partials = take(F32 * channels * (self.job.model.mamba_conv_width + 1) * -(-M // _CONV_STRIP))
         d_u = self.narrow()
+        if norm:
+            norm()
         self.gradient(w_in.numbers)
         give(d_zxbcdt, d_gated, conv, dx, d_bc, conv_partials, *xbc)
         return d_u
 
     # -- SwiGLU --
-
-    @property
-    def mlp_writes_codes(self) -> bool:
-        """Whether the MLP quantizes `a` itself, under `compress`."""
-        return self.job.model.mlp_dim % GROUP == 0
 
     def mlp_forward(self, kind: Kind, codes: bool = False) -> tuple[Buffer, list[Buffer]]:
         """(result, kept): a [M, 2F], casts of the weights. With `codes`, those of a, an activation, in its place."""
@@ -177,15 +180,20 @@ class Parts:
         self.tape.give(h)
         return y, [a, *casts]
 
-    def mlp_backward(self) -> Buffer:
-        """The gradient of x."""
+    def mlp_backward(self, norm: Callable[[], None] | None = None) -> Buffer:
+        """The gradient of x; `norm` takes what x is had from, where codes were kept."""
         w_up, w_down = self.shapes.mlp().values()
         dh = self.tape.take(self.c * self.M * w_down.columns)
         da = self.tape.take(self.c * self.M * w_up.rows)
         self.gradient(w_down.numbers)
         self.tape.give(dh)
-        self.gradient(w_up.numbers)
-        d_x = self.narrow()
+        if norm:
+            d_x = self.narrow()
+            norm()
+            self.gradient(w_up.numbers)
+        else:
+            self.gradient(w_up.numbers)
+            d_x = self.narrow()
         self.tape.give(da)
         return d_x
 
@@ -248,12 +256,12 @@ class Parts:
 
     # -- sub-layers: norm → mixer, norm → MLP --
 
-    def mixer_forward(self, mixer: str, kind: Kind, codes: bool = False) -> tuple[Buffer, list[Buffer]]:
-        """A mixer of either kind; `codes` only for Mamba."""
-        return self.mla_forward(kind) if mixer == "mla" else self.mamba_forward(kind, codes)
+    def mixer_forward(self, mixer: str, kind: Kind) -> tuple[Buffer, list[Buffer]]:
+        """A mixer of either kind."""
+        return self.mla_forward(kind) if mixer == "mla" else self.mamba_forward(kind)
 
-    def mixer_backward(self, mixer: str, codes: bool = False) -> Buffer:
-        return self.mla_backward() if mixer == "mla" else self.mamba_backward(codes)
+    def mixer_backward(self, mixer: str) -> Buffer:
+        return self.mla_backward() if mixer == "mla" else self.mamba_backward()
 
     def normed(self, kind: Kind, narrow: bool = False) -> list[Buffer]:
         """A norm's result in the compute type, and its statistics; uncompiled, the float32 result of an input that is
@@ -267,31 +275,25 @@ class Parts:
         self.tape.give(passing)
         return [statistics, u]
 
-    def sub_forward(
-        self, part: str, kind: Kind, codes: bool = False, *, narrow: bool = False
-    ) -> tuple[Buffer, list[Buffer]]:
-        """`mix` of a mixer ("mamba", "mla") or `feed` ("mlp"): (result, kept). The input is the caller's. With `codes`,
-        ops that can keep codes; `narrow`: the input is in the compute type.
+    def sub_forward(self, part: str, kind: Kind, *, narrow: bool = False) -> tuple[Buffer, list[Buffer]]:
+        """`mix` of a mixer ("mamba", "mla") or `feed` ("mlp"): (result, kept). The input is the caller's. `narrow`: it
+        is in the compute type.
         """
         kept = self.normed(kind, narrow)
-        if part == "mlp":
-            out, more = self.mlp_forward(kind, codes and self.mlp_writes_codes)
-        else:
-            out, more = self.mixer_forward(part, kind, codes and self.mixer_writes_codes)
+        out, more = self.mlp_forward(kind) if part == "mlp" else self.mixer_forward(part, kind)
         return out, kept + more
 
     def sub_backward(
-        self, part: str, kept: list[Buffer], into: Buffer | None = None, codes: bool = False, *, narrow: bool = False
+        self, part: str, kept: list[Buffer], into: Buffer | None = None, *, narrow: bool = False
     ) -> Buffer:
         """The gradient of the sub-layer's input, [B, T, D] float32; frees what forward kept.
 
         Args:
             into: a [B, T, D] float32 buffer whose place the result takes, where blocks are compiled.
-            codes: as of `sub_forward`.
             narrow: the input, and so its gradient, is in the compute type.
         """
         dy = [] if self.c == F32 else [self.narrow()]
-        d_u = self.mlp_backward() if part == "mlp" else self.mixer_backward(part, codes and self.mixer_writes_codes)
+        d_u = self.mlp_backward() if part == "mlp" else self.mixer_backward(part)
         self.tape.give(*dy, *kept)
         if narrow:
             d_x = self.narrow()
@@ -305,6 +307,52 @@ class Parts:
         if into is not None and d_x is not into:
             self.tape.give(into)
         return d_x
+
+    # -- the same in a whole block, where norms make the residual sums (ops/add_norm) --
+
+    def part_forward(self, part: str, kind: Kind) -> tuple[Buffer, list[Buffer]]:
+        """A mixer, or the MLP, behind its norm: (result, kept, the norm's result included)."""
+        u = self.narrow(kind)
+        out, more = self.mlp_forward(kind) if part == "mlp" else self.mixer_forward(part, kind)
+        return out, [u, *more]
+
+    def part_backward(self, part: str, dy: list[Buffer], kept: list[Buffer]) -> Buffer:
+        """The gradient of the norm's result, from dy, that of the part, where it has its own place; frees all."""
+        d_u = self.mlp_backward() if part == "mlp" else self.mixer_backward(part)
+        self.tape.give(*dy, *kept)
+        return d_u
+
+    def sum_backward(self, d_u: Buffer, kept: list[Buffer], delta: bool = True) -> tuple[Buffer, list[Buffer]]:
+        """Of a sum and its norm: (the stream's gradient, that of what was added, in its type); frees d_u and kept."""
+        dx = self.wide()
+        narrowed = [self.narrow()] if delta and self.c != F32 else []
+        self.tape.give(d_u, *kept)
+        return dx, narrowed
+
+    def coded_forward(self, part: str, added: bool) -> tuple[Buffer, list[Buffer], list[Buffer]]:
+        """A sub-layer ("mamba", "mlp") whose ops write codes: (result, the sum if anything was `added`, kept)."""
+        total = [self.wide()] if added else []
+        u = self.narrow()
+        kept = [self.tape.take(F32 * self.M, "activations"), self.packed(self.M * self.D)]
+        forward = self.mlp_forward if part == "mlp" else self.mamba_forward
+        out, more = forward("activations", codes=True)
+        self.tape.give(u)
+        return out, total, kept + more
+
+    def coded_backward(self, part: str, kept: list[Buffer], added: bool) -> list[Buffer]:
+        """Gradients of the sub-layer's input: [B, T, D] float32, and in the compute type if anything was `added`; frees
+        what forward kept.
+        """
+        found: list[Buffer] = []
+
+        def norm() -> None:
+            found.append(self.wide())
+            if added and self.c != F32:
+                found.append(self.narrow())
+
+        d_u = self.mlp_backward(norm) if part == "mlp" else self.mamba_backward(norm)
+        self.tape.give(d_u, *kept)
+        return found
 
 
 _CONV_STRIP = 4 * 32

@@ -62,9 +62,11 @@ class Kept:
     x: list[Buffer] = field(default_factory=list)
     mixer: list[Buffer] = field(default_factory=list)
     mlp: list[Buffer] = field(default_factory=list)
+    mixed: list[Buffer] = field(default_factory=list)
+    """What the mixer adds to x."""
 
     def all(self) -> list[Buffer]:
-        return [*self.x, *self.mixer, *self.mlp]
+        return [*self.x, *self.mixer, *self.mlp, *self.mixed]
 
 
 def estimate(job: Job) -> Estimate:
@@ -177,19 +179,26 @@ class _Step:
         tape, modes = self.tape, self.job.modes
         embedded, saved = x, []
         ends: list[Buffer] = []  # outputs of runs of fixed-point blocks
+        delta: list[Buffer] = []  # what blocks that keep everything leave to their successor to add
         for i, mode in enumerate(modes):
-            y, kept = self._forward(self.mixers[i], mode, x)
-            if mode not in ("none", "recompute") and x not in (embedded, *ends):
-                tape.give(x)
-            if x in ends:
-                kept.x = []  # the run before keeps it too, and frees it later
-            if self._ends_run(i):
-                ends.append(y)
+            if mode == "none":
+                y, added, kept = self._linked(self.mixers[i], "activations")
+                tape.give(*(old for old in (x, *delta) if old not in (embedded, *ends)))
+                delta = added
+            else:
+                x, delta = self._summed(x, delta), []
+                y, kept = self._forward(self.mixers[i], mode, x)
+                if mode != "recompute" and x not in (embedded, *ends):
+                    tape.give(x)
+                if x in ends:
+                    kept.x = []  # the run before keeps it too, and frees it later
+                if self._ends_run(i):
+                    ends.append(y)
             x = y
             saved.append(kept)
-        dx = self._head(x, owned=x not in ends)
+        dx = self._head(x, delta, owned=x not in (embedded, *ends))
         self._workspace("backward")
-        if modes[0] not in ("none", "recompute"):  # the caller of the stack held it
+        if modes[0] != "recompute":  # the caller of the stack held it
             tape.give(embedded)
         y = handed_in = x
         for i in reversed(range(len(saved))):
@@ -220,12 +229,15 @@ class _Step:
         else:
             self.finished += gradients
 
-    def _head(self, x: Buffer, *, owned: bool) -> Buffer:
-        """Final norm, product and loss, which makes its gradients in forward; then their backward. Frees x if owned."""
+    def _head(self, x: Buffer, delta: list[Buffer] | None = None, *, owned: bool) -> Buffer:
+        """Final sum and norm, product and loss, which makes its gradients in forward; then their backward. Frees delta,
+        and x if owned.
+        """
         m, tape, parts = self.job.model, self.tape, self.parts
         numbers = m.vocab_size * parts.D
-        hidden = parts.wide()
-        casts = ([] if parts.c == F32 else [parts.narrow()]) + parts.cast(numbers, "temporaries")
+        total, hidden = parts.wide(), parts.narrow()
+        tape.give(*(delta or []), *([x] if owned else []))
+        casts = parts.cast(numbers, "temporaries")
         logits, losses = tape.take(F32 * min(m.loss_chunk_tokens, parts.M) * m.vocab_size), tape.take(F32 * parts.M)
         d_hidden = parts.narrow()
         whole = parts.w == parts.c and m.loss_chunk_tokens >= parts.M  # one product makes it, in the weight's type
@@ -235,11 +247,9 @@ class _Step:
             tape.give(d_weight)
             d_weight = narrow
         tape.give(losses, logits, *casts, hidden)
-        wide = d_hidden if parts.c == F32 else parts.wide()
-        if wide is not d_hidden:
-            tape.give(d_hidden)
         dx = parts.wide()
-        tape.give(wide, *([x] if owned else []))
+        narrowed = [parts.narrow()] if delta and parts.c != F32 else []
+        tape.give(d_hidden, total, *narrowed)
         self.outer = [d_weight]
         return dx
 
@@ -261,34 +271,89 @@ class _Step:
     def _forward(self, mixer: str, mode: str, x: Buffer) -> tuple[Buffer, Kept]:
         """(the block's output, what it keeps); its input, unless kept, is the caller's to free."""
         tape = self.tape
-        y, kept = self._residuals(mixer, "activations" if mode == "none" else "temporaries", mode == "compress")
-        if mode == "none":
-            kept.x = [x]
-        elif mode == "recompute":
+        if mode == "compress" and self.parts.writes_codes:
+            return self._coded_forward(mixer)
+        if mode == "recompute" or (mode == "compress" and mixer == "mamba"):
+            y, delta, kept = self._linked(mixer, "temporaries")
+            y = self._summed(y, delta)
+        else:
+            y, kept = self._residuals(mixer, "temporaries")
+        if mode == "recompute":
             tape.give(*kept.all())
             kept = Kept(x=[x])
         elif mode == "compress":
-            # Codes that ops wrote are the activations among temporaries.
-            packed = self._packed(
-                mixer, *([b for b in part if b.kind != "temporaries"] for part in (kept.mixer, kept.mlp))
-            )
-            tape.give(*(b for b in kept.all() if b.kind == "temporaries"))
+            packed = self._packed(mixer)
+            tape.give(*kept.all())
             kept = packed
         else:
             tape.give(*kept.all())
             kept = Kept()
         return y, kept
 
-    def _residuals(self, mixer: str, kind: Kind, codes: bool = False) -> tuple[Buffer, Kept]:
-        """x + mix(x), then + feed: (output, kept), the input being the caller's. `codes`: as of `Parts.sub_forward`."""
+    def _linked(self, mixer: str, kind: Kind) -> tuple[Buffer, list[Buffer], Kept]:
+        """A whole block: (the stream, what is still to be added to it, kept), the input being the caller's."""
+        parts = self.parts
+        total = parts.wide(kind)  # of the input's, or a copy
+        mixed, first = parts.part_forward(mixer, kind)
+        y = parts.wide("activations")
+        fed, second = parts.part_forward("mlp", kind)
+        return y, [fed], Kept([total], first, second, [mixed])
+
+    def _summed(self, x: Buffer, delta: list[Buffer]) -> Buffer:
+        """x + delta, both given back; x itself if there is none."""
+        if not delta:
+            return x
+        y = self.parts.wide("activations")
+        self.tape.give(x, *delta)
+        return y
+
+    def _coded_forward(self, mixer: str) -> tuple[Buffer, Kept]:
+        """`_forward` of a block under `compress` whose ops write codes; of an MLA mixer the packed input is kept."""
         parts, tape = self.parts, self.tape
-        mixed, first = parts.sub_forward(mixer, kind, codes and mixer == "mamba")
+        kept = Kept()
+        if mixer == "mla":
+            kept.x = [parts.packed(parts.M * parts.D)]
+            mixed, dropped = parts.sub_forward(mixer, "temporaries")
+            tape.give(*dropped)
+        else:
+            mixed, _, kept.mixer = parts.coded_forward(mixer, added=False)
+        fed, total, kept.mlp = parts.coded_forward("mlp", added=True)
+        y = parts.wide("activations")
+        tape.give(mixed, fed, *total)
+        return y, kept
+
+    def _coded_backward(self, mixer: str, kept: Kept, dy: Buffer) -> Buffer:
+        """`_backward` of what `_coded_forward` kept."""
+        parts, tape = self.parts, self.tape
+        narrow = [] if parts.c == F32 else [parts.narrow()]
+        middle = parts.coded_backward("mlp", kept.mlp, added=True)
+        tape.give(dy, *narrow)
+        if mixer == "mla":
+            return self._mla_backward(kept, middle)
+        (dx,) = parts.coded_backward(mixer, kept.mixer, added=False)
+        tape.give(*middle)
+        return dx
+
+    def _mla_backward(self, kept: Kept, spent: list[Buffer]) -> Buffer:
+        """An MLA mixer, whose input alone was kept, run again; `spent` and the unpacked input are freed at its end."""
+        parts, tape = self.parts, self.tape
+        x = parts.wide()
+        out, again = parts.sub_forward("mla", "temporaries")
+        dx = parts.sub_backward("mla", again)
+        total = parts.wide()
+        tape.give(x, out, dx, *spent, *kept.x)
+        return total
+
+    def _residuals(self, mixer: str, kind: Kind) -> tuple[Buffer, Kept]:
+        """x + mix(x), then + feed: (output, kept), the input being the caller's."""
+        parts, tape = self.parts, self.tape
+        mixed, first = parts.sub_forward(mixer, kind)
         if self.job.compiled:
             middle = mixed  # x + mix(x) is added again in backward
         else:
             middle = parts.wide(kind)
             tape.give(mixed)
-        fed, second = parts.sub_forward("mlp", kind, codes)
+        fed, second = parts.sub_forward("mlp", kind)
         second.append(middle)
         y = parts.wide("activations")
         tape.give(fed)
@@ -297,24 +362,23 @@ class _Step:
     def _backward(self, i: int, kept: Kept, dy: Buffer) -> Buffer:
         """The gradient of the block's input; frees what it kept, and dy."""
         parts, tape, mixer, mode = self.parts, self.tape, self.mixers[i], self.job.modes[i]
-        output: list[Buffer] = []
         if mode == "compress":
+            if parts.writes_codes:
+                return self._coded_backward(mixer, kept, dy)
             return self._unpacked_backward(mixer, kept, dy)
+        given = list(kept.x) if mode == "recompute" else []
         if mode == "recompute":
-            y, again = self._residuals(mixer, "temporaries")
-            output = [y]
-            kept = Kept(kept.x, again.mixer, again.mlp)
-        middle = parts.sub_backward("mlp", kept.mlp)
-        dx = parts.sub_backward(mixer, kept.mixer, into=middle)
-        tape.give(*kept.x, *output, dy)
+            y, delta, kept = self._linked(mixer, "temporaries")
+            given.append(self._summed(y, delta))
+        narrow = [] if parts.c == F32 else [parts.narrow()]  # of dy, as what made it leaves it too, or cast
+        middle, narrow = parts.sum_backward(parts.part_backward("mlp", narrow, kept.mlp), kept.mixed)
+        follows = mode == "none" and self.job.modes[max(i - 1, 0)] == "none" and i > 0
+        dx, narrow = parts.sum_backward(parts.part_backward(mixer, narrow, kept.mixer), kept.x, delta=follows)
+        tape.give(middle, *given, dy, *narrow)  # the block below takes its place again
         return dx
 
-    def _packed(self, mixer: str, mixers: list[Buffer], mlps: list[Buffer]) -> Kept:
-        """What `compress` keeps of a block: of an MLA mixer its input, else all that grows with M; casts of weights.
-
-        Args:
-            mixers, mlps: what these quantized themselves, if anything.
-        """
+    def _packed(self, mixer: str) -> Kept:
+        """What hooks keep of a block: of an MLA mixer its input, else all that grows with M; casts of weights."""
         parts, shapes = self.parts, self.parts.shapes
         M, D = parts.M, parts.D
 
@@ -322,13 +386,14 @@ class _Step:
             return [parts.packed(n) for n in numbers]
 
         weights = shapes.mlp()
-        # The MLP's: statistics, u, a, and x + mix(x) or what it is made from.
-        kept = Kept(x=pack(M * D), mlp=[*pack(M, M * D), *(mlps or pack(M * weights["gate_up"].rows)), *pack(M * D)])
+        # The MLP's: statistics where its norm is no part of the sum, u, a, and x + mix(x) or mix(x).
+        statistics = [] if mixer == "mamba" else pack(M)
+        kept = Kept(x=pack(M * D), mlp=[*statistics, *pack(M * D, M * weights["gate_up"].rows, M * D)])
         for w in weights.values():
             kept.mlp += parts.cast(w.numbers, "activations")
         if mixer == "mamba":
-            kept.mixer = pack(M, M * D)  # statistics, u, zxbcdt, y
-            kept.mixer += mixers or pack(M * shapes.mamba()["in_proj"].rows, M * parts.inner)
+            # u, zxbcdt, y
+            kept.mixer = pack(M * D, M * shapes.mamba()["in_proj"].rows, M * parts.inner)
             kept.mixer.append(self.tape.take(parts.scan.decays(parts.scan.chunk), "activations"))
             for w in shapes.mamba().values():
                 kept.mixer += parts.cast(w.numbers, "activations")
@@ -340,11 +405,8 @@ class _Step:
         """
         parts, tape, job = self.parts, self.tape, self.job
         M, D, c = parts.M, parts.D, parts.c
-        a = [] if parts.mlp_writes_codes else [c * M * parts.shapes.mlp()["gate_up"].rows]
-        own = [c * M * D] if mixer == "mamba" else []
-        if own and not parts.mixer_writes_codes:
-            own += [c * M * parts.shapes.mamba()["in_proj"].rows, c * M * parts.inner]
-        mine = [tape.take(size) for size in (c * M * D, *a)]
+        own = [c * M * D, c * M * parts.shapes.mamba()["in_proj"].rows, c * M * parts.inner] if mixer == "mamba" else []
+        mine = [tape.take(size) for size in (c * M * D, c * M * parts.shapes.mlp()["gate_up"].rows)]
         later: list[Buffer] = []
         if job.compiled:
             mine.append(parts.narrow() if mixer == "mamba" else parts.wide())
@@ -352,15 +414,10 @@ class _Step:
                 later = [parts.wide(), *(tape.take(size) for size in own)]
         middle = parts.sub_backward("mlp", mine)
         tape.give(*kept.mlp)
-        if mixer == "mla":  # its input alone was kept: run again
-            x = parts.wide()
-            out, again = parts.sub_forward("mla", "temporaries")
-            dx = parts.sub_backward("mla", again)
-            total = parts.wide()
-            tape.give(x, out, dx, middle, dy, *kept.x)
-            return total
+        if mixer == "mla":
+            return self._mla_backward(kept, [middle, dy])
         later = later or [tape.take(size) for size in own]
-        dx = parts.sub_backward(mixer, later, into=middle, codes=True)
+        dx = parts.sub_backward(mixer, later, into=middle)
         tape.give(dy, *kept.mixer, *kept.x)
         return dx
 

@@ -10,6 +10,9 @@ the strips' sums for dWeight and dBias meet in the program, the programs' in one
 Loads are issued `STEP` tokens ahead of their use (the compiler may not move them over stores). Row strides reach the
 kernels divided by their common power of two, `UNIT`, and are multiplied by it there: that tells the compiler the
 alignment, and so the safe vector width, also where strides are no multiples of 16 (the only hint Triton has itself).
+
+Where x is given as codes (`ops.quantize`) a block of channels is one group, so that a tile, one token a strip, is
+`STRIPS` groups with a scale each.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from eco_llm.ops.partials import sum_partials
+from eco_llm.ops.quantize import reference as numbers
+from eco_llm.ops.quantize.triton import GROUP, from_codes
 from eco_llm.ops.sigmoid import sigmoid
 
 _WARPS = 4
@@ -45,6 +50,7 @@ class _Tuning(NamedTuple):
 # 35 backward. Four channels a thread would be the cheaper backward, but take 162 registers.
 _FORWARD = _Tuning(channels=4, step=4, resident=7)
 _BACKWARD = _Tuning(channels=2, step=8, resident=5)
+_FORWARD_CODED = _Tuning(channels=2, step=8, resident=7)  # codes are fewer bytes: more tokens ahead
 
 
 @triton.jit
@@ -80,40 +86,98 @@ def _load_rows(pointers, row_stride, inside, left, first, ROWS: tl.constexpr, sl
 
 
 @triton.jit
-def _load_window(pointers, row_stride, inside, start, T, W: tl.constexpr):
+def _load_scales(pointers, row_stride, left, first, ROWS: tl.constexpr, BITS: tl.constexpr):
+    """Scales of `_load_rows` of codes, [STRIPS, 1] each; without BITS nothing."""
+    rows = ()
+    if BITS:
+        for u in tl.static_range(ROWS):
+            rows = rows + (tl.load(pointers + (first + u) * row_stride, mask=u < left, other=0),)
+    return rows
+
+
+@triton.jit
+def _input(tiles, scales, u: tl.constexpr, STRIPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Tile u of `_load_rows`, float32; of codes what `dequantize` makes of them in DTYPE."""
+    if BITS:
+        return _decoded(tiles[u], scales[u], STRIPS, BITS, DTYPE)
+    else:
+        return tiles[u].to(tl.float32)
+
+
+@triton.jit
+def _decoded(packed, scale_bits, STRIPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    LARGEST: tl.constexpr = 3.4028234663852886e38 if tl.float32 == DTYPE else 3.3895313892515355e38
+    return from_codes(packed, scale_bits, STRIPS, BITS, DTYPE, LARGEST).to(tl.float32)
+
+
+@triton.jit
+def _load_window(
+    pointers, row_stride, scales, scale_stride, inside, start, T,
+    W: tl.constexpr, STRIPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """The W − 1 tokens before the strip, float32; 0 before the first."""
     window = ()
     for u in tl.static_range(W - 1):
         t = start + (u + 1 - W)
-        tile = tl.load(pointers + (u + 1 - W) * row_stride, mask=inside & (t >= 0) & (t < T), other=0.0)
-        window = window + (tile.to(tl.float32),)
+        there = (t >= 0) & (t < T)
+        tile = tl.load(pointers + (u + 1 - W) * row_stride, mask=inside & there, other=0)
+        if BITS:
+            scale = tl.load(scales + (u + 1 - W) * scale_stride, mask=there, other=0)
+            window = window + (_decoded(tile, scale, STRIPS, BITS, DTYPE),)
+        else:
+            window = window + (tile.to(tl.float32),)
     return window
+
+
+@triton.jit
+def _code_pointers(codes, scales, row, group, C, BITS: tl.constexpr):
+    """(codes, scales) of group `group` of rows [STRIPS, 1] of a [rows, C]."""
+    BYTES: tl.constexpr = GROUP * BITS // 8
+    groups = C // GROUP
+    return (
+        codes + row * (groups * BYTES) + (group * BYTES + tl.arange(0, BYTES))[None, :],
+        scales + row * groups + group,
+    )
 
 
 @triton.jit(do_not_specialize=["T", "strip", "blocks", "programs", "x_batch", "x_row"])
 def conv_silu_forward_kernel(
-    x, weight, bias, y, T, C, strip, blocks, programs, x_batch, x_row,
+    x, scales, weight, bias, y, T, C, strip, blocks, programs, x_batch, x_row,
     W: tl.constexpr, UNIT: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
-    """Programs of one stretch of time are neighbours, for they share memory pages."""
+    """Programs of one stretch of time are neighbours, for they share memory pages. BITS: 0, or x is codes, and of the
+    type of y; then scales are read.
+    """
+    DTYPE: tl.constexpr = y.dtype.element_ty
     pid = tl.program_id(0)
     columns = (pid % blocks) * COLUMNS + tl.arange(0, COLUMNS)
     batch = (pid // blocks // programs).to(tl.int64)
     start = ((pid // blocks % programs) * STRIPS + tl.arange(0, STRIPS)[:, None]) * strip
     inside = (columns < C)[None, :]
-    x_row = x_row * UNIT
-    x_pointers = x + batch * x_batch * UNIT + start.to(tl.int64) * x_row + columns[None, :]
+    known = inside
+    scale_row = C // GROUP
+    if BITS:
+        x_pointers, s_pointers = _code_pointers(x, scales, batch * T + start.to(tl.int64), pid % blocks, C, BITS)
+        x_row = scale_row * (GROUP * BITS // 8)
+        known = start >= 0  # blocks are whole groups
+    else:
+        x_row = x_row * UNIT
+        x_pointers = x + batch * x_batch * UNIT + start.to(tl.int64) * x_row + columns[None, :]
+        s_pointers = scales
     y_pointers = y + (batch * T + start.to(tl.int64)) * C + columns[None, :]
 
     left = tl.minimum(T - start, strip)  # tokens still to load, then to compute
-    ahead = _load_rows(x_pointers, x_row, inside, left, 0, STEP, 0, 1)
-    window = _load_window(x_pointers, x_row, inside, start, T, W)
+    ahead = _load_rows(x_pointers, x_row, known, left, 0, STEP, 0, 1)
+    s_ahead = _load_scales(s_pointers, scale_row, left, 0, STEP, BITS)
+    window = _load_window(x_pointers, x_row, s_pointers, scale_row, known, start, T, W, STRIPS, BITS, DTYPE)
     weights, offset = _load_taps(weight, bias, columns, C, W, STRIPS, COLUMNS)
     for i in range(0, strip, STEP):
-        now = ahead
-        ahead = _load_rows(x_pointers, x_row, inside, left - STEP, i + STEP, STEP, 0, 1)
+        now, s_now = ahead, s_ahead
+        ahead = _load_rows(x_pointers, x_row, known, left - STEP, i + STEP, STEP, 0, 1)
+        s_ahead = _load_scales(s_pointers, scale_row, left - STEP, i + STEP, STEP, BITS)
         for u in tl.static_range(STEP):
-            x_t = now[u].to(tl.float32)
+            x_t = _input(now, s_now, u, STRIPS, BITS, DTYPE)
             pre = _silu_input(window, x_t, weights, offset, W)
             tl.store(y_pointers + (i + u) * C, (pre * sigmoid(pre)).to(y.dtype.element_ty), mask=inside & (u < left))
             window = window[1:] + (x_t,)
@@ -143,18 +207,24 @@ def _add_slices(tiles, u: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def _backward_columns(
-    x_pointers, dy_pointers, dx_pointers, weight, bias, partial, start, columns, end_column, T, C, strip,
-    x_row, dy_row, dx_row, dy_slice,
+    x_pointers, s_pointers, dy_pointers, dx_pointers, weight, bias, partial, start, columns, end_column, T, C, strip,
+    x_row, scale_row, dy_row, dx_row, dy_slice,
     W: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, SLICES: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     """dx of `strip` tokens from `start` on, and their share of dWeight and dBias, for one block of channels."""
+    DTYPE: tl.constexpr = dx_pointers.dtype.element_ty
     inside = (columns < end_column)[None, :]
+    known = inside
+    if BITS:
+        known = start >= 0  # blocks are whole groups
     # dx[t] needs the gradients of the pre-activation up to t + W − 1: the walk goes that far and stores W − 1 behind.
     left = tl.minimum(T - start, strip + (W - 1))  # tokens still to read
     unwritten = tl.minimum(T - start, strip)
-    x_ahead = _load_rows(x_pointers, x_row, inside, left, 0, STEP, 0, 1)
+    x_ahead = _load_rows(x_pointers, x_row, known, left, 0, STEP, 0, 1)
+    s_ahead = _load_scales(s_pointers, scale_row, left, 0, STEP, BITS)
     dy_ahead = _load_rows(dy_pointers, dy_row, inside, left, 0, STEP, dy_slice, SLICES)
-    window = _load_window(x_pointers, x_row, inside, start, T, W)
+    window = _load_window(x_pointers, x_row, s_pointers, scale_row, known, start, T, W, STRIPS, BITS, DTYPE)
     weights, offset = _load_taps(weight, bias, columns, end_column, W, STRIPS, COLUMNS)
     zero = tl.zeros((STRIPS, COLUMNS), tl.float32)
     d_window = ()  # gradients of the pre-activation at the W − 1 tokens before t
@@ -166,12 +236,13 @@ def _backward_columns(
         d_weights = d_weights + (zero,)
 
     for i in range(0, strip, STEP):
-        x_now, dy_now = x_ahead, dy_ahead
+        x_now, s_now, dy_now = x_ahead, s_ahead, dy_ahead
         left -= STEP
-        x_ahead = _load_rows(x_pointers, x_row, inside, left, i + STEP, STEP, 0, 1)
+        x_ahead = _load_rows(x_pointers, x_row, known, left, i + STEP, STEP, 0, 1)
+        s_ahead = _load_scales(s_pointers, scale_row, left, i + STEP, STEP, BITS)
         dy_ahead = _load_rows(dy_pointers, dy_row, inside, left, i + STEP, STEP, dy_slice, SLICES)
         for u in tl.static_range(STEP):
-            x_t = x_now[u].to(tl.float32)
+            x_t = _input(x_now, s_now, u, STRIPS, BITS, DTYPE)
             d_pre, dx = _backward_step(x_t, _add_slices(dy_now, u, SLICES), window, d_window, weights, offset, W)
             kept = inside & (u - (W - 1) < unwritten)
             if u < W - 1:
@@ -189,12 +260,13 @@ def _backward_columns(
 
     # The W − 1 tokens after the strip add to dx only: dWeight and dBias get them from the next strip.
     if W - 1 > STEP:
-        x_ahead = x_ahead + _load_rows(x_pointers, x_row, inside, left - STEP, strip + STEP, W - 1 - STEP, 0, 1)
+        x_ahead = x_ahead + _load_rows(x_pointers, x_row, known, left - STEP, strip + STEP, W - 1 - STEP, 0, 1)
+        s_ahead = s_ahead + _load_scales(s_pointers, scale_row, left - STEP, strip + STEP, W - 1 - STEP, BITS)
         dy_ahead = dy_ahead + _load_rows(
             dy_pointers, dy_row, inside, left - STEP, strip + STEP, W - 1 - STEP, dy_slice, SLICES
         )
     for u in tl.static_range(W - 1):
-        x_t = x_ahead[u].to(tl.float32)
+        x_t = _input(x_ahead, s_ahead, u, STRIPS, BITS, DTYPE)
         d_pre, dx = _backward_step(x_t, _add_slices(dy_ahead, u, SLICES), window, d_window, weights, offset, W)
         kept = inside & (u - (W - 1) < unwritten) & (strip + u >= W - 1)
         tl.store(dx_pointers + (strip + u - (W - 1)) * dx_row, dx.to(dx_pointers.dtype.element_ty), mask=kept)
@@ -213,44 +285,57 @@ def _backward_columns(
     ]
 )  # fmt: skip
 def conv_silu_backward_kernel(
-    x, weight, bias, dy_head, dy_tail, dx, partials, T, C, C_head, strip, blocks, head_blocks, programs,
+    x, scales, weight, bias, dy_head, dy_tail, dx, partials, T, C, C_head, strip, blocks, head_blocks, programs,
     x_batch, x_row, head_batch, head_row, tail_slice, tail_batch, tail_row, dx_batch, dx_row,
     W: tl.constexpr, UNIT: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr,
-    HEAD_STEP: tl.constexpr, TAIL_STEP: tl.constexpr, SLICES: tl.constexpr,
+    HEAD_STEP: tl.constexpr, TAIL_STEP: tl.constexpr, SLICES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """A block of channels lies in the head or in the tail of dy, never in both: each starts its own blocks."""
+    """A block of channels lies in the head or in the tail of dy, never in both: each starts its own blocks.
+
+    BITS: 0, or x is codes, and of the type of dx; then scales are read.
+    """
     pid = tl.program_id(0)
     block = pid % blocks
     row = pid // blocks
     batch = (row // programs).to(tl.int64)
     start = ((row % programs) * STRIPS + tl.arange(0, STRIPS)[:, None]) * strip
     far = start.to(tl.int64)
-    x_row = x_row * UNIT
+    scale_row = C // GROUP
     dx_row = dx_row * UNIT
     partial = partials + row.to(tl.int64) * (C * (W + 1))
-    x_pointers = x + batch * x_batch * UNIT + far * x_row
+    if BITS:
+        # The groups of head and tail follow each other, as their blocks do.
+        x_pointers, s_pointers = _code_pointers(x, scales, batch * T + far, block, C, BITS)
+        x_row = scale_row * (GROUP * BITS // 8)
+    else:
+        x_row = x_row * UNIT
+        channels = block * COLUMNS + tl.arange(0, COLUMNS)
+        if block >= head_blocks:
+            channels += C_head - head_blocks * COLUMNS
+        x_pointers = x + batch * x_batch * UNIT + far * x_row + channels[None, :]
+        s_pointers = scales
     dx_pointers = dx + batch * dx_batch * UNIT + far * dx_row
     if block < head_blocks:
         columns = block * COLUMNS + tl.arange(0, COLUMNS)
         dy_row = head_row * UNIT
         _backward_columns(
-            x_pointers + columns[None, :],
+            x_pointers, s_pointers,
             dy_head + batch * head_batch * UNIT + far * dy_row + columns[None, :],
             dx_pointers + columns[None, :],
-            weight, bias, partial, start, columns, C_head, T, C, strip, x_row, dy_row, dx_row, 0,
-            W, STRIPS, COLUMNS, HEAD_STEP, 1,
+            weight, bias, partial, start, columns, C_head, T, C, strip, x_row, scale_row, dy_row, dx_row, 0,
+            W, STRIPS, COLUMNS, HEAD_STEP, 1, BITS,
         )  # fmt: skip
     elif SLICES > 0:
         inner = (block - head_blocks) * COLUMNS + tl.arange(0, COLUMNS)
         columns = C_head + inner
         dy_row = tail_row * UNIT
         _backward_columns(
-            x_pointers + columns[None, :],
+            x_pointers, s_pointers,
             dy_tail + batch * tail_batch * UNIT + far * dy_row + inner[None, :],
             dx_pointers + columns[None, :],
-            weight, bias, partial, start, columns, C, T, C, strip, x_row, dy_row, dx_row,
+            weight, bias, partial, start, columns, C, T, C, strip, x_row, scale_row, dy_row, dx_row,
             tl.cast(tail_slice, tl.int64) * UNIT,
-            W, STRIPS, COLUMNS, TAIL_STEP, SLICES,
+            W, STRIPS, COLUMNS, TAIL_STEP, SLICES, BITS,
         )  # fmt: skip
 
 
@@ -305,11 +390,34 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError("need weight and bias contiguous")
 
 
-def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+class Codes(NamedTuple):
+    """x [B, T, C], C a multiple of 64, as `quantize` makes it."""
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+
+
+def takes_codes(channels: int, taps: int) -> bool:
+    """Whether the kernels read codes of x: a block of channels is a group then."""
+    return channels % numbers.GROUP == 0 and taps <= 8
+
+
+def _coded(x: Tensor, codes: Codes | None, taps: int, head: int = 0) -> tuple[Tensor, Tensor, int]:
+    """(x or codes, scales, bits or 0), as kernels take them; `head` channels come in blocks of their own."""
+    if codes is None:
+        return x, x, 0
+    if not takes_codes(x.shape[-1], taps) or head % numbers.GROUP:
+        raise ValueError(f"need whole groups of {numbers.GROUP} channels and at most 8 taps for codes, got {x.shape}")
+    return codes.codes, codes.scales.view(torch.int16), codes.bits
+
+
+def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, codes: Codes | None = None) -> Tensor:
     """silu(causal depthwise convolution of x + bias).
 
     Args:
         x: [B, T, C], last stride 1, other strides free; float32 or bfloat16.
+        codes: of x, which then only gives shape and type.
         weight: [C, W] float32 contiguous, 2 ≤ W ≤ 16; the last tap meets the token itself.
         bias: [C] float32.
 
@@ -322,23 +430,27 @@ def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     _check(x, weight, bias)
     (batch, tokens, channels), taps = x.shape, weight.shape[1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    columns = _columns(taps, _FORWARD)
+    source, scales, bits = _coded(x, codes, taps)
+    tuning = _FORWARD_CODED if bits else _FORWARD
+    columns = _columns(taps, tuning)
     blocks = triton.cdiv(channels, columns)
-    strip = _strip_tokens(batch, tokens, blocks, _FORWARD, x.device)
+    strip = _strip_tokens(batch, tokens, blocks, tuning, x.device)
     programs = triton.cdiv(tokens, _STRIPS * strip)
     x_batch, x_row = _strides(x)
     unit = _unit(x_batch, x_row)
     if y.numel():
         conv_silu_forward_kernel[(batch * programs * blocks,)](
-            x, weight, bias, y, tokens, channels, strip, blocks, programs, x_batch // unit, x_row // unit,
-            W=taps, UNIT=unit, STRIPS=_STRIPS, COLUMNS=columns, STEP=_FORWARD.step, num_warps=_WARPS, num_stages=1,
+            source, scales, weight, bias, y, tokens, channels, strip, blocks, programs, x_batch // unit, x_row // unit,
+            W=taps, UNIT=unit, STRIPS=_STRIPS, COLUMNS=columns, STEP=tuning.step, BITS=bits,
+            num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
     return y
 
 
 def conv_silu_backward_partials(
-    x: Tensor, weight: Tensor, bias: Tensor, dy_head: Tensor, dy_tail: Tensor | None, out: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, dy_head: Tensor, dy_tail: Tensor | None, out: Tensor,
+    codes: Codes | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `conv_silu_forward`; the pre-activation is computed again from x. Deterministic.
 
     The gradient of the output comes in two parts along the channels, as the kernels of the state space model leave it.
@@ -348,6 +460,7 @@ def conv_silu_backward_partials(
         dy_head: [B, T, C1], last stride 1; any floating type.
         dy_tail: [S, B, T, C − C1] float32, last stride 1: S summands; None where C1 = C.
         out: [B, T, C], last stride 1, other strides free: dx is written into it, in its type. Must not overlap inputs.
+        codes: of x, in the type of `out`; x then only gives its shape, and may be `out`.
 
     Returns:
         Summands of dweight [rows, C · W] and of dbias [rows, C], float32: views of one buffer, for `sum_partials`.
@@ -372,6 +485,7 @@ def conv_silu_backward_partials(
             )
         tail_strides = _strides(dy_tail)
 
+    source, scales, bits = _coded(x, codes, taps, head)
     columns = _columns(taps, _BACKWARD)
     head_blocks = triton.cdiv(head, columns)
     blocks = head_blocks + triton.cdiv(channels - head, columns)
@@ -382,11 +496,11 @@ def conv_silu_backward_partials(
     partials = torch.empty((batch * programs, channels * (taps + 1)), dtype=torch.float32, device=x.device)
     if x.numel():
         conv_silu_backward_kernel[(batch * programs * blocks,)](
-            x, weight, bias, dy_head, dy_head if dy_tail is None else dy_tail, out, partials,
+            source, scales, weight, bias, dy_head, dy_head if dy_tail is None else dy_tail, out, partials,
             tokens, channels, head, strip, blocks, head_blocks, programs, *(stride // unit for stride in strides),
             W=taps, UNIT=unit, STRIPS=_STRIPS, COLUMNS=columns,
             HEAD_STEP=_BACKWARD.step, TAIL_STEP=4 if slices <= 1 else 2 if slices <= 4 else 1, SLICES=slices,
-            num_warps=_WARPS, num_stages=1,
+            BITS=bits, num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
     return partials[:, : channels * taps], partials[:, channels * taps :]
 

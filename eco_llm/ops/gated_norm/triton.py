@@ -14,7 +14,6 @@ Triton has itself).
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -26,10 +25,9 @@ from torch import Tensor
 from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.partials import sum_partials
 from eco_llm.ops.quantize import reference as numbers
-from eco_llm.ops.quantize.triton import GROUP, from_codes, signed_keys, step_keys, to_codes
+from eco_llm.ops.quantize.triton import signed_keys, step_keys
+from eco_llm.ops.rows import load_row, load_row_of_codes, programs_for, row_shape, store_chunk, store_codes
 from eco_llm.ops.sigmoid import sigmoid
-
-_CHUNKS = 3  # at most; more of them would not fit the registers in backward
 
 
 class _Tuning(NamedTuple):
@@ -43,70 +41,6 @@ class _Tuning(NamedTuple):
 
 # 1536 channels are 4 warps of 128 registers, by ptxas for compute capability 9.0: 4 programs, 37 kB being loaded.
 _BACKWARD = _Tuning(channels=4, warps=16, prefetch=False, registers=None)
-
-
-@triton.jit
-def _load_row(pointer, C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr):
-    """One row as N chunks, in its own type; 0 beyond C."""
-    columns = tl.arange(0, CHUNK)
-    row = ()
-    for k in tl.static_range(N):
-        here = pointer + (k * CHUNK + columns)
-        if (k + 1) * CHUNK <= C:
-            row = row + (tl.load(here),)
-        else:
-            row = row + (tl.load(here, mask=k * CHUNK + columns < C, other=0.0),)
-    return row
-
-
-@triton.jit
-def _load_row_of_codes(
-    codes, scales, row, C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr,
-    BITS: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.constexpr,
-):  # fmt: skip
-    """`_load_row` of row `row` of what the codes of a [rows, C] stand for, in DTYPE."""
-    GROUPS: tl.constexpr = CHUNK // GROUP
-    BYTES: tl.constexpr = GROUP * BITS // 8
-    group = tl.arange(0, GROUPS)[:, None]
-    codes += tl.cast(row, tl.int64) * (C // GROUP * BYTES)
-    scales += tl.cast(row, tl.int64) * (C // GROUP)
-    read = ()
-    for k in tl.static_range(N):
-        here = k * GROUPS + group
-        inside = here < C // GROUP
-        packed = tl.load(codes + here * BYTES + tl.arange(0, BYTES)[None, :], mask=inside, other=0)
-        scale_bits = tl.load(scales + here, mask=inside, other=0)
-        read = read + (tl.reshape(from_codes(packed, scale_bits, GROUPS, BITS, DTYPE, LARGEST), (CHUNK,)),)
-    return read
-
-
-@triton.jit
-def _store_codes(
-    codes, scales, values, row, k: tl.constexpr, key0, key1, C: tl.constexpr, CHUNK: tl.constexpr,
-    BITS: tl.constexpr, SLOPE: tl.constexpr,
-):  # fmt: skip
-    """Chunk k of row `row`, [CHUNK], as codes and scales of a [rows, C]."""
-    GROUPS: tl.constexpr = CHUNK // GROUP
-    BYTES: tl.constexpr = GROUP * BITS // 8
-    group = k * GROUPS + tl.arange(0, GROUPS)[:, None]
-    first = row.to(tl.int64) * (C // GROUP)
-    quads = (first * (GROUP // 4)).to(tl.uint32) + (group * (GROUP // 4) + tl.arange(0, GROUP // 4)[None, :]).to(
-        tl.uint32
-    )
-    values = tl.reshape(values.to(tl.float32), (GROUPS, GROUP))
-    packed, scale_bits = to_codes(values, quads, key0, key1, GROUPS, BITS, SLOPE)
-    inside = group < C // GROUP
-    tl.store(codes + first * BYTES + group * BYTES + tl.arange(0, BYTES)[None, :], packed, mask=inside)
-    tl.store(scales + first + group, scale_bits, mask=inside)
-
-
-@triton.jit
-def _store_chunk(pointer, value, k: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
-    columns = k * CHUNK + tl.arange(0, CHUNK)
-    if (k + 1) * CHUNK <= C:
-        tl.store(pointer + columns, value.to(pointer.dtype.element_ty))
-    else:
-        tl.store(pointer + columns, value.to(pointer.dtype.element_ty), mask=columns < C)
 
 
 @triton.jit
@@ -134,9 +68,9 @@ def gated_norm_forward_kernel(
     """BITS: 0, and the third line of arguments is not read; or what y and z are written in too, by `quantize`."""
     row = tl.program_id(0)
     batch, token = _split_row(row, T, FLAT)
-    y_now = _load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
-    z_now = _load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
-    scale = _load_row(weight, C, CHUNK, N)
+    y_now = load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
+    z_now = load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
+    scale = load_row(weight, C, CHUNK, N)
     gated = ()
     squares = tl.zeros((CHUNK,), tl.float32)
     for k in tl.static_range(N):
@@ -147,13 +81,13 @@ def gated_norm_forward_kernel(
     inverse = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / C + eps)
     out = g + row.to(tl.int64) * C
     for k in tl.static_range(N):
-        _store_chunk(out, gated[k] * inverse * scale[k], k, C, CHUNK)
+        store_chunk(out, gated[k] * inverse * scale[k], k, C, CHUNK)
     if BITS:
         y_key0, y_key1 = step_keys(step, y_key0, y_key1)
         z_key0, z_key1 = step_keys(step, z_key0, z_key1)
         for k in tl.static_range(N):
-            _store_codes(y_codes, y_scales, y_now[k], row, k, y_key0, y_key1, C, CHUNK, BITS, SLOPE)
-            _store_codes(z_codes, z_scales, z_now[k], row, k, z_key0, z_key1, C, CHUNK, BITS, SLOPE)
+            store_codes(y_codes, y_scales, y_now[k], row, k, y_key0, y_key1, C, CHUNK, BITS, SLOPE)
+            store_codes(z_codes, z_scales, z_now[k], row, k, z_key0, z_key1, C, CHUNK, BITS, SLOPE)
 
 
 @triton.jit(
@@ -173,16 +107,16 @@ def gated_norm_backward_kernel(
     BITS: 0, or what y and z, of the type of dy, are given in: y and z are their codes then, and scales are read.
     """
     first = tl.program_id(0)
-    scale = _load_row(weight, C, CHUNK, N)
+    scale = load_row(weight, C, CHUNK, N)
     d_scale = ()
     for _ in tl.static_range(N):
         d_scale = d_scale + (tl.zeros((CHUNK,), tl.float32),)
     tl.static_assert(BITS == 0 or not PREFETCH)
     if PREFETCH:
         batch, token = _split_row(first, T, FLAT)
-        dg_ahead = _load_row(dg + _row_offset(batch, token, dg_batch, dg_row, UNIT), C, CHUNK, N)
-        y_ahead = _load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
-        z_ahead = _load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
+        dg_ahead = load_row(dg + _row_offset(batch, token, dg_batch, dg_row, UNIT), C, CHUNK, N)
+        y_ahead = load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
+        z_ahead = load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
     for row in range(first, rows, tl.num_programs(0)):
         batch, token = _split_row(row, T, FLAT)
         if PREFETCH:
@@ -191,17 +125,17 @@ def gated_norm_backward_kernel(
             following = row + tl.num_programs(0)
             following = tl.where(following < rows, following, row)
             next_batch, next_token = _split_row(following, T, FLAT)
-            dg_ahead = _load_row(dg + _row_offset(next_batch, next_token, dg_batch, dg_row, UNIT), C, CHUNK, N)
-            y_ahead = _load_row(y + _row_offset(next_batch, next_token, y_batch, y_row, UNIT), C, CHUNK, N)
-            z_ahead = _load_row(z + _row_offset(next_batch, next_token, z_batch, z_row, UNIT), C, CHUNK, N)
+            dg_ahead = load_row(dg + _row_offset(next_batch, next_token, dg_batch, dg_row, UNIT), C, CHUNK, N)
+            y_ahead = load_row(y + _row_offset(next_batch, next_token, y_batch, y_row, UNIT), C, CHUNK, N)
+            z_ahead = load_row(z + _row_offset(next_batch, next_token, z_batch, z_row, UNIT), C, CHUNK, N)
         else:
-            dg_now = _load_row(dg + _row_offset(batch, token, dg_batch, dg_row, UNIT), C, CHUNK, N)
+            dg_now = load_row(dg + _row_offset(batch, token, dg_batch, dg_row, UNIT), C, CHUNK, N)
             if BITS:
-                y_now = _load_row_of_codes(y, y_scales, row, C, CHUNK, N, BITS, dy.dtype.element_ty, LARGEST)
-                z_now = _load_row_of_codes(z, z_scales, row, C, CHUNK, N, BITS, dy.dtype.element_ty, LARGEST)
+                y_now = load_row_of_codes(y, y_scales, row, C, CHUNK, N, BITS, dy.dtype.element_ty, LARGEST)
+                z_now = load_row_of_codes(z, z_scales, row, C, CHUNK, N, BITS, dy.dtype.element_ty, LARGEST)
             else:
-                y_now = _load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
-                z_now = _load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
+                y_now = load_row(y + _row_offset(batch, token, y_batch, y_row, UNIT), C, CHUNK, N)
+                z_now = load_row(z + _row_offset(batch, token, z_batch, z_row, UNIT), C, CHUNK, N)
 
         squares = tl.zeros((CHUNK,), tl.float32)
         products = tl.zeros((CHUNK,), tl.float32)
@@ -229,42 +163,20 @@ def gated_norm_backward_kernel(
             normal = value * silu * inverse
             dh = inverse * (scale[k] * gradient - normal * mean)
             passed = dh * value * open_share
-            _store_chunk(dy_out, dh * silu, k, C, CHUNK)
-            _store_chunk(dz_out, passed + passed * (gate - silu), k, C, CHUNK)  # σ (1 + z (1 − σ)) is silu'
+            store_chunk(dy_out, dh * silu, k, C, CHUNK)
+            store_chunk(dz_out, passed + passed * (gate - silu), k, C, CHUNK)  # σ (1 + z (1 − σ)) is silu'
             if STORE_G:
-                _store_chunk(g_out, normal * scale[k], k, C, CHUNK)
+                store_chunk(g_out, normal * scale[k], k, C, CHUNK)
             summed = summed + (d_scale[k] + gradient * normal,)
         d_scale = summed
     for k in tl.static_range(N):
-        _store_chunk(partials + first.to(tl.int64) * C, d_scale[k], k, C, CHUNK)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # the interpreter: few, so that a program meets several rows
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _shape(channels: int, widest: int) -> dict[str, int]:
-    """Chunks of a row and warps: chunks of a third of the row at least, so that little of the last one is idle, and
-    at most `widest` channels a thread and chunk.
-    """
-    chunk = max(128, triton.next_power_of_2(triton.cdiv(channels, _CHUNKS)))
-    warps = max(1, min(16, chunk // (32 * widest)))
-    return {"C": channels, "CHUNK": chunk, "N": triton.cdiv(channels, chunk), "num_warps": warps, "num_stages": 1}
+        store_chunk(partials + first.to(tl.int64) * C, d_scale[k], k, C, CHUNK)
 
 
 def _backward_shape(channels: int) -> dict[str, int]:
-    shape = _shape(channels, _BACKWARD.channels)
+    shape = row_shape(channels, _BACKWARD.channels)
     limit = {} if _BACKWARD.registers is None else {"maxnreg": _BACKWARD.registers}
     return {**shape, "PREFETCH": _BACKWARD.prefetch, **limit}
-
-
-def _programs(rows: int, warps: int, device: torch.device) -> int:
-    """As few programs as do not take longer than all that fit at once, for each leaves a partial sum."""
-    fitting = max(1, _BACKWARD.warps // warps) * _processors(device)
-    return math.ceil(rows / math.ceil(rows / fitting))
 
 
 def _is_flat(tensors: tuple[Tensor, ...]) -> bool:
@@ -320,7 +232,7 @@ def gated_norm_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tens
     if g.numel():
         gated_norm_forward_kernel[(batch * tokens,)](
             y, z, weight, g, eps, tokens, *(stride // unit for stride in strides), *[g] * 5, 0, 0, 0, 0,
-            UNIT=unit, FLAT=flat, BITS=0, SLOPE=0.0, **_shape(channels, 8),
+            UNIT=unit, FLAT=flat, BITS=0, SLOPE=0.0, **row_shape(channels, 8),
         )  # fmt: skip
     return g
 
@@ -361,7 +273,7 @@ def gated_norm_forward_to_codes(
             y, z, weight, g, eps, tokens, *(stride // unit for stride in strides),
             y_codes, y_scales.view(torch.int16), z_codes, z_scales.view(torch.int16), step,
             *signed_keys(y_stream), *signed_keys(z_stream),
-            UNIT=unit, FLAT=flat, BITS=bits, SLOPE=numbers.slope(bits), **_shape(channels, 8),
+            UNIT=unit, FLAT=flat, BITS=bits, SLOPE=numbers.slope(bits), **row_shape(channels, 8),
         )  # fmt: skip
     return g, Codes(y_codes, y_scales, z_codes, z_scales, bits)
 
@@ -402,12 +314,13 @@ def gated_norm_backward_partials(
     inputs = (y, z, weight, weight)
     if codes is not None:
         inputs = (codes.y, codes.z, codes.y_scales.view(torch.int16), codes.z_scales.view(torch.int16))
-    programs = _programs(rows, _shape(channels, _BACKWARD.channels)["num_warps"], y.device)
+    shape = _backward_shape(channels)
+    programs = programs_for(rows, shape["num_warps"], _BACKWARD.warps, y.device)
     partials = torch.empty((programs, channels), dtype=torch.float32, device=y.device)
     gated_norm_backward_kernel[(programs,)](
         dg, *inputs, weight, dy_out, dz_out, g, partials, eps, rows, tokens, *(stride // unit for stride in strides),
         UNIT=unit, FLAT=flat, STORE_G=g_out is not None, BITS=codes.bits if codes else 0,
-        LARGEST=torch.finfo(dy_out.dtype).max, **_backward_shape(channels),
+        LARGEST=torch.finfo(dy_out.dtype).max, **shape,
     )  # fmt: skip
     return partials
 

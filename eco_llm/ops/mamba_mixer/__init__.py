@@ -11,21 +11,17 @@ from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.mamba_mixer.reference import mamba_mixer_reference
 from eco_llm.ops.products import compute_dtype
-from eco_llm.ops.quantize import GROUP, OPS_STREAMS, Keep
-from eco_llm.ops.quantize.reference import empty_codes
+from eco_llm.ops.quantize import GROUP, Keep
 from eco_llm.ops.ssd.operator import padded_length, unsupported_by_triton
 
-__all__ = ["mamba_mixer", "unsupported"]
+__all__ = ["mamba_mixer", "unsupported", "writes_codes"]
 
 Backend = Literal["auto", "reference", "triton"]
-STREAMS = (OPS_STREAMS + 1, OPS_STREAMS + 2, OPS_STREAMS + 3)
-"""Of the random numbers with which y, z and xBC are quantized."""
 
 
 def mamba_mixer(
     u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    norm_weight: Tensor, out_weight: Tensor, *, state_dim: int, eps: float, chunk_size: int, keep: Keep | None = None,
-    backend: Backend = "auto",
+    norm_weight: Tensor, out_weight: Tensor, *, state_dim: int, eps: float, chunk_size: int, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """z, xBC, dt = split(in_weight u); out_weight · norm(ssd(conv(xBC), softplus(dt + bias)) · silu(z)).
 
@@ -41,16 +37,13 @@ def mamba_mixer(
         state_dim: N.
         eps: of the norm.
         chunk_size: tokens in a chunk of the SSD.
-        keep: how y, z and xBC are kept for backward: as they are (None), or in few bits, each in row-major order.
-            Through Triton; else they are kept as they are, and hooks of autograd may pack them.
         backend: `auto` is `triton` where `eco_llm.ops.backend` says so and the shape allows it.
 
     Returns:
         [B, T, D] in the type of the products.
 
     Raises:
-        ValueError: `triton` asked for a shape or type that its kernels do not take, or a `keep` that no tensor on the
-            device of u can be quantized with.
+        ValueError: `triton` asked for a shape or type that its kernels do not take.
     """
     heads, inner = dt_bias.shape[0], norm_weight.shape[0]
     u = u.to(compute_dtype(u))  # out here, where a compiler fuses it into what made u
@@ -60,12 +53,7 @@ def mamba_mixer(
     arguments = (u, in_weight, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight)
     with torch.autocast(u.device.type, enabled=False):
         if backend == "triton" or (backend == "auto" and reason is None and uses_triton(u)):
-            out: Tensor
-            numel = u.shape[:2].numel() * conv_weight.shape[0]
-            if keep is not None and torch.is_grad_enabled() and inner % GROUP == 0 and keep.serves(u, numel):
-                out = _mixer_to_codes(*arguments, state_dim, eps, chunk_size, keep.bits, keep.step)[0]
-            else:
-                out = _mixer(*arguments, state_dim, eps, chunk_size)[0]
+            out: Tensor = _mixer(*arguments, state_dim, eps, chunk_size)[0]
             return out
         return mamba_mixer_reference(*arguments, state_dim=state_dim, eps=eps, chunk_size=chunk_size)
 
@@ -77,6 +65,25 @@ def unsupported(dtype: torch.dtype, inner: int, width: int, state_dim: int) -> s
     if inner > MAX_TRITON_CHANNELS:
         return f"an inner width of {inner} is over {MAX_TRITON_CHANNELS}"
     return unsupported_by_triton(dtype, width, state_dim)
+
+
+def writes_codes(x: Tensor, conv_weight: Tensor, inner: int, width: int, state_dim: int, keep: Keep) -> bool:
+    """Whether `coded.coded_mixer` serves a stream x [B, T, D]: kernels, and channels in whole groups.
+
+    Args:
+        x: the stream.
+        conv_weight: [channels of xBC, W].
+        inner, width, state_dim: as of `unsupported`.
+        keep: of `coded_mixer`.
+
+    Raises:
+        ValueError: a `keep` that no tensor on the device of x can be quantized with.
+    """
+    if not uses_triton(x) or x.dtype != torch.float32 or unsupported(compute_dtype(x), inner, width, state_dim):
+        return False
+    channels = x.shape[-1]
+    whole = inner % GROUP == 0 and channels % GROUP == 0 and channels <= MAX_TRITON_CHANNELS
+    return whole and keep.serves(x, x.shape[:2].numel() * max(channels, conv_weight.shape[0]))
 
 
 _Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -132,15 +139,6 @@ def _(
     u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int,
 ) -> _Seven:  # fmt: skip
-    return _gradients_of(u, in_weight, conv_weight, conv_bias, A, norm_weight, out_weight)
-
-
-def _gradients_of(
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, A: Tensor, norm_weight: Tensor,
-    out_weight: Tensor,
-) -> _Seven:  # fmt: skip
-    """Tensors like those that backward returns."""
-
     def like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -164,77 +162,3 @@ def _differentiate(ctx: Any, d_out: Tensor, *unused: None) -> tuple[Tensor | Non
 
 
 _mixer.register_autograd(_differentiate, setup_context=_save)
-
-
-# The same with codes in the places of zxbcdt and y: operators of their own, for these return the same tensors always.
-@torch.library.custom_op("eco_llm::mamba_mixer_to_codes", mutates_args=())
-def _mixer_to_codes(
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int, bits: int, step: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from eco_llm.ops.mamba_mixer.triton import mixer_forward_to_codes
-
-    return mixer_forward_to_codes(
-        u, in_weight, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, state_dim, eps, chunk_size,
-        bits, step, STREAMS,
-    )  # fmt: skip
-
-
-@_mixer_to_codes.register_fake
-def _(
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int, bits: int, step: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    batch, time, _ = u.shape
-    tokens, heads, inner = batch * time, dt_bias.shape[0], norm_weight.shape[0]
-    kept = [t for width in (inner, inner, conv_weight.shape[0]) for t in empty_codes(tokens * width, bits, u)]
-    padded = padded_length(time, chunk_size, u.dtype)
-    narrow_in, narrow_out = (u.new_empty((0,) if w.dtype == u.dtype else w.shape) for w in (in_weight, out_weight))
-    return (
-        u.new_empty(batch, time, out_weight.shape[0]), *kept, u.new_empty(tokens * heads),
-        u.new_empty(2, batch, heads, padded, dtype=torch.float32), narrow_in, narrow_out,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("eco_llm::mamba_mixer_from_codes", mutates_args=())
-def _mixer_from_codes(
-    d_out: Tensor, y: Tensor, y_scales: Tensor, z: Tensor, z_scales: Tensor, xbc: Tensor, xbc_scales: Tensor,
-    dt: Tensor, decays: Tensor, narrow_in: Tensor, narrow_out: Tensor,
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int, bits: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from eco_llm.ops.mamba_mixer.triton import KeptCodes, mixer_backward
-
-    kept = KeptCodes(d_out, y, y_scales, z, z_scales, xbc, xbc_scales, dt, decays, narrow_in, narrow_out)
-    return mixer_backward(
-        d_out, kept, u, in_weight, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, state_dim, eps,
-        chunk_size, bits,
-    )  # fmt: skip
-
-
-@_mixer_from_codes.register_fake
-def _(
-    d_out: Tensor, y: Tensor, y_scales: Tensor, z: Tensor, z_scales: Tensor, xbc: Tensor, xbc_scales: Tensor,
-    dt: Tensor, decays: Tensor, narrow_in: Tensor, narrow_out: Tensor,
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int, bits: int,
-) -> _Seven:  # fmt: skip
-    return _gradients_of(u, in_weight, conv_weight, conv_bias, A, norm_weight, out_weight)
-
-
-def _save_codes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.state_dim, ctx.eps, ctx.chunk_size, ctx.bits, _ = inputs
-    ctx.save_for_backward(*output[1:], *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_from_codes(ctx: Any, d_out: Tensor, *unused: None) -> tuple[Tensor | None, ...]:
-    with torch.autocast(d_out.device.type, enabled=False):
-        d_u, d_in, d_conv_weight, d_conv_bias, small, d_norm, d_out_weight = _mixer_from_codes(
-            d_out, *ctx.saved_tensors, ctx.state_dim, ctx.eps, ctx.chunk_size, ctx.bits
-        )
-    dA, d_bias, dD = small.unbind()
-    return d_u, d_in, d_conv_weight, d_conv_bias, d_bias, dA, dD, d_norm, d_out_weight, None, None, None, None, None
-
-
-_mixer_to_codes.register_autograd(_differentiate_from_codes, setup_context=_save_codes)

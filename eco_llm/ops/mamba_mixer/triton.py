@@ -3,19 +3,22 @@
 Forward keeps the input, the in-projection's output and y for backward: (768 + 3352 + 1536) · 2 = 11.3 kB a token at the
 default width of 768, and 0.2 kB of decays. What the convolution, the norm and the state passing made is made again in
 backward, where it costs a few kernels that only move bytes. Where codes are kept instead (`mixer_forward_to_codes`),
-the norm's kernels write and read those of y and z, and the convolution's input passes through the quantizer. The
+the norm's kernels write and read those of y and z, and the convolution's read those of its input in backward; the
+quantizer writes them. The
 products with weights are cuBLAS's; the weights' gradients leave them in the weights' own type, and their compute-type
 copies are made once a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eco_llm.ops.causal_conv.triton import conv_silu_backward_partials, conv_silu_forward
+from eco_llm.ops.causal_conv.triton import Codes as ConvCodes
+from eco_llm.ops.causal_conv.triton import conv_silu_backward_partials, conv_silu_forward, takes_codes
 from eco_llm.ops.gated_norm.triton import (
     Codes,
     gated_norm_backward_partials,
@@ -151,15 +154,18 @@ class MixerGradients(NamedTuple):
 
 
 def mixer_backward(
-    d_out: Tensor, kept: Kept | KeptCodes, u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor,
-    dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float,
-    chunk_size: int, bits: int = 0,
+    d_out: Tensor, kept: Kept | KeptCodes, u: Tensor | Callable[[Tensor], Tensor], in_weight: Tensor,
+    conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor,
+    out_weight: Tensor, state_dim: int, eps: float, chunk_size: int, bits: int = 0,
 ) -> MixerGradients:  # fmt: skip
-    """Every gradient; d_out [B, T, D]. `kept.out` is not read; `bits` are of codes, where those were kept."""
+    """Every gradient; d_out [B, T, D]. `kept.out` is not read; `bits` are of codes, where those were kept.
+
+    A function in the place of u is given its gradient and returns u, perhaps in the same place; the gradient is its.
+    """
     heads, inner = dt_bias.shape[0], norm_weight.shape[0]
     narrow_in = kept.in_weight if kept.in_weight.numel() else in_weight
     narrow_out = kept.out_weight if kept.out_weight.numel() else out_weight
-    d_zxbcdt = u.new_empty(*u.shape[:2], in_weight.shape[0])  # filled through its three views: no concatenation
+    d_zxbcdt = d_out.new_empty(*d_out.shape[:2], in_weight.shape[0])  # filled through its three views: no concatenation
     d_z, d_xbc, d_dt = _split(d_zxbcdt, inner, heads)
 
     d_out = d_out.contiguous()
@@ -177,18 +183,26 @@ def mixer_backward(
     d_out_weight = weight_gradient(d_out.flatten(0, 1), gated.flatten(0, 1), out_weight.dtype)
     del gated
 
+    conv_codes = None
     if isinstance(kept, KeptCodes):
-        xbc = dequantize_triton(kept.xbc, kept.xbc_scales, d_xbc.shape, u.dtype, bits)
-        dt = kept.dt.view(d_dt.shape)
-    x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias), inner, heads, state_dim)
+        xbc, dt = d_xbc, kept.dt.view(d_dt.shape)
+        if takes_codes(*conv_weight.shape):
+            conv_codes = ConvCodes(kept.xbc, kept.xbc_scales, bits)  # d_xbc is a stand-in, of shape and type
+        else:
+            xbc = dequantize_triton(kept.xbc, kept.xbc_scales, d_xbc.shape, d_out.dtype, bits)
+    x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias, conv_codes), inner, heads, state_dim)
     s = ssd.shape_of(x, B, chunk_size)
     by_head = d_y.view(*d_y.shape[:2], heads, inner // heads)
     grads = ssd.backward(by_head, x, dt, dt_bias, A, B, C, D, s, initial=None, d_final=None, d_raw=d_dt, d=kept.decays)
-    conv_partials = conv_silu_backward_partials(xbc, conv_weight, conv_bias, grads.dx.flatten(2), grads.d_bc, d_xbc)
+    conv_partials = conv_silu_backward_partials(
+        xbc, conv_weight, conv_bias, grads.dx.flatten(2), grads.d_bc, d_xbc, conv_codes
+    )
     d_conv_weight, d_conv_bias, d_norm_weight, small = sum_partials(
         *conv_partials, norm_partials, grads.partial.flatten(1)
     )
     d_u = d_zxbcdt @ narrow_in
+    if not isinstance(u, Tensor):
+        u = u(d_u)
     d_in_weight = weight_gradient(d_zxbcdt.flatten(0, 1), u.flatten(0, 1), in_weight.dtype)
     return MixerGradients(
         d_u, d_in_weight, d_conv_weight.view_as(conv_weight), d_conv_bias, small.view(3, heads), d_norm_weight,

@@ -8,21 +8,17 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
+from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.products import compute_dtype, linear
-from eco_llm.ops.quantize import GROUP, OPS_STREAMS, Keep
-from eco_llm.ops.quantize.reference import empty_codes
+from eco_llm.ops.quantize import GROUP, Keep
 from eco_llm.ops.swiglu.reference import swiglu_mlp_reference
 
-__all__ = ["swiglu_mlp"]
+__all__ = ["swiglu_mlp", "writes_codes"]
 
 Backend = Literal["auto", "reference", "triton"]
-A_STREAM = OPS_STREAMS
-"""Of the random numbers with which a = gate_up · x is quantized."""
 
 
-def swiglu_mlp(
-    x: Tensor, gate_up: Tensor, down: Tensor, *, keep: Keep | None = None, backend: Backend = "auto"
-) -> Tensor:
+def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: Backend = "auto") -> Tensor:
     """down · (silu(gate) · up), with gate and up the two halves of gate_up · x (arXiv 2002.05202).
 
     Computed in the autocast type if autocast is on, else in the type of x; silu · up is float32 inside through
@@ -32,8 +28,6 @@ def swiglu_mlp(
         x: [B, T, D], free strides.
         gate_up: [2F, D]; rows 0…F−1 gate, F…2F−1 up.
         down: [D, F]. Weights are cast to the type of the products inside.
-        keep: how a, gate and up before the gate, is kept for backward: as it is (None), or in few bits, in row-major
-            order. Through Triton, F a multiple of 64; else a is kept as it is, and hooks of autograd may pack it.
         backend: `auto` takes Triton where it serves (CUDA; products and weights in float32 or bfloat16), else the
             reference.
 
@@ -41,8 +35,7 @@ def swiglu_mlp(
         [B, T, D] in the type of the products.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, `triton` asked for a type that it does not serve, or a
-            `keep` that no tensor on the device of x can be quantized with.
+        ValueError: shapes that do not fit, an unknown backend, or `triton` asked for a type that it does not serve.
     """
     if x.ndim != 3 or gate_up.ndim != 2 or gate_up.shape != (2 * down.shape[-1], x.shape[-1]):
         raise ValueError(f"need x [B, T, D] and gate_up [2F, D], got {tuple(x.shape)}, {tuple(gate_up.shape)}")
@@ -51,7 +44,7 @@ def swiglu_mlp(
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"unknown SwiGLU backend {backend!r}; known: auto, reference, triton")
     x = x.to(compute_dtype(x))  # out here, where a compiler fuses it into what made x
-    served = all(t.dtype in (torch.float32, torch.bfloat16) for t in (x, gate_up, down))
+    served = _served(x.dtype, gate_up, down)
     if backend == "triton" and not served:
         raise ValueError(f"the Triton SwiGLU takes float32 or bfloat16, got {x.dtype}, {gate_up.dtype}, {down.dtype}")
     if backend == "reference" or (backend == "auto" and not (served and uses_triton(x))):
@@ -61,11 +54,26 @@ def swiglu_mlp(
         return linear(_silu_mul(linear(x, gate_up)), down)
     y: Tensor
     with torch.autocast(x.device.type, enabled=False):
-        if keep is not None and down.shape[1] % GROUP == 0 and keep.serves(x, x.shape[:2].numel() * gate_up.shape[0]):
-            y = _mlp_to_codes(x, gate_up, down, keep.bits, keep.step)[0]
-        else:
-            y = _mlp(x, gate_up, down)[0]
+        y = _mlp(x, gate_up, down)[0]
     return y
+
+
+def writes_codes(x: Tensor, gate_up: Tensor, down: Tensor, keep: Keep) -> bool:
+    """Whether `coded.coded_mlp` serves a stream x [B, T, D]: kernels, and channels in whole groups.
+
+    Raises:
+        ValueError: a `keep` that no tensor on the device of x can be quantized with.
+    """
+    if not uses_triton(x) or x.dtype != torch.float32 or not _served(compute_dtype(x), gate_up, down):
+        return False
+    channels = x.shape[-1]
+    whole = down.shape[1] % GROUP == 0 and channels % GROUP == 0 and channels <= MAX_TRITON_CHANNELS
+    return whole and keep.serves(x, x.shape[:2].numel() * max(channels, gate_up.shape[0]))
+
+
+def _served(dtype: torch.dtype, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether the kernels take products in this type, of these weights."""
+    return all(d in (torch.float32, torch.bfloat16) for d in (dtype, gate_up.dtype, down.dtype))
 
 
 # Operators, so that torch.compile sees opaque nodes with known shapes: it would otherwise trace into the launchers.
@@ -131,62 +139,3 @@ def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor, Tensor, Tens
 
 
 _mlp.register_autograd(_differentiate, setup_context=_save)
-
-
-# The same with codes and scales in the place of a: operators of their own, for these return the same tensors always.
-@torch.library.custom_op("eco_llm::swiglu_mlp_to_codes", mutates_args=())
-def _mlp_to_codes(
-    x: Tensor, gate_up: Tensor, down: Tensor, bits: int, step: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from eco_llm.ops.swiglu.triton import mlp_forward_to_codes
-
-    return mlp_forward_to_codes(x, gate_up, down, bits, step, A_STREAM)
-
-
-@_mlp_to_codes.register_fake
-def _(
-    x: Tensor, gate_up: Tensor, down: Tensor, bits: int, step: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    codes, scales = empty_codes(x.shape[0] * x.shape[1] * gate_up.shape[0], bits, x)
-    w_gate_up, w_down = (x.new_empty(0 if w.dtype == x.dtype else w.shape) for w in (gate_up, down))
-    return x.new_empty(x.shape), codes, scales, w_gate_up, w_down
-
-
-@torch.library.custom_op("eco_llm::swiglu_mlp_from_codes", mutates_args=())
-def _mlp_from_codes(
-    dy: Tensor, x: Tensor, codes: Tensor, scales: Tensor, gate_up: Tensor, down: Tensor, bits: int,
-    gate_up_dtype: torch.dtype, down_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from eco_llm.ops.swiglu.triton import Codes, mlp_backward
-
-    return mlp_backward(dy, x, Codes(codes, scales, bits), gate_up, down, gate_up_dtype, down_dtype)
-
-
-@_mlp_from_codes.register_fake
-def _(
-    dy: Tensor, x: Tensor, codes: Tensor, scales: Tensor, gate_up: Tensor, down: Tensor, bits: int,
-    gate_up_dtype: torch.dtype, down_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    d_gate_up, d_down = (
-        gate_up.new_empty(gate_up.shape, dtype=gate_up_dtype),
-        down.new_empty(down.shape, dtype=down_dtype),
-    )
-    return x.new_empty(x.shape), d_gate_up, d_down
-
-
-def _save_codes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *weights, ctx.bits, _ = inputs
-    _, codes, scales, *casts = output
-    used = (w if w.dtype == x.dtype else cast for w, cast in zip(weights, casts, strict=True))
-    ctx.save_for_backward(x, codes, scales, *used)
-    ctx.dtypes = tuple(w.dtype for w in weights)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_from_codes(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    with torch.autocast(dy.device.type, enabled=False):
-        d_x, d_gate_up, d_down = _mlp_from_codes(dy, *ctx.saved_tensors, ctx.bits, *ctx.dtypes)
-    return d_x, d_gate_up, d_down, None, None
-
-
-_mlp_to_codes.register_autograd(_differentiate_from_codes, setup_context=_save_codes)

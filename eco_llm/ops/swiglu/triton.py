@@ -10,6 +10,7 @@ before those of its ups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -265,22 +266,26 @@ def mlp_forward_to_codes(
 
 
 def mlp_backward(
-    dy: Tensor, x: Tensor, a: Tensor | Codes, gate_up: Tensor, down: Tensor, gate_up_dtype: torch.dtype,
-    down_dtype: torch.dtype,
+    dy: Tensor, x: Tensor | Callable[[Tensor], Tensor], a: Tensor | Codes, gate_up: Tensor, down: Tensor,
+    gate_up_dtype: torch.dtype, down_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x [B, T, D], gate_up and down.
 
     Args:
         dy: [B, T, D], the gradient of the result.
-        x: [B, T, D].
+        x: [B, T, D]; or a function that is given the gradient of x and returns x, perhaps in the same place: the
+            gradient is its then.
         a: [B·T, 2F], x · gate_upᵀ as forward left it; or codes that stand for it.
         gate_up, down: the weights in the type of x.
         gate_up_dtype, down_dtype: of their gradients.
     """
-    dy = dy.reshape(-1, dy.shape[-1])
+    shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
     dh = dy @ down
     da = silu_mul_from_codes(a, dh) if isinstance(a, Codes) else silu_mul_backward(a, dh)
     d_down = weight_gradient(dy, dh, down_dtype)  # dh is h now
     del dh
-    d_gate_up = weight_gradient(da, x.flatten(0, 1), gate_up_dtype)
-    return (da @ gate_up).view(x.shape), d_gate_up, d_down
+    if isinstance(x, Tensor):
+        d_gate_up = weight_gradient(da, x.flatten(0, 1), gate_up_dtype)
+        return (da @ gate_up).view(shape), d_gate_up, d_down
+    d_x = (da @ gate_up).view(shape)
+    return d_x, weight_gradient(da, x(d_x).flatten(0, 1), gate_up_dtype), d_down

@@ -1,0 +1,129 @@
+"""The residual stream's sum and the RMSNorm that reads it, in one pass. Maths and bytes: README.md beside this file."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eco_llm.ops.add_norm.reference import add_rms_norm_reference
+from eco_llm.ops.backend import uses_triton
+from eco_llm.ops.products import compute_dtype
+
+__all__ = ["add_rms_norm"]
+
+Backend = Literal["auto", "reference", "triton"]
+MAX_TRITON_CHANNELS = 8192
+
+
+def add_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, keep_sum: bool, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """s = x + delta, and s / sqrt(mean(s²) + eps) · weight over the last axis. No host sync.
+
+    Args:
+        x: [B, T, D], the residual stream, at least float32.
+        delta: [B, T, D], what a sub-layer adds to it, in any float type that x can hold; None: nothing. s is
+            a copy of x then where kernels make it: so its gradients, of all that reads s, still leave one pass.
+        weight: [D].
+        eps: added to the mean square.
+        keep_sum: what the kernels keep for backward, to no effect on results: s, or x and delta, where those are kept
+            by others anyway and s is not.
+        backend: `auto` takes Triton where it serves the types (CUDA, x float32, D ≤ 8192), else the reference.
+
+    Returns:
+        (s [B, T, D] in the type of x, the norm [B, T, D] in the type that products of x have now: autocast's, if on).
+
+    Raises:
+        ValueError: shapes or types that do not fit, an unknown backend, or `triton` asked for what it does not serve.
+    """
+    added = x if delta is None else delta
+    if x.ndim != 3 or added.shape != x.shape or weight.shape != x.shape[2:]:
+        raise ValueError(
+            f"need x and delta [B, T, D], weight [D], got {tuple(x.shape)}, {tuple(added.shape)}, {tuple(weight.shape)}"
+        )
+    if x.dtype not in (torch.float32, torch.float64) or torch.promote_types(x.dtype, added.dtype) != x.dtype:
+        raise ValueError(f"need x of at least float32 and delta no wider, got {x.dtype}, {added.dtype}")
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"unknown norm backend {backend!r}; known: auto, reference, triton")
+    dtype = compute_dtype(x)
+    kernels_know = (torch.float32, torch.bfloat16)
+    served = x.dtype == torch.float32 and {added.dtype, dtype} <= {*kernels_know} and x.shape[2] <= MAX_TRITON_CHANNELS
+    if backend == "triton" and not served:
+        raise ValueError(
+            f"the Triton norm takes a float32 sum of float32 or bfloat16, results of those types and at most "
+            f"{MAX_TRITON_CHANNELS} channels; got {x.dtype}, {added.dtype}, {dtype}, {x.shape[2]}"
+        )
+    if backend == "triton" or (backend == "auto" and served and uses_triton(x)):
+        with torch.autocast(x.device.type, enabled=False):
+            total, normed = _add_norm(x, delta, weight.float(), eps, dtype, keep_sum)
+        return total, normed
+    return add_rms_norm_reference(x, delta, weight, eps, dtype)
+
+
+# Operators, so that torch.compile sees one opaque node with known shapes: it would otherwise trace into the launchers.
+@torch.library.custom_op("eco_llm::add_rms_norm", mutates_args=())
+def _add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, keep_sum: bool
+) -> tuple[Tensor, Tensor]:
+    from eco_llm.ops.add_norm.triton import add_norm_forward
+
+    delta = None if delta is None else delta.contiguous()
+    return add_norm_forward(x.contiguous(), delta, weight.contiguous(), eps, dtype)
+
+
+@_add_norm.register_fake
+def _(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, keep_sum: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("eco_llm::add_rms_norm_backward", mutates_args=())
+def _add_norm_backward(
+    d_total: Tensor | None, d_normed: Tensor, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float,
+    narrow: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from eco_llm.ops.add_norm.triton import add_norm_backward
+
+    x, d_normed, weight = x.contiguous(), d_normed.contiguous(), weight.contiguous()
+    d_total, delta = (None if t is None else t.contiguous() for t in (d_total, delta))
+    dx, narrowed, d_weight = add_norm_backward(d_total, d_normed, x, delta, weight, eps, narrow)
+    return dx, dx.new_empty(0) if narrowed is None else narrowed, d_weight
+
+
+@_add_norm_backward.register_fake
+def _(
+    d_total: Tensor | None, d_normed: Tensor, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float,
+    narrow: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    narrowed = x.new_empty(0) if narrow == x.dtype else x.new_empty(x.shape, dtype=narrow)
+    return x.new_empty(x.shape), narrowed, weight.new_empty(weight.shape)
+
+
+def _save(
+    ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, float, torch.dtype, bool], output: tuple[Tensor, Tensor]
+) -> None:
+    x, delta, weight, ctx.eps, _, keep_sum = inputs
+    ctx.narrow = None if delta is None else delta.dtype
+    ctx.save_for_backward(weight, *((output[0], None) if keep_sum else (x, delta)))
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+    weight, x, delta = ctx.saved_tensors
+    narrow = ctx.narrow or x.dtype
+    d_weight = None
+    if d_normed is None:  # nobody read the norm
+        dx = d_total
+        narrowed = None if dx is None else dx.to(narrow)
+    else:
+        dx, narrowed, d_weight = _add_norm_backward(d_total, d_normed, x, delta, weight, ctx.eps, narrow)
+        if narrow == x.dtype:
+            narrowed = dx
+    # x and delta have the same gradient; that of delta is rounded to its type in the same pass.
+    return dx, None if ctx.narrow is None else narrowed, d_weight, None, None, None
+
+
+_add_norm.register_autograd(_differentiate, setup_context=_save)

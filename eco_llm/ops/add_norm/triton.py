@@ -1,0 +1,238 @@
+# Kernels build tuples of tiles by `+`, for they know no unpacking, and rebind a name with another number of them.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, no-untyped-def, var-annotated"
+"""Residual sum and RMSNorm as Triton kernels. Maths and bytes: README.md beside this file.
+
+A program owns `ROWS` rows (tokens) at a time, in at most six chunks of `CHUNK` channels that stay in registers between
+the statistics and their use, so that everything is read once. A chunk gives a thread four channels of one row, whatever
+the type: 16 bytes of float32, and no exchange between threads where float32 meets bfloat16. Up to 768 channels a row
+lies in one warp, whose sums are shuffles. Backward is a persistent grid: a program keeps its share of dWeight in
+registers over all its rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eco_llm.ops.add_norm import MAX_TRITON_CHANNELS
+from eco_llm.ops.partials import sum_partials
+
+_CHUNKS = 6  # at most: 24 channels a thread, which backward holds five times
+_CHANNELS_OF_A_WARP = 128  # in a chunk
+_FORWARD_WARPS, _BACKWARD_WARPS = 4, 8
+# Programs of backward on a multiprocessor, by its registers: 123 kB being loaded at 768 channels, where 25 are enough.
+# By ptxas for compute capability 9.0 it takes at most 128 of its own accord, and spills nothing.
+_RESIDENT, _REGISTERS = 2, 128
+
+
+@triton.jit
+def _load(pointer, k: tl.constexpr, live, C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """Chunk k of ROWS rows, in its own type; 0 beyond C and in rows that are not live."""
+    columns = k * CHUNK + tl.arange(0, CHUNK)[None, :]
+    here = pointer + (tl.arange(0, ROWS)[:, None] * C + columns)
+    inside = live
+    if (k + 1) * CHUNK > C:
+        inside = live & (columns < C)
+    return tl.load(here, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(pointer, value, k: tl.constexpr, live, C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    columns = k * CHUNK + tl.arange(0, CHUNK)[None, :]
+    here = pointer + (tl.arange(0, ROWS)[:, None] * C + columns)
+    inside = live
+    if (k + 1) * CHUNK > C:
+        inside = live & (columns < C)
+    tl.store(here, value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_weight(weight, k: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """Chunk k of the weight beside each row, read as rows are: read once, it would change threads before its use."""
+    columns = k * CHUNK + tl.arange(0, CHUNK)[None, :] + tl.zeros((ROWS, 1), tl.int32)
+    return tl.load(weight + columns, mask=columns < C, other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_norm_forward_kernel(
+    x, delta, weight, total, normed, eps, rows,
+    C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, HAS_DELTA: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    live = (first + tl.arange(0, ROWS) < rows)[:, None]
+    x += first * C
+    delta += first * C
+    total += first * C
+    normed += first * C
+    now = ()
+    for k in tl.static_range(N):
+        value = _load(x, k, live, C, CHUNK, ROWS)
+        if HAS_DELTA:
+            value += _load(delta, k, live, C, CHUNK, ROWS).to(tl.float32)
+        now = now + (value,)
+    squares = tl.zeros((ROWS, CHUNK), tl.float32)
+    for k in tl.static_range(N):
+        _store(total, now[k], k, live, C, CHUNK, ROWS)
+        squares += now[k] * now[k]
+    inverse = (1.0 / tl.sqrt(tl.sum(squares, axis=1) / C + eps))[:, None]
+    for k in tl.static_range(N):
+        _store(normed, now[k] * inverse * _load_weight(weight, k, C, CHUNK, ROWS), k, live, C, CHUNK, ROWS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_norm_backward_kernel(
+    d_total, d_normed, x, delta, weight, dx, narrowed, partials, eps, rows,
+    C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    HAS_D_TOTAL: tl.constexpr, HAS_DELTA: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """HAS_DELTA: x + delta is the sum, else x is. NARROW: dx is written a second time, in the type of `narrowed`."""
+    program = tl.program_id(0)
+    d_scale = ()
+    for _ in tl.static_range(N):
+        d_scale = d_scale + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    for turn in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        first = tl.cast(turn, tl.int64) * ROWS
+        live = (first + tl.arange(0, ROWS) < rows)[:, None]
+        at = first * C
+        now = ()
+        gradient = ()
+        passing = ()
+        for k in tl.static_range(N):
+            gradient = gradient + (_load(d_normed + at, k, live, C, CHUNK, ROWS),)
+            value = _load(x + at, k, live, C, CHUNK, ROWS)
+            if HAS_DELTA:
+                value += _load(delta + at, k, live, C, CHUNK, ROWS).to(tl.float32)
+            now = now + (value,)
+        if HAS_D_TOTAL:
+            for k in tl.static_range(N):
+                passing = passing + (_load(d_total + at, k, live, C, CHUNK, ROWS),)
+        squares = tl.zeros((ROWS, CHUNK), tl.float32)
+        products = tl.zeros((ROWS, CHUNK), tl.float32)
+        for k in tl.static_range(N):
+            squares += now[k] * now[k]
+            products += now[k] * (_load_weight(weight, k, C, CHUNK, ROWS) * gradient[k].to(tl.float32))
+        # ds = inverse (w dn − n mean(n w dn)) with n = s · inverse
+        inverse = (1.0 / tl.sqrt(tl.sum(squares, axis=1) / C + eps))[:, None]
+        mean = tl.sum(products, axis=1)[:, None] / C * inverse
+        summed = ()
+        for k in tl.static_range(N):
+            normal = now[k] * inverse
+            received = gradient[k].to(tl.float32)
+            # Read again: the weight lies in the fastest cache, and registers are what limits the programs.
+            ds = inverse * (_load_weight(weight, k, C, CHUNK, ROWS) * received - normal * mean)
+            if HAS_D_TOTAL:
+                ds += passing[k]
+            _store(dx + at, ds, k, live, C, CHUNK, ROWS)
+            if NARROW:
+                _store(narrowed + at, ds, k, live, C, CHUNK, ROWS)
+            summed = summed + (d_scale[k] + received * normal,)
+        d_scale = summed
+    partials += program.to(tl.int64) * C
+    for k in tl.static_range(N):
+        columns = k * CHUNK + tl.arange(0, CHUNK)
+        tl.store(partials + columns, tl.sum(d_scale[k], axis=0), mask=columns < C)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # the interpreter: few, so that a program meets several rows
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _shape(channels: int, warps: int) -> dict[str, int]:
+    """How a program of so many warps, or as many as a row needs, cuts rows of so many channels."""
+    chunk = max(_CHANNELS_OF_A_WARP, triton.next_power_of_2(triton.cdiv(channels, _CHUNKS)))
+    of_a_row = chunk // _CHANNELS_OF_A_WARP
+    warps = max(warps, of_a_row)
+    return {
+        "C": channels, "CHUNK": chunk, "N": triton.cdiv(channels, chunk), "ROWS": warps // of_a_row,
+        "num_warps": warps, "num_stages": 1,
+    }  # fmt: skip
+
+
+def _check(x: Tensor, weight: Tensor, **others: Tensor | None) -> None:
+    if x.ndim != 3 or weight.shape != x.shape[2:] or not 1 <= x.shape[2] <= MAX_TRITON_CHANNELS:
+        raise ValueError(
+            f"need x [B, T, D ≤ {MAX_TRITON_CHANNELS}], weight [D], got {tuple(x.shape)}, {tuple(weight.shape)}"
+        )
+    for name, tensor in {"x": x, "weight": weight}.items():
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(f"need {name} in float32 and contiguous, got {tensor.dtype}")
+    for name, other in others.items():
+        if other is not None and (other.shape != x.shape or not other.is_contiguous()):
+            raise ValueError(f"need {name} of the shape of x, {tuple(x.shape)}, contiguous, got {tuple(other.shape)}")
+
+
+def add_norm_forward(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """s = x + delta, or a copy of x, and its RMSNorm.
+
+    Args:
+        x: [B, T, D] float32, contiguous, D ≤ 8192.
+        delta: [B, T, D], contiguous, float32 or bfloat16; or None.
+        weight: [D] float32.
+        eps: added to the mean square.
+        dtype: of the norm, float32 or bfloat16.
+
+    Returns:
+        (s [B, T, D] float32, the norm [B, T, D]), contiguous.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit.
+    """
+    _check(x, weight, delta=delta)
+    total, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        rows, shape = x.shape[0] * x.shape[1], _shape(x.shape[2], _FORWARD_WARPS)
+        add_norm_forward_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
+            x, x if delta is None else delta, weight, total, normed, eps, rows, HAS_DELTA=delta is not None, **shape
+        )
+    return total, normed
+
+
+def add_norm_backward(
+    d_total: Tensor | None, d_normed: Tensor, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float,
+    narrow: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Gradients of `add_norm_forward`; statistics are computed again. Deterministic.
+
+    Args:
+        d_total: [B, T, D] float32, the gradient of s but for what comes through the norm; None: zero.
+        d_normed: [B, T, D], the gradient of the norm.
+        x, delta, weight, eps: as in `add_norm_forward`; delta None if x is s.
+        narrow: the type that the gradient of delta is wanted in.
+
+    All [B, T, D] are contiguous.
+
+    Returns:
+        (that of x [B, T, D] float32, the same in `narrow`, None where that is float32, dweight [D] float32).
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit.
+    """
+    _check(x, weight, d_total=d_total, d_normed=d_normed, delta=delta)
+    channels = x.shape[2]
+    dx = torch.empty_like(x)
+    narrowed = None if narrow == x.dtype else torch.empty_like(x, dtype=narrow)
+    if x.numel() == 0:
+        return dx, narrowed, torch.zeros_like(weight)
+    rows, shape = x.shape[0] * x.shape[1], _shape(channels, _BACKWARD_WARPS)
+    # As few programs as do not take longer than all that fit at once, for each leaves a partial sum.
+    turns = triton.cdiv(rows, shape["ROWS"])
+    programs = math.ceil(turns / math.ceil(turns / (_RESIDENT * _processors(x.device))))
+    partials = torch.empty((programs, channels), dtype=torch.float32, device=x.device)
+    add_norm_backward_kernel[(programs,)](
+        x if d_total is None else d_total, d_normed, x, x if delta is None else delta, weight,
+        dx, dx if narrowed is None else narrowed, partials, eps, rows,
+        HAS_D_TOTAL=d_total is not None, HAS_DELTA=delta is not None, NARROW=narrowed is not None, maxnreg=_REGISTERS,
+        **shape,
+    )  # fmt: skip
+    return dx, narrowed, sum_partials(partials)[0]

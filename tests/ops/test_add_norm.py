@@ -1,0 +1,273 @@
+"""The residual sum with its norm against their definition, and the Triton kernels against it; values and gradients.
+
+Tests of the kernels need a GPU (`-m gpu`), or Triton's interpreter: TRITON_INTERPRET=1 pytest -m gpu.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import INTERPRETED, KERNEL_DEVICE, assert_close, normal
+from torch import Tensor
+
+from eco_llm.ops.add_norm import add_rms_norm
+
+EPS = 1e-5
+# Largest error of a result as a share of its largest element.
+# The interpreter cuts numbers off to bf16 where a GPU rounds them.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
+SUM_TOLERANCE = 1e-5  # float32 sums over all tokens
+
+
+def autocast(device: str, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    """In which products have the type, bfloat16 or no other than their operands'."""
+    return torch.autocast(device, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+
+def exact(x: Tensor, delta: Tensor, weight: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """s, the norm, and gradients of x, delta and weight, in float64 by the definition."""
+    leaves = [t.detach().double().requires_grad_() for t in (x, delta, weight)]
+    total = leaves[0] + leaves[1]
+    normed = leaves[2] * total / torch.sqrt(total.square().mean(-1, keepdim=True) + EPS)
+    return total, normed, *torch.autograd.grad((total, normed), leaves, [g.double() for g in gradients])
+
+
+def cases(
+    shape: tuple[int, int, int], wide: torch.dtype, narrow: torch.dtype, device: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """([x, delta, weight], [the gradients of s and of the norm])."""
+    x, d_total = (normal(*shape, seed=seed, dtype=wide, device=device) for seed in (0, 1))
+    delta, d_normed = (normal(*shape, seed=seed, dtype=narrow, device=device) for seed in (2, 3))
+    return [x, delta, normal(shape[2], seed=4, dtype=wide, device=device)], [d_total, d_normed]
+
+
+def compare(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], wide: torch.dtype, narrow: torch.dtype) -> None:
+    kinds = (wide, narrow, wide, narrow, wide)
+    assert tuple(t.dtype for t in got) == kinds
+    for kind, actual, expected in zip(kinds[:-1], got[:-1], wanted[:-1], strict=True):
+        assert_close(actual, expected, TOLERANCE[kind])
+    assert_close(got[-1], wanted[-1], 1e-12 if wide == torch.float64 else SUM_TOLERANCE)
+
+
+def test_without_a_delta_the_sum_is_x() -> None:
+    (x, _, weight), (d_total, d_normed) = cases((2, 7, 24), torch.float32, torch.float32, "cpu")
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    results = add_rms_norm(leaves[0], None, leaves[1], EPS, keep_sum=True)
+    assert torch.equal(results[0], x)
+    got = torch.autograd.grad(results, leaves, (d_total, d_normed))
+    wanted = exact(x, torch.zeros_like(x), weight, d_total, d_normed)
+    for actual, expected in zip((results[1], *got), (wanted[1], wanted[2], wanted[4]), strict=True):
+        assert_close(actual, expected, SUM_TOLERANCE)
+
+
+TYPES = [(torch.float64,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("keep_sum", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 3, 40), (2, 63, 24)], ids=str)
+@pytest.mark.parametrize(("wide", "narrow"), TYPES, ids=str)
+def test_reference_is_the_definition(
+    wide: torch.dtype, narrow: torch.dtype, shape: tuple[int, int, int], keep_sum: bool
+) -> None:
+    inputs, gradients = cases(shape, wide, narrow, "cpu")
+    leaves = [t.requires_grad_() for t in inputs]
+    with autocast("cpu", narrow):
+        results = add_rms_norm(*leaves, EPS, keep_sum=keep_sum)
+    got = (*results, *torch.autograd.grad(results, leaves, gradients))
+    compare(got, exact(*inputs, *gradients), wide, narrow)
+
+
+def test_compiled_reference() -> None:
+    inputs, _ = cases((2, 12, 6), torch.float32, torch.float32, "cpu")
+    compiled = torch.compile(add_rms_norm, backend="aot_eager", fullgraph=True)
+    expected = add_rms_norm(*inputs, EPS, keep_sum=True)
+    for actual, want in zip(compiled(*inputs, EPS, keep_sum=True), expected, strict=True):
+        assert_close(actual, want, 1e-6)
+
+
+def test_mistakes_are_refused() -> None:
+    (x, delta, weight), _ = cases((2, 12, 6), torch.float32, torch.float32, "cpu")
+    for wrong in ((x, delta[:1], weight), (x, delta, weight[:1]), (x[0], delta[0], weight)):
+        with pytest.raises(ValueError, match="need x and delta"):
+            add_rms_norm(*wrong, EPS, keep_sum=True)
+    for wide, narrow in ((x.bfloat16(), delta), (x, delta.double())):
+        with pytest.raises(ValueError, match="at least float32"):
+            add_rms_norm(wide, narrow, weight, EPS, keep_sum=True)
+    with pytest.raises(ValueError, match="unknown norm backend"):
+        add_rms_norm(x, delta, weight, EPS, keep_sum=True, backend="apex")
+    with pytest.raises(ValueError, match="float64"):
+        add_rms_norm(x.double(), delta, weight, EPS, keep_sum=True, backend="triton")
+
+
+# Rows of less than a chunk, of chunks with nothing idle, of one warp and of several, of chunks with idle ends; numbers
+# of rows that no program's rows divide.
+SHAPES = [
+    (2, 1, 40), (2, 63, 200), (1, 100, 128), (3, 67, 768), (1, 21, 1024), (1, 3, 2560), (1, 2, 5001), (1, 2, 8192),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("keep_sum", [False, True])
+@pytest.mark.parametrize("has_d_total", [False, True])
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels(narrow: torch.dtype, has_d_total: bool, keep_sum: bool, shape: tuple[int, int, int]) -> None:
+    from eco_llm.ops.add_norm.triton import add_norm_backward, add_norm_forward
+
+    wide = torch.float32
+    (x, delta, weight), (d_total, d_normed) = cases(shape, wide, narrow, KERNEL_DEVICE)
+    wanted = exact(x, delta, weight, d_total if has_d_total else torch.zeros_like(d_total), d_normed)
+    total, normed = add_norm_forward(x, delta, weight, EPS, narrow)
+
+    def backward() -> tuple[Tensor, Tensor, Tensor]:
+        of_sum = (total, None) if keep_sum else (x, delta)
+        dx, narrowed, d_weight = add_norm_backward(
+            d_total if has_d_total else None, d_normed, *of_sum, weight, EPS, narrow
+        )
+        assert (narrowed is None) == (narrow == wide)
+        return dx, dx if narrowed is None else narrowed, d_weight
+
+    first = backward()
+    compare((total, normed, *first), wanted, wide, narrow)
+    assert torch.equal(total, x + delta)
+    for one, two in zip(first, backward(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("keep_sum", [False, True])
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
+def test_public_function_through_triton(narrow: torch.dtype, keep_sum: bool, compiled: bool) -> None:
+    inputs, gradients = cases((2, 17, 40), torch.float32, narrow, KERNEL_DEVICE)
+    leaves = [t.requires_grad_() for t in inputs]
+
+    def caller(x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x * 1, delta * 1, weight, EPS, keep_sum=keep_sum, backend="triton")
+
+    run = torch.compile(caller, backend="aot_eager", fullgraph=True) if compiled else caller
+    with autocast(KERNEL_DEVICE, narrow):
+        results = run(*leaves)
+    got = (*results, *torch.autograd.grad(results, leaves, gradients))
+    compare(got, exact(*inputs, *gradients), torch.float32, narrow)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+def test_a_gradient_of_either_result_alone() -> None:
+    inputs, (d_total, d_normed) = cases((2, 5, 40), torch.float32, torch.bfloat16, KERNEL_DEVICE)
+    leaves = [t.requires_grad_() for t in inputs]
+    with autocast(KERNEL_DEVICE, torch.bfloat16):
+        total, normed = add_rms_norm(*leaves, EPS, keep_sum=True, backend="triton")
+    dx, d_delta = torch.autograd.grad(total, leaves[:2], d_total, retain_graph=True)
+    assert torch.equal(dx, d_total)
+    assert torch.equal(d_delta, d_total.bfloat16())
+    got = torch.autograd.grad(normed, leaves, d_normed)
+    wanted = exact(*inputs, torch.zeros_like(d_total), d_normed)[2:]
+    for actual, expected in zip(got, wanted, strict=True):
+        assert_close(actual, expected, TOLERANCE[torch.bfloat16] if actual.dtype == torch.bfloat16 else SUM_TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("keep_sum", [False, True])
+def test_without_a_delta_the_bits_are_those_of_a_delta_of_zeros(keep_sum: bool) -> None:
+    (x, _, weight), gradients = cases((2, 37, 768), torch.float32, torch.bfloat16, KERNEL_DEVICE)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    results = []
+    for delta in (None, torch.zeros_like(x, dtype=torch.bfloat16)):
+        with autocast(KERNEL_DEVICE, torch.bfloat16):
+            pair = add_rms_norm(leaves[0], delta, leaves[1], EPS, keep_sum=keep_sum, backend="triton")
+        results.append((*pair, *torch.autograd.grad(pair, leaves, gradients)))
+    assert results[0][0].data_ptr() != x.data_ptr()
+    for without, zeros in zip(*results, strict=True):
+        assert without.isfinite().all()
+        assert torch.equal(without, zeros)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(0, 5, 40), (2, 0, 40)], ids=str)
+def test_no_rows(shape: tuple[int, int, int]) -> None:
+    inputs, gradients = cases(shape, torch.float32, torch.float32, KERNEL_DEVICE)
+    leaves = [t.requires_grad_() for t in inputs]
+    results = add_rms_norm(*leaves, EPS, keep_sum=False, backend="triton")
+    dx, d_delta, d_weight = torch.autograd.grad(results, leaves, gradients)
+    assert (dx.shape, d_delta.shape) == (shape, shape)
+    assert torch.equal(d_weight, torch.zeros_like(d_weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="PyTorch's own kernels, on a GPU")
+def test_kernels_agree_with_pytorchs_own() -> None:
+    """Sum, norm and every gradient in the types of training, at the default width."""
+    inputs, gradients = cases((2, 1000, 768), torch.float32, torch.bfloat16, "cuda")
+    leaves = [t.requires_grad_() for t in inputs]
+    with torch.autocast("cuda", torch.bfloat16):
+        ours = add_rms_norm(*leaves, EPS, keep_sum=True, backend="triton")
+    total = leaves[0] + leaves[1]
+    theirs = (total, F.rms_norm(total, (768,), leaves[2], EPS).bfloat16())
+    assert torch.equal(ours[0], theirs[0])
+    got, wanted = (torch.autograd.grad(r, leaves, gradients) for r in (ours, theirs))
+    for actual, expected in zip((ours[1], *got), (theirs[1], *wanted), strict=True):
+        assert actual.dtype == expected.dtype
+        assert_close(actual, expected, TOLERANCE[actual.dtype] if actual.shape == total.shape else SUM_TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("channels", [768, 2560, 8192])
+def test_no_program_waits_or_changes_threads_but_where_it_must(
+    channels: int, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled for each card, not run: wide accesses only, and in rows of one warp no barrier in forward."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from eco_llm.ops.add_norm import triton as launchers
+
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+    built: dict[str, tuple[int, str]] = {}
+
+    class Spy:
+        def __init__(self, kernel: object) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: object) -> object:
+            def launch(
+                *args: object, num_warps: int, num_stages: int, maxnreg: int | None = None, **constants: object
+            ) -> None:
+                signature, attributes = {}, {}
+                for i, (name, value) in enumerate(zip(self.kernel.arg_names, args, strict=False)):
+                    if isinstance(value, Tensor):
+                        signature[name] = names[value.dtype]
+                        attributes[(i,)] = [["tt.divisibility", 16]]
+                    else:
+                        signature[name] = "fp32" if isinstance(value, float) else "i32"
+                signature |= dict.fromkeys(constants, "constexpr")
+                source = ASTSource(self.kernel, signature, dict(constants), attributes)
+                options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+                compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+                built[self.kernel.__name__] = compiled.metadata.shared, compiled.asm["ptx"]
+
+            return launch
+
+    for name in ("add_norm_forward_kernel", "add_norm_backward_kernel"):
+        monkeypatch.setattr(launchers, name, Spy(getattr(launchers, name)))
+    monkeypatch.setattr(launchers, "sum_partials", lambda partials: [partials[0]])
+    x, delta, weight = torch.empty(1, 64, channels), torch.empty(1, 64, channels).bfloat16(), torch.empty(channels)
+    launchers.add_norm_forward(x, delta, weight, EPS, torch.bfloat16)
+    launchers.add_norm_backward(x, delta, x, delta, weight, EPS, torch.bfloat16)
+    assert len(built) == 2
+    for shared, ptx in built.values():
+        assert shared <= 8192
+        loads = re.findall(r"ld\.global\S*", ptx)
+        assert loads
+        assert all(".v2.b32" in load or ".v4.b32" in load for load in loads)  # four channels of a thread
+    assert ("bar.sync" in built["add_norm_forward_kernel"][1]) == (channels > 768)
