@@ -25,6 +25,9 @@ from eco_llm.model.linear import Linear
 from eco_llm.model.norm import RMSNorm
 from eco_llm.model.rotary import rotary_table, rotate
 
+VECTOR = 16
+"""Bytes that attention kernels read at once: values whose rows do not begin at a multiple of it are copied."""
+
 
 @dataclass
 class MLACache:
@@ -99,6 +102,8 @@ class MLA(nn.Module):
         batch, time, _ = c_kv.shape
         kv = self.kv_up(c_kv).view(batch, time, self.n_heads, self.nope_dim + self.head_dim).transpose(1, 2)
         k_nope, v = kv.split((self.nope_dim, self.head_dim), dim=-1)
+        if any(width * v.element_size() % VECTOR for width in (self.nope_dim, self.head_dim)):
+            v = v.contiguous()
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.n_heads, -1, -1)), dim=-1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
