@@ -128,8 +128,9 @@ def main() -> None:
     shape = SigmaConfig(**{**vars(shape), "mlp_hidden_dim": equal_mlp_width(shape, gpt_parameters)})
     started = time.perf_counter()
     before = allocated()
-    c3o = C3OConfig(
-        c3o_trust_norm_refresh_drift=0.02 if on_cuda else 0.0,  # the profiles'
+    c3o = C3OConfig(  # the profiles'
+        c3o_sphere=1.0,
+        c3o_trust_norm_refresh_drift=0.02 if on_cuda else 0.0,
         c3o_state_dtype=arguments.c3o_state_dtype,
     )
     bf16 = arguments.weights_dtype == "bf16"
@@ -249,7 +250,7 @@ def main() -> None:
         "peer": describe(arguments.peer, ["model.py", "train.py"]), "peak_flops_is": rate_is,
         "dtype": str(runtime.compute_dtype), "threads": torch.get_num_threads(),
         "model": {"layers": layers, "width": width, "heads": heads, "vocab": vocab, **ours_only},
-        "storage": {"weights": arguments.weights_dtype, "c3o_state": arguments.c3o_state_dtype},
+        "storage": {"weights": arguments.weights_dtype, "c3o_state": arguments.c3o_state_dtype}, "c3o": vars(c3o),
         "table": {
             "title": f"{arguments.shape}",
             "header": ["step", "ms", "tokens/s", "MFU", "peak, GiB", "its time / ours", "95% interval"],

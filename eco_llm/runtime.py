@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 from eco_llm.config import RuntimeConfig
 from eco_llm.errors import UserError
-from eco_llm.head_start import importing
 from eco_llm.host_memory import keep_freed_memory
+from eco_llm.imports import importing
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ def _cache_whole_graphs() -> None:
     """
     import torch
 
-    with importing("torch._inductor"):
+    with importing("torch._inductor", freeze=False):  # its caller's objects are there already
         import torch._inductor.compile_fx  # the whole compiler, which the first `torch.compile` needs
         import torch._inductor.config as inductor
 

@@ -138,9 +138,12 @@ class FourBitError(saved_tensors_hooks):
         super().__init__(self._measure, lambda x: x)
         self._tokens, self._weights, self._draw = tokens, {tuple(shape) for shape in weights}, draw
         self._sums = torch.zeros(2, dtype=torch.float32, device=draw.device)
+        self._seen: dict[tuple[Any, ...], Tensor] = {}  # as in `Packing`: what two ops keep is stored once
 
     def _measure(self, x: Tensor) -> Tensor:
-        if is_activation(x, self._tokens, self._weights):
+        key = (x.data_ptr(), x.numel(), x.dtype, x._version)
+        if is_activation(x, self._tokens, self._weights) and key not in self._seen:
+            self._seen[key] = x.detach()
             self.add(x)
         return x.detach()
 
@@ -150,6 +153,7 @@ class FourBitError(saved_tensors_hooks):
 
     def relative(self) -> Tensor:
         """|what would be stored − what is| / |what is| over all tensors taken in, 0-dim."""
+        self._seen.clear()
         return (self._sums[0] / self._sums[1].clamp(min=1e-30)).sqrt()
 
 

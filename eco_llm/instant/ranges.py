@@ -7,6 +7,7 @@ inside the phase `eco/backward`, and the gradient follows it. A compiled block i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,6 +63,11 @@ class NamedBlock:
     def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
         """The block's, under its name."""
         return self._part("coded_feed", x, delta, keep)
+
+    def watched(self, x: Tensor, seen: contextlib.AbstractContextManager[Any]) -> Tensor:
+        """The block's; a probe has no place in a trace."""
+        result: Tensor = self._block.watched(x, seen)  # type: ignore[attr-defined]  # a sub-layer's is not asked
+        return result
 
     def _part(self, name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = NamedBlock(self._block, self._name, getattr(self._block, name))(*arguments)

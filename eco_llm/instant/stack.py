@@ -59,6 +59,9 @@ class Block(Layer, Protocol):
     def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
         """The second half of `coded`."""
 
+    def watched(self, x: Tensor, seen: contextlib.AbstractContextManager[Any]) -> Tensor:
+        """The result for x, what `coded` would keep codes of being kept inside `seen`."""
+
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Its weights."""
 
@@ -369,11 +372,14 @@ class Stack:
         measured = FourBitError(self._draw(index), (x.shape[0], x.shape[1]), [p.shape for p in block.parameters()])
         with setting.restored():
             leaf = x.detach().requires_grad_()
-            if self._mixers[index] == "mamba":
+            if self._mixers[index] == "mla":
+                measured.add(x)
+            if block.writes_codes(leaf, Keep(4, self._draw(index))):
+                y = block.watched(leaf, measured)
+            elif self._mixers[index] == "mamba":
                 with measured:
                     y = _sum(*block(leaf))
             else:
-                measured.add(x)
                 mix, feed = block.sub_layers
                 middle = (x + setting.value(mix, x)).requires_grad_()
                 with measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal
 
 import torch
@@ -68,6 +69,19 @@ class Block(nn.Module):
     def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
         """The second half of `coded`, for any mixer."""
         return self.mlp.coded(x, delta, self.mlp_norm, keep)
+
+    def watched(self, x: Tensor, seen: contextlib.AbstractContextManager[Any]) -> Tensor:
+        """x [B, T, D] -> the result [B, T, D]. Inside `seen` runs what keeps the tensors that `coded`, or `coded_feed`
+        after an MLA mixer, has as codes: not the norms, which keep the stream here and codes of their results there.
+        """
+        u = self.mixer_norm(x)
+        with seen if isinstance(self.mixer, Mamba) else contextlib.nullcontext():
+            mixed = self.mixer(u)
+        x = x + mixed
+        v = self.mlp_norm(x)
+        with seen:
+            fed = self.mlp(v)
+        return x + fed
 
     @property
     def sub_layers(self) -> tuple[SubLayer, SubLayer]:

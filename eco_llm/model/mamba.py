@@ -83,7 +83,7 @@ class Mamba(nn.Module):
         from eco_llm.ops.mamba_mixer.coded import coded_mixer  # imports Triton
 
         return coded_mixer(
-            x, added, norm.weight, norm.eps, *self._weights(), state_dim=self.state_dim, eps=self.norm.eps,
+            x, added, norm.weight.float(), norm.eps, *self._weights(), state_dim=self.state_dim, eps=self.norm.eps,
             chunk_size=choose_chunk(x.shape[1], self.chunk), keep=keep,
         )  # fmt: skip
 

@@ -30,4 +30,4 @@ class SwiGLU(nn.Module):
         """(x + added, forward of its norm), of which backward has codes: `ops.swiglu.coded`."""
         from eco_llm.ops.swiglu.coded import coded_mlp  # imports Triton
 
-        return coded_mlp(x, added, norm.weight, norm.eps, self.gate_up.weight, self.down.weight, keep=keep)
+        return coded_mlp(x, added, norm.weight.float(), norm.eps, self.gate_up.weight, self.down.weight, keep=keep)

@@ -227,19 +227,24 @@ class SigmaLLM(nn.Module):
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile every block in place with torch.compile, for static shapes.
 
-        Blocks of a kind share one compiled graph, and the first, which has no delta, takes one more: that is three
-        compilations, not one a layer (four where INSTANT runs the halves of a block on their own). Names in the state
-        dict do not change. Generation (`prefill`, `step`) stays uncompiled.
+        Blocks of a kind share compiled graphs, and the first, which has no delta, takes one more: that is three
+        compilations for training, not one a layer, and as many for validation; a mix of memory modes takes more of
+        them. Names in the state dict do not change. Generation (`prefill`, `step`) stays uncompiled.
 
         Raises:
             UserError: a pinned chunk of 256 on CUDA before torch 2.13, whose compiler cannot scan 256 tokens.
         """
+        from torch._dynamo import config as dynamo
+
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
         if self.config.mamba_chunk == 256 and self.embedding.weight.is_cuda and version < (2, 13):
             raise UserError(
                 f"--mamba-chunk 256 cannot be compiled by torch {torch.__version__}:"
                 " use 64 or 128, --no-torch-compile, or torch 2.13"
             )
+        # Kinds of block × delta or none × with and without gradients: more graphs of one code than Dynamo's limit of 8,
+        # past which it goes on uncompiled, may be needed.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 32)
         for block, halves in zip(self._blocks(), self.stack.by_sub_layer, strict=True):
             block.compile(dynamic=False, backend=backend)
             if halves:

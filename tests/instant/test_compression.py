@@ -147,6 +147,29 @@ def test_four_bits_only_where_a_probe_allows_them(build: Build, batch: tuple[Ten
     assert not fixed.stack.review_due(200)
 
 
+def test_the_probe_of_coded_blocks_sees_what_they_keep(build: Build, batch: tuple[Tensor, Tensor]) -> None:
+    """The norms' results, and what mixer and MLP keep; no stream, and of an MLA mixer nothing."""
+
+    class Seen(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self) -> None:
+            self.tensors: list[Tensor] = []
+            super().__init__(lambda t: self.tensors.append(t) or t, lambda t: t)  # type: ignore[func-returns-value]
+
+    model = build("compress")
+    x = torch.randn(2, 63, SHAPE.d_model, device=batch[0].device, requires_grad=True)
+    for block, mixer in zip(model._blocks(), SHAPE.mixer_pattern, strict=True):
+        seen = Seen()
+        y = block.watched(x, seen)
+        total, delta = block(x)
+        torch.testing.assert_close(y, total + delta, rtol=1e-5, atol=1e-6)
+        norms = {"mlp": block.mlp_norm(x + block.mix(x))} | ({"mixer": block.mixer_norm(x)} if mixer == "mamba" else {})
+        kept = [t.reshape(x.shape) for t in seen.tensors if t.numel() == x.numel() and t.shape[-1] == x.shape[-1]]
+        for name, normed in norms.items():
+            assert any(torch.allclose(t, normed, rtol=1e-4, atol=1e-5) for t in kept), name
+        for stream in (x, x + block.mix(x)):
+            assert not any(torch.equal(t, stream) for t in kept)
+
+
 def test_probes_leave_no_trace_in_training(build: Build, batch: tuple[Tensor, Tensor]) -> None:
     plain, probed = build("compress"), build("compress")
     probed.review_memory(10, batch[0])

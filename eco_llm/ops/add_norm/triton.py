@@ -12,9 +12,6 @@ registers over all its rows.
 
 from __future__ import annotations
 
-import functools
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from eco_llm.ops.add_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.partials import sum_partials
+from eco_llm.ops.rows import programs_for
 
 _CHUNKS = 6  # at most: 24 channels a thread, which backward holds five times
 _CHANNELS_OF_A_WARP = 128  # in a chunk
@@ -139,13 +137,6 @@ def add_norm_backward_kernel(
         tl.store(partials + columns, tl.sum(d_scale[k], axis=0), mask=columns < C)
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # the interpreter: few, so that a program meets several rows
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _shape(channels: int, warps: int) -> dict[str, int]:
     """How a program of so many warps, or as many as a row needs, cuts rows of so many channels."""
     chunk = max(_CHANNELS_OF_A_WARP, triton.next_power_of_2(triton.cdiv(channels, _CHUNKS)))
@@ -225,9 +216,8 @@ def add_norm_backward(
     if x.numel() == 0:
         return dx, narrowed, torch.zeros_like(weight)
     rows, shape = x.shape[0] * x.shape[1], _shape(channels, _BACKWARD_WARPS)
-    # As few programs as do not take longer than all that fit at once, for each leaves a partial sum.
-    turns = triton.cdiv(rows, shape["ROWS"])
-    programs = math.ceil(turns / math.ceil(turns / (_RESIDENT * _processors(x.device))))
+    turns, warps = triton.cdiv(rows, shape["ROWS"]), shape["num_warps"]
+    programs = programs_for(turns, warps, _RESIDENT * warps, x.device)
     partials = torch.empty((programs, channels), dtype=torch.float32, device=x.device)
     add_norm_backward_kernel[(programs,)](
         x if d_total is None else d_total, d_normed, x, x if delta is None else delta, weight,

@@ -35,14 +35,14 @@ def residual_norm_backward_reference(
     Args:
         d_u, u: [B, T, D].
         inverse: [B, T] float32.
-        weight: [D] float32; a channel whose weight is 0 counts as 0 before it, for u does not tell.
+        weight: [D] float32; a channel whose weight is 0, or subnormal, counts as 0 before it, for u does not tell.
         d_total: [B, T, D] float32, what reaches the sum by other ways.
 
     Returns:
         (of the sum [B, T, D] float32, of the weight [D] float32).
     """
     d_u, u = d_u.float(), u.float()
-    over = torch.where(weight == 0, 0.0, 1 / weight)
+    over = torch.where(weight.abs() < torch.finfo(torch.float32).tiny, 0.0, 1 / weight)
     mean = (u * d_u).mean(dim=-1, keepdim=True)
     d_sum = d_total + inverse[..., None] * (weight * d_u - u * over * mean)
     return d_sum, (d_u * u).sum(dim=(0, 1)) * over

@@ -69,7 +69,7 @@ def residual_norm_backward_kernel(
     over = ()
     d_gain = ()
     for k in tl.static_range(N):
-        over = over + (tl.where(gain[k] == 0.0, 0.0, 1.0 / gain[k]),)
+        over = over + (tl.where(tl.abs(gain[k]) < 1.1754944e-38, 0.0, 1.0 / gain[k]),)
         d_gain = d_gain + (tl.zeros((CHUNK,), tl.float32),)
     for row in range(first, rows, tl.num_programs(0)):
         here = tl.cast(row, tl.int64) * C
