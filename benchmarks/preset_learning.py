@@ -61,10 +61,11 @@ def train(flags: list[str], run: Path) -> None:
     run.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "eco_llm", "train", *flags, "--output-dir", str(run), "--no-resume"]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    with run.with_suffix(".log").open("wb") as log:
+    output = run.parent / f"{run.name}.log"
+    with output.open("wb") as log:
         code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": paths})
     if code.returncode:
-        raise SystemExit(f"preset_learning: {run.name} ended with {code.returncode}; see {run.with_suffix('.log')}")
+        raise SystemExit(f"preset_learning: {run.name} ended with {code.returncode}; see {output}")
 
 
 def tabulated(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -127,7 +128,9 @@ def main(argv: list[str]) -> None:
     summary, table = tabulated(samples)
     device = json.loads((todo[0][3] / "config.json").read_text(encoding="utf-8"))["resolved"]["device"]
     name = Path(arguments.preset.lstrip("@")).stem
-    payload = {"preset": arguments.preset, "flags": common, "summary": summary, "table": table, "samples": samples}
+    places = [i for i, word in enumerate(common) if word == "--data-cache"]  # where tokens lie changes nothing
+    flags = [word for i, word in enumerate(common) if i not in places and i - 1 not in places]
+    payload = {"preset": arguments.preset, "flags": flags, "summary": summary, "table": table, "samples": samples}
     print(summary)
     print(write_evidence(f"preset_learning_{name}", payload, device=device))
 
