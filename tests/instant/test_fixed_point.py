@@ -94,7 +94,10 @@ def test_gradients_are_as_good_as_the_tolerance(tolerance: float, build: Build, 
     values = dict(zip(*(list(part) for part in model.stack.metrics_tensor()), strict=True))  # type: ignore[arg-type]
     assert 0 < values["instant_inversion_rel_residual"] <= tolerance
     assert values["instant_tripped_blocks"] == 0
-    assert torch.equal(ours["loss"], expected["loss"])
+    if ours["loss"].is_cuda:  # the norm is one kernel in a whole block, PyTorch's in a half: sums in another order
+        torch.testing.assert_close(ours["loss"], expected["loss"], rtol=1e-5, atol=0)
+    else:
+        assert torch.equal(ours["loss"], expected["loss"])
     assert 0 < worst_error(ours, expected) <= 10 * tolerance
 
 
