@@ -79,4 +79,8 @@ def test_defaults_live_in_config_only() -> None:
 
     profile = flatten(parse(TrainConfig, expand([f"@{ROOT / 'train_sigma_args.txt'}"]), prog="eco_train"))
     defaults = flatten(TrainConfig())
-    assert {k: v for k, v in profile.items() if v != defaults[k]} == {"c3o_trust_norm_refresh_drift": 0.02}
+    assert {k: v for k, v in profile.items() if v != defaults[k]} == {
+        "c3o_sphere": 1.0, "lr": 8e-3,  # they go together, and no other optimizer wants such a rate
+        "weights_dtype": "bf16", "c3o_state_dtype": "bf16",  # for a GPU
+        "c3o_trust_norm_refresh_drift": 0.02,
+    }  # fmt: skip
