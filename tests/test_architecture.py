@@ -72,7 +72,7 @@ def test_the_loop_stays_small() -> None:
 
 
 def test_defaults_live_in_config_only() -> None:
-    """The GPU profile's file repeats defaults for the reader. It contradicts one: the norm skip pays on a GPU only."""
+    """The GPU profile's file repeats defaults for the reader, and contradicts those that a measurement on a GPU did."""
     from eco_llm.cli.args_file import expand
     from eco_llm.cli.parse import parse
     from eco_llm.config import TrainConfig, flatten
