@@ -330,7 +330,7 @@ def test_doctor(exe: Installed) -> None:
 def test_compare(exe: Installed) -> None:
     """Two live children that take turns, each the executable again."""
     common = ["@train_sigma_args.txt", *SMALL, "--output-dir", "runs/compare", "--pairs", "8", "--window-steps", "2"]
-    said = exe.ok("compare", "--a", "--lr 4e-3", "--b", "--lr 4e-3", *common)
+    said = exe.ok("compare", "--a", "--lr 2e-2", "--b", "--lr 2e-2", *common)
     report = json.loads((exe.work / "runs/compare/perf/latest_bottleneck_fix_report.json").read_text(encoding="utf-8"))
     assert report["verdict"] in said
 
