@@ -37,6 +37,14 @@ REPORT_FILE = Path("perf") / "latest_bottleneck_fix_report.json"
 SETTLE_STEPS = 1
 """Steps at the head of each turn that are not measured: the wait is in their time, and the caches were the other's."""
 
+LIVES = 4
+"""Pairs of processes that the pairs of windows are taken from, at least 8 of each. Two processes of one program differ
+for as long as they live, by 1.5% on our CPU machine (docs/compare.md), which more windows of the same two do not mend.
+"""
+
+MIN_EFFECT = {"cpu": 2.0, "cuda": 1.0}
+"""Percent, where the user names none: what so many processes of one program can differ by on average, and more."""
+
 _PAIRS_IN_TURNS, _MOST_PAIRS_IN_TURNS, _PAIRS_SEPARATE = 40, 400, 10
 _PAIRS_BETWEEN_LOOKS = 20
 _PHASES = ("data", "forward", "backward", "opt_step", "zero_grad")
@@ -104,6 +112,8 @@ class Comparison:
         self._mode, self._why_separate = "in turns", why_not_in_turns
         self._pairs: Callable[[], list[tuple[Records, Records]]] = list
         """The pairs of windows measured so far."""
+        self.lives: list[int] = []
+        """Pairs of windows of each pair of processes, where sides take turns."""
 
     def run(self) -> dict[str, Any]:
         """Measure, write the report, return it.
@@ -175,9 +185,31 @@ class Comparison:
                 entry.unlink()
 
     def _in_turns(self) -> list[tuple[Records, Records]]:
-        self._clear()
         s = self._settings
         fewest, most = (s.pairs, s.pairs) if s.pairs else (_PAIRS_IN_TURNS, _MOST_PAIRS_IN_TURNS)
+        lives = max(1, min(LIVES, fewest // FEWEST_PAIRS))
+        windows: list[tuple[Records, Records]] = []
+        self.lives = []
+        while len(windows) < most:
+            life = len(self.lives)
+            pairs = (fewest - len(windows)) // (lives - life) if life < lives else _PAIRS_BETWEEN_LOOKS
+            pairs = min(pairs, most - len(windows))
+            windows += self._life(life, windows, pairs, (fewest, most))
+            self.lives.append(pairs)
+            times = ([_medians(pair[k])["step_time_s"] for pair in windows] for k in (0, 1))
+            if fewest <= len(windows) < most and precise(*times):
+                break
+        self._check_code()
+        return windows
+
+    def _life(
+        self, life: int, before: list[tuple[Records, Records]], pairs: int, all_pairs: tuple[int, int]
+    ) -> list[tuple[Records, Records]]:
+        """So many pairs of windows of two processes, started for them."""
+        before = list(before)
+        self._pairs = lambda: before
+        self._clear()
+        s, (fewest, most) = self._settings, all_pairs
         turn = SETTLE_STEPS + s.window_steps
         warmup = max(self._warmup, s.gate_steps)
         steps = warmup + most * turn + 1  # the last is never done: leaving saves nothing, the end of a run does
@@ -196,36 +228,33 @@ class Comparison:
             """Of runs that were cut off anywhere."""
             records = [runs.read_records(self.folder / side.label) for side in self._sides]
             self._check_gate(records if self.gate is None else None)
-            return windows(records, max(0, (min(map(len, records)) - warmup) // turn))
+            return before + windows(records, max(0, (min(map(len, records)) - warmup) // turn))
 
         self._pairs = so_far
         with contextlib.ExitStack() as stack:
-            live = []
-            for side in self._sides:
+            started: dict[str, TurnRun] = {}
+            for side in self._sides if life % 2 == 0 else reversed(self._sides):  # who comes first may matter for life
                 run = self.folder / side.label
                 # A schedule as long as the user's: what is measured is a part of that run.
                 flags = self._quiet_flags(side, run, max(steps, side.settings["steps"]), turn)
                 log = self.folder / f"{side.label}.log"
-                live.append(stack.enter_context(TurnRun(side.label, side.program, flags, run, log)))
-                live[-1].start()
-            for run_ in live:
+                started[side.label] = stack.enter_context(TurnRun(side.label, side.program, flags, run, log))
+                started[side.label].start()
+            for run_ in started.values():
                 run_.turn(warmup)
-            for i, a_first in enumerate(coin_order(most, self._sides[0].settings["seed"]), 1):
+            live = [started[side.label] for side in self._sides]
+            coins = coin_order(most, self._sides[0].settings["seed"])[len(before) : len(before) + pairs]
+            for i, a_first in enumerate(coins, 1):
                 for run_ in live if a_first else reversed(live):
                     run_.turn(warmup + i * turn)
                 self._check_gate([runs.read_records(run_.run) for run_ in live] if self.gate is None else None)
-                self._on_pair(i, fewest if i <= fewest else most)
-                if fewest <= i < most and i % _PAIRS_BETWEEN_LOOKS == 0:
-                    # The newest window's numbers may still be on the device.
-                    known = windows([runs.read_records(run_.run) for run_ in live], i - 1)
-                    if precise(*([_medians(pair[k])["step_time_s"] for pair in known] for k in (0, 1))):
-                        break
+                done = len(before) + i
+                self._on_pair(done, fewest if done <= fewest else most)
             for run_ in live:
                 run_.leave()
             records = [runs.read_records(run_.run) for run_ in live]
         self._check_gate(records)
-        self._check_code()
-        return windows(records, i)
+        return windows(records, pairs)
 
     def _separately(self) -> list[tuple[Records, Records]]:
         self._clear()
@@ -350,24 +379,27 @@ class Comparison:
             tail = {name: simple.median(w[name] for w in by_side[side.label]) for name in _TIMES}
             # Of a run that was cut off: this process's, which is the same code on the same machine but for a revision.
             at = self._environment(side) or (head["environment"] if side.revision is None else {})
-            run = self._newest_run(side)
-            assert run is not None
+            run = self._newest_run(side)  # none, if it was stopped between two lives
             sides[side.label] = {
                 **head[side.label],
                 "commit": at.get("commit", head[side.label]["commit"]),
                 "tail_throughput_tokens_per_s": side.tokens_per_step / tail["step_time_s"],
                 "tail_core_throughput_tokens_per_s": side.tokens_per_step / tail["core_step_time_s"],
                 **{f"tail_{name.removeprefix('phase_')}": value for name, value in tail.items()},
-                "peak_memory_gib": runs.peak_memory_gib(runs.read_records(run)),
+                "peak_memory_gib": runs.peak_memory_gib(runs.read_records(run)) if run else None,
                 "resolved": {k: v for k, v in self._resolved(side).items() if k != "data_folder"},
                 "environment": at,
             }
         a, b = sides["a"], sides["b"]
-        verdict = found.verdict(self._settings.min_effect)
+        device = str(self._resolved(self._sides[1]).get("device", "cpu"))
+        min_effect = self._settings.min_effect or MIN_EFFECT.get(device.partition(":")[0], 1.0)
+        verdict = found.verdict(min_effect)
         memory = [side["peak_memory_gib"] for side in (a, b)]
         return head | {
             "verdict": verdict,
-            "sentence": sentence(found, self._settings.min_effect),
+            "sentence": sentence(found, min_effect),
+            "min_effect_percent": min_effect,
+            "pairs_of_each_life": self.lives,
             "tail_throughput_a_tokens_per_s": a["tail_throughput_tokens_per_s"],
             "tail_throughput_b_tokens_per_s": b["tail_throughput_tokens_per_s"],
             "throughput_delta_tokens_per_s": b["tail_throughput_tokens_per_s"] - a["tail_throughput_tokens_per_s"],
