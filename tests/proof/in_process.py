@@ -69,10 +69,18 @@ class InProcess:
 
 
 class Machine:
-    """A clock for both sides. It heats up by a fifth, steps scatter by 3%, and one in fifty is half as long again."""
+    """A clock for both sides. It heats up by a fifth, steps scatter by 3%, and one in fifty is half as long again.
+
+    A process is faster or slower than another for as long as it lives: two of them differ by 1.5% (standard deviation),
+    as live ones did on two CPU cores (benchmarks/results/cpu-2c-amd/compare_verdicts.json, with one pair of them each).
+    """
 
     def __init__(self, seed: int) -> None:
-        self.now, self._random = 0.0, random.Random(seed)
+        self.now, self._random, self._paces = 0.0, random.Random(seed), random.Random(-1 - seed)
+
+    def pace(self) -> float:
+        """Of a new process: its steps take so many times as long."""
+        return self._paces.gauss(1.0, 0.015 / math.sqrt(2))
 
     def work(self, seconds: float) -> None:
         heat = 1.2 - 0.2 * math.exp(-self.now / 2.0)
@@ -95,7 +103,7 @@ class Simulated(InProcess):
     def start(self) -> None:
         super().start()
         machine = self.machine
-        self._until = 0
+        self._until, pace = 0, machine.pace()
         self._log = MetricsFile(self.run / "metrics.jsonl")
         self._turns = TakeTurns(lambda done: self._until, delay=self.delays.get(self.side, 0.0))
         timer = PhaseTimer("cpu", host_clock=machine.perf_counter, wall_clock=machine.perf_counter)
@@ -103,7 +111,7 @@ class Simulated(InProcess):
         def run() -> StepOutput:
             for name, share in (("forward", 0.3), ("backward", 0.6), ("opt_step", 0.1)):
                 with timer.phase(name):  # type: ignore[arg-type]
-                    machine.work(share * 0.01)
+                    machine.work(share * 0.01 * pace)
             return output_of(5.7 - 0.05 * self._done, 2.0)
 
         self._trainer = stand_in_trainer(run, timer, [self._log, self._turns], steps=10**6)
