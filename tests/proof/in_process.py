@@ -72,7 +72,7 @@ class Machine:
     """A clock for both sides. It heats up by a fifth, steps scatter by 3%, and one in fifty is half as long again.
 
     A process is faster or slower than another for as long as it lives: two of them differ by 1.5% (standard deviation),
-    as live ones did on two CPU cores (benchmarks/results/cpu-2c-amd/compare_verdicts.json, with one pair of them each).
+    as live ones did on two CPU cores (docs/LOG.md, 2026-11-28).
     """
 
     def __init__(self, seed: int) -> None:
