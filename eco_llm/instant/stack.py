@@ -195,9 +195,7 @@ class Stack:
             at += 1
         return x, delta
 
-    def _compressed(
-        self, block: Block, index: int, x: Tensor, delta: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _compressed(self, block: Block, index: int, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The block of x + delta, as a pair whose sum is the result."""
         shapes = [p.shape for p in block.parameters()]
         keep = Keep(self._decided.bits[index], self._draw(index))

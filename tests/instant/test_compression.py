@@ -117,7 +117,7 @@ def test_what_attention_keeps_of_itself_is_not_packed(
     compression.recompute_from_packed(block.mix, x, packing)
     assert shapes == [x.numel()]
     shapes.clear()
-    model.stack._compressed(block, 2, x)
+    model.stack._compressed(block, 2, x, None)
     assert shapes.count(x.numel()) >= 1
     # On CUDA the MLP's op writes the codes of what it reads, and of its own gate and up.
     written = 2 * 63 * (64 + block.mlp.gate_up.out_features) if x.is_cuda else 0

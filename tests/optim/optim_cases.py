@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import torch
@@ -70,6 +71,17 @@ def run(optimizer: C3O, params: list[nn.Parameter], steps: int, start: int = 0) 
     for i in range(start, start + steps):
         set_gradients(params, i)
         optimizer.step()
+
+
+def resumed(optimizer: C3O, params: list[nn.Parameter]) -> tuple[C3O, list[nn.Parameter]]:
+    """A new optimizer of copies of `params`, its state loaded from what was saved of `optimizer`; and the copies."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    after = [nn.Parameter(p.detach().clone()) for p in params]
+    second = C3O(after)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    return second, after
 
 
 def assert_alike(x: Tensor, y: Tensor, *, rounded: bool) -> None:

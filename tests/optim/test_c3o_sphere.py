@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from optim_cases import DTYPES, bits, parameters, run, set_gradients, tensors_of
+from optim_cases import DTYPES, bits, parameters, resumed, run, set_gradients, tensors_of
 from torch import nn
 
 from eco_llm.optim.c3o import C3O
@@ -152,12 +151,7 @@ def test_resume_is_exact_through_a_weights_only_file(
     straight, first = (C3O(x, state_dtype=state_dtype, foreach=foreach, **RULE) for x in (through, before))
     run(straight, through, 6)
     run(first, before, 3)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    after = [nn.Parameter(p.detach().clone()) for p in before]
-    second = C3O(after)
-    second.load_state_dict(torch.load(file, weights_only=True))
+    second, after = resumed(first, before)
     run(second, after, 3, start=3)
     assert bits(tensors_of(straight)) == bits(tensors_of(second))
     radius = second.state[after[1]]["sphere_radius"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import bits, parameters, run, tensors_of
+from optim_cases import bits, parameters, resumed, run, tensors_of
 from torch import Tensor, nn
 
 from eco_llm.config import C3OConfig, OptimizerConfig
@@ -362,12 +362,7 @@ def test_bfloat16_weights_resume_exactly(foreach: bool, state_dtype: str, error_
     straight, first = C3O(through_, **rule), C3O(before, **rule)
     run(straight, through_, 6)
     run(first, before, 3)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    after = [nn.Parameter(p.detach().clone()) for p in before]
-    second = C3O(after)
-    second.load_state_dict(torch.load(file, weights_only=True))
+    second, after = resumed(first, before)
     run(second, after, 3, start=3)
     assert bits(tensors_of(straight)) == bits(tensors_of(second))
 

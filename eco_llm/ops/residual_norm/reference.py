@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from eco_llm.ops.add_norm.reference import add_rms_norm_reference
 
 
 def residual_norm_reference(
@@ -22,9 +23,8 @@ def residual_norm_reference(
     Returns:
         (x + y [B, T, D] float32, u [B, T, D], 1 / rms [B, T] float32).
     """
-    total = x if y is None else x + y
-    inverse = torch.rsqrt(total.square().mean(dim=-1) + eps)
-    return total, F.rms_norm(total, weight.shape, weight, eps).to(dtype), inverse
+    total, u = add_rms_norm_reference(x, y, weight, eps, dtype)
+    return total, u, torch.rsqrt(total.square().mean(dim=-1) + eps)
 
 
 def residual_norm_backward_reference(

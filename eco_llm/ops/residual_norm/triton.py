@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eco_llm.ops.add_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.partials import sum_partials
 from eco_llm.ops.quantize import reference as numbers
 from eco_llm.ops.quantize.triton import signed_keys, step_keys
@@ -193,10 +194,11 @@ class NormBackward:
 
 
 def _check(x: Tensor, weight: Tensor, other: Tensor | None) -> None:
-    if x.ndim != 3 or not x.numel() or x.shape[2] % numbers.GROUP or x.shape[2] > 8192 or weight.shape != x.shape[2:]:
+    fits = x.ndim == 3 and x.numel() and x.shape[2] % numbers.GROUP == 0 and x.shape[2] <= MAX_TRITON_CHANNELS
+    if not fits or weight.shape != x.shape[2:]:
         raise ValueError(
-            f"need a stream [B, T, D], not empty, D a multiple of {numbers.GROUP} up to 8192, and a weight [D],"
-            f" got {tuple(x.shape)}, {tuple(weight.shape)}"
+            f"need a stream [B, T, D], not empty, D a multiple of {numbers.GROUP} up to {MAX_TRITON_CHANNELS}, and a"
+            f" weight [D], got {tuple(x.shape)}, {tuple(weight.shape)}"
         )
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         raise ValueError(f"need the stream and the weight in float32, got {x.dtype}, {weight.dtype}")
