@@ -28,10 +28,14 @@ Settings = tuple[tuple[str, Any], ...]
 ABLATIONS: dict[str, Settings] = {
     "trust cap off": (("c3o_trust_radius", 0.0),),
     "block credit on, gain 1": (("c3o_credit_gain", 1.0),),
-    **{f"sphere on hidden matrices, {x:g}": (("c3o_sphere", x),) for x in (2.0, 4.0, 8.0)},
     "Nesterov": (("c3o_nesterov", True),),
     "cautious weight decay": (("c3o_cautious", True),),
 }
+SPHERE_ABLATIONS: dict[str, Settings] = {
+    "sphere on hidden matrices": (),
+    "sphere on hidden matrices, Nesterov": (("c3o_nesterov", True),),
+}
+"""At the sphere's own best point, against the same base: its learning rate is another quantity than C3O's."""
 INSTANT: dict[str, Settings] = {
     "none": (),
     "coupled": (("instant_mode", "coupled"),),
@@ -269,6 +273,8 @@ def plan(study: Study, results: Results, *, closed: bool = False) -> tuple[list[
         for seed in study.seeds:
             for label, settings in {"base": (), **ABLATIONS}.items():
                 runs("ablate", label, "c3o", study.steps(study.ablate_tokens), seed, c3o=settings)
+            for label, settings in SPHERE_ABLATIONS.items():
+                runs("ablate", label, SPHERE, study.steps(study.ablate_tokens), seed, c3o=settings)
     if "instant" in study.stages:
         for label in study.instant:  # by mode, so that a process compiles each but once
             for seed in study.seeds:

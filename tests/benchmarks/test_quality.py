@@ -122,8 +122,9 @@ def test_one_run_serves_all_places_that_compute_the_same(modules: Any) -> None:
     sphere = at["finals", "c3o sphere", 1]
     assert (sphere.optimizer, sphere.lr, sphere.weight_decay, sphere.c3o) == ("c3o", 4e-3, 0.05, (("c3o_sphere", 2.0),))
     assert at["finals", "c3o sphere, shorter", 1] == dataclasses.replace(sphere, steps=87)
-    assert at["ablate", "sphere on hidden matrices, 4", 1].c3o == (("c3o_sphere", 4.0),)  # at C3O's own best point
-    assert at["ablate", "sphere on hidden matrices, 4", 1].lr == 1e-3
+    assert at["ablate", "Nesterov", 1].lr == 1e-3  # at C3O's own best point
+    assert at["ablate", "sphere on hidden matrices", 1] == dataclasses.replace(sphere, steps=1000)  # at the sphere's
+    assert at["ablate", "sphere on hidden matrices, Nesterov", 1].c3o == (("c3o_nesterov", True), ("c3o_sphere", 2.0))
     restored = modules.plan.Study.from_json(json.loads(json.dumps(dataclasses.asdict(asked))))
     assert restored == asked
     assert [i.spec.key for i in modules.plan.plan(restored, {})[0]] == [i.spec.key for i in items]
@@ -141,7 +142,7 @@ def test_all_settings_are_those_of_the_product(modules: Any) -> None:
     from eco_llm.config import C3OConfig, InstantConfig
 
     plan = modules.plan
-    for settings in [*plan.ABLATIONS.values(), *(s for _, s in plan.STORAGE.values())]:
+    for settings in [*plan.ABLATIONS.values(), *plan.SPHERE_ABLATIONS.values(), *(s for _, s in plan.STORAGE.values())]:
         C3OConfig(**dict(settings)).validate()
     for settings in plan.INSTANT.values():
         InstantConfig(**dict(settings)).validate()
@@ -453,7 +454,9 @@ def test_every_stage_ends_in_evidence_and_a_second_launch_does_nothing(modules: 
     delta = (by_hand[0] - by_hand[1] + by_hand[2] - by_hand[3]) / 2
     assert finals["summary"]["shorter_minus_adamw"] == pytest.approx(delta)
     assert finals["summary"]["bar_met"] == (delta <= 0)
-    assert len(written["quality_ablation"]["table"]["rows"]) == 1 + len(modules.plan.ABLATIONS)
+    assert len(written["quality_ablation"]["table"]["rows"]) == 1 + len(modules.plan.ABLATIONS) + len(
+        modules.plan.SPHERE_ABLATIONS
+    )
     assert len(written["quality_storage"]["table"]["rows"]) == 8
     assert len(written["quality_instant"]["table"]["rows"]) == 5
 
