@@ -312,7 +312,7 @@ def seconds_needed(spec: Spec, results: Results, trainer: Trainer, study: Study)
     every = [r["tokens_per_s"] for r in done if r["spec"]["optimizer"] == spec.optimizer]
     rate = min(same) if same else 0.5 * min(every, default=2 * (CUDA_RATE if on_cuda else CPU_RATE))
     # Capture, validation and whatever else is not a step; where nothing was compiled, which is told apart.
-    setups = [r["wall_s"] - r["tokens"] / r["tokens_per_s"] for r in done if not r["graphs_compiled"]]
+    setups = [r["wall_s"] - r["tokens"] / r["tokens_per_s"] for r in done if r.get("graphs_compiled") == 0]
     setup = statistics.median(setups) if setups else (CUDA_SETUP_S if on_cuda else 0.1)
     if on_cuda and not trainer.has(spec):
         setup += CUDA_COMPILE_S
