@@ -150,6 +150,23 @@ def test_rotation_depends_on_distance_only_and_keeps_length() -> None:
     torch.testing.assert_close(turned[[0, ROPE // 2]], cos_sin, rtol=1e-6, atol=1e-7)
 
 
+def test_kept_tables_are_what_they_were_and_nobodys() -> None:
+    cpu = torch.device("cpu")
+    with torch.inference_mode():  # validation may come first
+        first = rotary_table(0, 63, ROPE, 77.0, cpu)[0]
+    wanted = torch.arange(63.0)[:, None] * 77.0 ** (-torch.arange(0, ROPE, 2) / ROPE)
+    torch.testing.assert_close(first, wanted.cos(), rtol=1e-5, atol=1e-6)
+    first.zero_()
+    cos, sin = rotary_table(0, 63, ROPE, 77.0, cpu)
+    assert not cos.is_inference()
+    assert torch.equal(cos[7:9], rotary_table(7, 2, ROPE, 77.0, cpu)[0])
+    assert torch.equal(sin[7:9], rotary_table(7, 2, ROPE, 77.0, cpu)[1])
+    q = torch.ones(63, ROPE, requires_grad=True)
+    rotate(q, (cos, sin)).sum().backward()
+    assert q.grad is not None
+    assert torch.isfinite(q.grad).all()
+
+
 @pytest.mark.parametrize("q_latent_dim", [0, 3])
 def test_gradients_by_finite_differences(q_latent_dim: int) -> None:
     torch.manual_seed(0)
