@@ -37,8 +37,6 @@ from eco_llm.instant.plan.step import GIB, context_of, estimate
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 DEFAULT = SigmaConfig()
-BEFORE_CODED = "6c115ad"
-"""Evidence of this commit is of a `compress` that kept the streams too: it keeps less now."""
 
 
 def job(model: SigmaConfig = DEFAULT, mode: str = "none", batch: int = 4, seq_len: int = 512, **changes: Any) -> Job:
@@ -66,10 +64,7 @@ def test_evidence_of_the_plan_holds(file: Path) -> None:
         model = SigmaConfig(**sample["model"])
         one = Job(model, modes=modes_of(sample["mode"], model), **sample["job"])
         peak, measured = estimate(one).peak, sample["measured_peak"]
-        if sample["mode"] == "compress" and evidence["environment"]["commit"].startswith(BEFORE_CODED):
-            assert 0.85 * measured < peak < measured, sample["name"]
-        else:
-            assert peak == pytest.approx(measured, rel=0.05), sample["name"]
+        assert peak == pytest.approx(measured, rel=0.05), sample["name"]
 
 
 @pytest.mark.parametrize("mode", ["none", "recompute", "compress", "fixed-point", "coupled", "recompute*9,none*9"])
