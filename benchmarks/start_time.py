@@ -246,6 +246,28 @@ def show(label: str, taken: dict[str, Any]) -> None:
     print("  compiler  " + "  ".join(f"{name} {seconds:.2f}" for name, seconds in spent), flush=True)
 
 
+def table_of(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians in seconds, a row for each mode's cold and warm starts, and where the time goes."""
+    header = ["mode", "caches", "starts", "typing to the end of step 1, s", "import of torch", "import of its compiler",
+              "compiling or loading, capture", "all else"]  # fmt: skip
+    rows = []
+    for mode, caches in dict.fromkeys((s["mode"], s["start"]) for s in samples):
+        these = [s for s in samples if (s["mode"], s["start"]) == (mode, caches)]
+        parts = []
+        for one in these:
+            torch = one["import_torch_s"]
+            compiler = sum(
+                end - begin
+                for name in ("import torch._dynamo", "import torch._inductor.compile_fx")
+                for begin, end in one["spans"].get(name, [])
+            )
+            rest = one["total_s"] - torch - compiler - one["prepare_s"]
+            parts.append((one["total_s"], torch, compiler, one["prepare_s"], rest))
+        medians = [f"{statistics.median(column):.1f}" for column in zip(*parts, strict=True)]
+        rows.append([mode, caches, len(these), *medians])
+    return {"header": header, "rows": rows}
+
+
 def main(argv: list[str]) -> None:
     """Measure, print, write the evidence."""
     from common import write_evidence
@@ -284,7 +306,10 @@ def main(argv: list[str]) -> None:
                 show(f"{mode} {'warm' if i else 'cold'}", one)
             summary[f"{mode}_cold_s"] = taken[0]["total_s"]
             summary[f"{mode}_warm_s"] = statistics.median(t["total_s"] for t in taken[1:])
-            payload = {"flags": [*profile, *once], "unit": "s", "summary": summary, "samples": samples}
+            payload = {
+                "flags": [*profile, *once], "unit": "s", "summary": summary, "table": table_of(samples),
+                "samples": samples,
+            }  # fmt: skip
             path = write_evidence(name, payload, recorded=environment)
     print(json.dumps(summary, indent=1))
     print(path)
