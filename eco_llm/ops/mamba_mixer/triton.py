@@ -68,7 +68,7 @@ class Kept(NamedTuple):
     y: Tensor
     """[B, T, H·P], before the gate."""
     decays: Tensor
-    """[2, B, H, Tp] float32: dt and the sums of dt·A (ops/ssd/triton.py)."""
+    """[2, B, H, Tp] float32: dt and the sums of its log-decays (ops/ssd/triton.py)."""
     in_weight: Tensor
     """Weights in the compute type; empty where they have it already."""
     out_weight: Tensor
