@@ -122,15 +122,15 @@ def _rows(x: Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1)
 
 
-def decays(raw: Tensor, bias: Tensor | None, A: Tensor, s: Shape) -> Tensor:
+def decays(raw: Tensor, bias: Tensor | None, A: Tensor, s: Shape, *, of_logs: bool = False) -> Tensor:
     """[2, B, H, Tp] float32, Tp being T rounded up to whole chunks: dt = softplus(raw + bias), or raw itself where
-    `bias` is None, and the sums of dt·A·log2(e) from the start of each chunk.
+    `bias` is None, and the sums of dt·A·log2(e) from the start of each chunk. With `of_logs` A is given as log(−A).
     """
     heads = s.heads // s.split
     both = torch.empty(2, s.batch, heads, s.padded, dtype=torch.float32, device=raw.device)
     kernels.decay_kernel[(s.chunks, s.batch)](
         raw, bias, A, *both.unbind(), s.time, heads, s.padded, *_rows(raw),
-        CHUNK=s.chunk, HEADS=triton.next_power_of_2(heads), SOFTPLUS=bias is not None, num_warps=4,
+        CHUNK=s.chunk, HEADS=triton.next_power_of_2(heads), SOFTPLUS=bias is not None, OF_LOGS=of_logs, num_warps=4,
     )  # fmt: skip
     return both
 
@@ -188,8 +188,9 @@ class Gradients(NamedTuple):
     d_bc: Tensor
     """[S, B, T, 2·G·N] float32: S shares whose sum is (dB, dC), each [G·N] wide."""
     partial: Tensor
-    """[B · chunks, 3, H] float32: a chunk's shares of the gradients of A, of dt's bias (without softplus: of the sum of
-    the steps) and of D (0 if there is none); their sum over the first axis is left to the caller."""
+    """[B · chunks, 3, H] float32: a chunk's shares of the gradients of A (or of log(−A)), of dt's bias (without
+    softplus: of the sum of the steps) and of D (0 if there is none); their sum over the first axis is left to the
+    caller."""
     d_initial: Tensor | None
     """[B, H, P, N] float32."""
 
@@ -197,6 +198,7 @@ class Gradients(NamedTuple):
 def backward(
     dy: Tensor, x: Tensor, raw: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     s: Shape, *, initial: Tensor | None, d_final: Tensor | None, d_raw: Tensor, d: Tensor | None = None,
+    of_logs: bool = False,
 ) -> Gradients:  # fmt: skip
     """Gradients of `forward`; states are made again, nothing but its inputs is needed.
 
@@ -204,13 +206,14 @@ def backward(
         dy: [B, T, H, P], the type of x.
         d_raw: [B, T, H], where the gradient of `raw` goes (any row stride, any float type).
         d: the decays, if they are at hand.
+        of_logs: A is given as log(−A), and the gradient is that of the logarithm.
     """
     heads = s.heads // s.split
     if s.chunk != s.block:
         # Backward knows chunks of one tile only. The result is the same, and longer chunks were slower. A kernel
         # with loops over a chunk's tiles ran into an invalid address as Triton 3.6 compiled it (docs/LOG.md).
         s, d = dataclasses.replace(s, chunk=s.block), None
-    d = decays(raw, bias, A, s) if d is None else d
+    d = decays(raw, bias, A, s, of_logs=of_logs) if d is None else d
     d_initial = None
     if initial is not None:
         d_initial = torch.empty(initial.shape, dtype=torch.float32, device=x.device)
@@ -241,6 +244,6 @@ def backward(
         raw, bias, A, d[0], *vectors.unbind(), carry, skip, d_raw, partial,
         s.time, heads, s.padded, s.chunks, *_rows(raw), *_rows(d_raw),
         CHUNK=s.chunk, HEADS=triton.next_power_of_2(heads), SPLIT=s.split,
-        SOFTPLUS=bias is not None, HAS_D=D is not None, num_warps=4,
+        SOFTPLUS=bias is not None, HAS_D=D is not None, OF_LOGS=of_logs, num_warps=4,
     )  # fmt: skip
     return Gradients(dx, d_bc, partial, d_initial)

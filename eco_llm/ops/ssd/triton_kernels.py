@@ -24,9 +24,18 @@ def _softplus(v):
 
 
 @triton.jit
+def _rates(A, h, H, OF_LOGS: tl.constexpr):
+    """A [H] float32, or −exp of what is given."""
+    value = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
+    if OF_LOGS:
+        value = -tl.exp(value)
+    return value
+
+
+@triton.jit
 def decay_kernel(
     raw, bias, A, dt_out, cum_out, T, H, Tp, raw_sb, raw_st,
-    CHUNK: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, OF_LOGS: tl.constexpr,
 ):  # fmt: skip
     """dt (after softplus, if asked) and cum, from [B, T, H] to [B, H, Tp]. Grid: chunk, batch."""
     chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -37,8 +46,7 @@ def decay_kernel(
     if SOFTPLUS:
         v = _softplus(v + tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :])
     v = tl.where(inside, v, 0.0)
-    rate = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32) * _LOG2_E
-    cum = tl.cumsum(v * rate[None, :], 0)
+    cum = tl.cumsum(v * (_rates(A, h, H, OF_LOGS) * _LOG2_E)[None, :], 0)
     to = (b * H + h.to(tl.int64))[None, :] * Tp + t[:, None]
     real = (h < H)[None, :] & (t < Tp)[:, None]
     tl.store(dt_out + to, v, mask=real)
@@ -337,7 +345,7 @@ def finish_kernel(
     raw, bias, A, dt, row_in, col_in, state_in, carry_in, d_skip, d_raw, partial,
     T, H, Tp, chunks, raw_sb, raw_st, d_raw_sb, d_raw_st,
     CHUNK: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr, SOFTPLUS: tl.constexpr,
-    HAS_D: tl.constexpr,
+    HAS_D: tl.constexpr, OF_LOGS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of dt [B, T, H], and this chunk's share of those of A, dt's bias and D: partial [B · chunks, 3, H].
     Grid: chunk, batch.
@@ -368,9 +376,11 @@ def finish_kernel(
     inner = outputs - step * sources
     # Sums at or after t, and strictly before t.
     d_log = tl.sum(inner, 0)[None, :] - tl.cumsum(inner, 0) + inner + tl.cumsum(through, 0) - through + carry[None, :]
-    rate = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
+    rate = _rates(A, h, H, OF_LOGS)
     d_step = sources + by_state + rate[None, :] * d_log
     d_rate = tl.sum(step * d_log, 0)
+    if OF_LOGS:
+        d_rate *= rate
     inside = (t < T)[:, None] & (h < H)[None, :]
     if SOFTPLUS:
         v = tl.load(raw + b * raw_sb + t.to(tl.int64)[:, None] * raw_st + h[None, :], mask=inside, other=0.0)
