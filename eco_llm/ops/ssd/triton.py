@@ -29,6 +29,7 @@ RESIDENT_OUTPUT, RESIDENT_GRADIENT = 3, 2
 
 # To measure, then to remove: None follows the rules.
 ROLES = 4
+ROLE_FIRST = True
 WALK_TILE: tuple[int, int] | None = None
 OUTPUT_HEADS: int | None = None
 GRADIENT_HEADS: int | None = None
@@ -229,12 +230,14 @@ def backward(
     d_bc = empty(shares, s.batch, s.time, 2 * s.groups * s.state)
     vectors = empty(3, s.batch, s.heads, s.padded)
     carry, skip = empty(s.batch, s.tiles, s.heads), empty(s.batch, s.tiles, s.heads)
-    kernels.gradient_kernel[(s.tiles, s.heads // per_program, ROLES * s.batch)](
+    first, last = (ROLES, 1) if ROLE_FIRST else (1, ROLES)
+    kernels.gradient_kernel[(first * s.tiles, s.heads // per_program, last * s.batch)](
         x, B, C, dy, *d.unbind(), states, d_states, D, dx, d_bc, *vectors.unbind(), carry, skip,
         s.time, s.padded, s.heads, s.tiles, s.batch, s.groups,
         *_rows(x), *_rows(B), *_rows(C), *_rows(dy), *_rows(dx),
         P=s.width, N=s.state, BLOCK=s.block, SPLIT=s.split, HEADS=per_program,
-        HEADS_PER_GROUP=s.heads_per_group, HAS_D=D is not None, PRECISION=s.precision, ROLES=ROLES,
+        HEADS_PER_GROUP=s.heads_per_group, HAS_D=D is not None, PRECISION=s.precision,
+        ROLES=ROLES, ROLE_FIRST=ROLE_FIRST,
         num_warps=GRADIENT[0], num_stages=GRADIENT[1],
     )  # fmt: skip
     partial = empty(s.batch * s.chunks, 3, heads)

@@ -298,15 +298,19 @@ def gradient_kernel(
     T, Tp, heads, tiles, batch, groups, x_sb, x_st, B_sb, B_st, C_sb, C_st, dy_sb, dy_st, dx_sb, dx_st,
     P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
     HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr, ROLES: tl.constexpr,
+    ROLE_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile, which is a chunk, for HEADS heads. dx, dB, dC and ⟨H, G⟩ are for four programs: the
-    registers of one hold no more. Grid: tile, heads / HEADS, 4 · batch.
+    registers of one hold no more. Grid: role and tile, heads / HEADS, batch.
 
     Writes dx; this program's share of dB or dC into d_bc [shares, batch, T, 2·groups·N]; and what the gradient of the
     log-decays is made of (see `finish_kernel`): row_out, col_out, state_out [B, heads, Tp], carry_out and d_skip
     [B, tiles, heads].
     """
-    tile, b, role = tl.program_id(0), (tl.program_id(2) // ROLES).to(tl.int64), tl.program_id(2) % ROLES
+    if ROLE_FIRST:  # the programs of a tile are neighbours: what they all read comes from memory once
+        tile, role, b = tl.program_id(0) // ROLES, tl.program_id(0) % ROLES, tl.program_id(2).to(tl.int64)
+    else:
+        tile, b, role = tl.program_id(0), (tl.program_id(2) // ROLES).to(tl.int64), tl.program_id(2) % ROLES
     head = tl.program_id(1) * HEADS
     group = head // HEADS_PER_GROUP
     share = (head % HEADS_PER_GROUP) // HEADS
