@@ -91,7 +91,7 @@ class Mamba(nn.Module):
         """As `mamba_mixer` has them."""
         assert self.conv1d.bias is not None
         return (
-            self.in_proj.weight, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, self._rates(), self.D,
+            self.in_proj.weight, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.A_log, self.D,
             self.norm.weight, self.out_proj.weight,
         )  # fmt: skip
 

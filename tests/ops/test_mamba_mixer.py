@@ -17,8 +17,8 @@ from eco_llm.ops.quantize import Keep, dequantize, quantize
 from eco_llm.ops.residual_norm.reference import residual_norm_backward_reference, residual_norm_reference
 
 only_gpu = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter, or about the GPU itself")
-NAMES = ("u", "in_weight", "conv_weight", "conv_bias", "dt_bias", "A", "D", "norm_weight", "out_weight")
-# As a share of a tensor's norm. bf16: every op on the way rounds to 8 bits. float32: dA is a sum of differences.
+NAMES = ("u", "in_weight", "conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight", "out_weight")
+# As a share of a tensor's norm. bf16: every op on the way rounds to 8 bits. float32: dA_log is a sum of differences.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.5e-2}
 
 
@@ -39,7 +39,7 @@ def make_inputs(
         "conv_weight": (0.4 * normal(conv, taps)).float(),
         "conv_bias": (0.1 * normal(conv)).float(),
         "dt_bias": (normal(heads) - 2).float(),
-        "A": -torch.linspace(0.5, 12, heads),
+        "A_log": torch.linspace(0.5, 12, heads).log(),
         "D": normal(heads).float(),
         "norm_weight": (1 + 0.3 * normal(inner)).float(),
         "out_weight": (normal(model, inner) / inner**0.5).to(weight_dtype),
@@ -58,7 +58,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     for name, want in expected.items():
         got, want = actual[name].double(), want.double()
         assert got.isfinite().all(), name
-        error = (got - want).norm() / want.norm().clamp(min=0.1)  # T = 1 leaves A without a gradient
+        error = (got - want).norm() / want.norm().clamp(min=0.1)  # T = 1 leaves A_log without a gradient
         assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.1e}"
 
 
@@ -216,7 +216,7 @@ def slow_twin(
     x, added, pre_weight, *values = (value.detach() for value in inputs.values())
     pre = residual_norm_to_codes(x, added, pre_weight, 1e-5, dtype, keep.bits, keep.step, 0)  # for u's bits alone
     kept = mixer_forward(pre.u, *values, state, 1e-5, chunk)
-    inner, heads = inputs["norm_weight"].numel(), inputs["A"].numel()
+    inner, heads = inputs["norm_weight"].numel(), inputs["A_log"].numel()
     *parts, dt = kept.zxbcdt.split((inner, kept.zxbcdt.shape[-1] - inner - heads, heads), dim=-1)
     y, z, xbc = (through_codes(t, stream) for t, stream in zip((kept.y, *parts), STREAMS, strict=True))
     u = through_codes(pre.u, U_STREAM)

@@ -71,6 +71,12 @@ def test_every_width_and_state(heads: int, width: int, state: int, time: int, ch
     assert_as_good_as_chunked(inputs, chunk)
 
 
+def test_a_state_walked_in_parts() -> None:
+    """N = 128 and few heads: a program has 64 rows and 16 columns of a state."""
+    inputs = make_inputs(70, heads=1, width=64, state=128, dtype=torch.float32, device=DEVICE)
+    assert_as_good_as_chunked(inputs, 64)
+
+
 @only_gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("decay", [1e-4, 50.0])

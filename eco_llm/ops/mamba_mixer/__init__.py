@@ -20,7 +20,7 @@ Backend = Literal["auto", "reference", "triton"]
 
 
 def mamba_mixer(
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, *, state_dim: int, eps: float, chunk_size: int, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """z, xBC, dt = split(in_weight u); out_weight · norm(ssd(conv(xBC), softplus(dt + bias)) · silu(z)).
@@ -31,7 +31,7 @@ def mamba_mixer(
         u: [B, T, D].
         in_weight: [H·P + (H·P + 2·G·N) + H, D]: gate, convolution input, raw steps.
         conv_weight, conv_bias: [H·P + 2·G·N, W] and [H·P + 2·G·N], float32.
-        dt_bias, A, D: [H] float32; A < 0.
+        dt_bias, A_log, D: [H] float32; the rates are A = −exp(A_log).
         norm_weight: [H·P] float32.
         out_weight: [D, H·P].
         state_dim: N.
@@ -50,7 +50,7 @@ def mamba_mixer(
     reason = unsupported(u.dtype, inner, inner // heads, state_dim)
     if backend == "triton" and reason:
         raise ValueError(f"the Triton mixer does not serve this input: {reason}")
-    arguments = (u, in_weight, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight)
+    arguments = (u, in_weight, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, out_weight)
     with torch.autocast(u.device.type, enabled=False):
         if backend == "triton" or (backend == "auto" and reason is None and uses_triton(u)):
             out: Tensor = _mixer(*arguments, state_dim, eps, chunk_size)[0]
@@ -93,19 +93,19 @@ _Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # Opaque to torch.compile, which neither needs to see inside nor could fuse across these kernels.
 @torch.library.custom_op("eco_llm::mamba_mixer", mutates_args=())
 def _mixer(
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from eco_llm.ops.mamba_mixer.triton import mixer_forward
 
     return mixer_forward(
-        u, in_weight, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, state_dim, eps, chunk_size
+        u, in_weight, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, out_weight, state_dim, eps, chunk_size
     )
 
 
 @_mixer.register_fake
 def _(
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int,
 ) -> _Six:  # fmt: skip
     batch, time, _ = u.shape
@@ -122,27 +122,27 @@ def _(
 @torch.library.custom_op("eco_llm::mamba_mixer_backward", mutates_args=())
 def _mixer_backward(
     d_out: Tensor, zxbcdt: Tensor, y: Tensor, decays: Tensor, narrow_in: Tensor, narrow_out: Tensor,
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from eco_llm.ops.mamba_mixer.triton import Kept, mixer_backward
 
     return mixer_backward(
         d_out, Kept(d_out, zxbcdt, y, decays, narrow_in, narrow_out), u, in_weight, conv_weight, conv_bias, dt_bias,
-        A, D, norm_weight, out_weight, state_dim, eps, chunk_size,
+        A_log, D, norm_weight, out_weight, state_dim, eps, chunk_size,
     )  # fmt: skip
 
 
 @_mixer_backward.register_fake
 def _(
     d_out: Tensor, zxbcdt: Tensor, y: Tensor, decays: Tensor, narrow_in: Tensor, narrow_out: Tensor,
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int,
 ) -> _Seven:  # fmt: skip
     def like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    small = A.new_empty(3, A.shape[0], dtype=torch.float32)
+    small = A_log.new_empty(3, A_log.shape[0], dtype=torch.float32)
     return like(u), like(in_weight), like(conv_weight), like(conv_bias), small, like(norm_weight), like(out_weight)
 
 
@@ -157,8 +157,8 @@ def _differentiate(ctx: Any, d_out: Tensor, *unused: None) -> tuple[Tensor | Non
         d_u, d_in, d_conv_weight, d_conv_bias, small, d_norm, d_out_weight = _mixer_backward(
             d_out, *ctx.saved_tensors, ctx.state_dim, ctx.eps, ctx.chunk_size
         )
-    dA, d_bias, dD = small.unbind()
-    return d_u, d_in, d_conv_weight, d_conv_bias, d_bias, dA, dD, d_norm, d_out_weight, None, None, None
+    dA_log, d_bias, dD = small.unbind()
+    return d_u, d_in, d_conv_weight, d_conv_bias, d_bias, dA_log, dD, d_norm, d_out_weight, None, None, None
 
 
 _mixer.register_autograd(_differentiate, setup_context=_save)

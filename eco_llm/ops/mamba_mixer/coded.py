@@ -24,7 +24,7 @@ U_STREAM = OPS_STREAMS + 4
 
 def coded_mixer(
     x: Tensor, added: Tensor | None, pre_weight: Tensor, pre_eps: float,
-    in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, *, state_dim: int, eps: float, chunk_size: int, keep: Keep,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x + added, mamba_mixer(norm(x + added))); backward has the norm's result, y, z and xBC as codes.
@@ -40,7 +40,7 @@ def coded_mixer(
         (the stream [B, T, D] float32, [B, T, D] in the type of the products). First derivatives only.
     """
     result = _CodedMixer.apply(
-        x, added, pre_weight, in_weight, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight,
+        x, added, pre_weight, in_weight, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, out_weight,
         pre_eps, state_dim, eps, chunk_size, keep, compute_dtype(x),
     )  # fmt: skip
     return cast(tuple[Tensor, Tensor], result)
@@ -68,9 +68,9 @@ class _CodedMixer(torch.autograd.Function):
         norm = NormBackward((*pre, pre_weight), ctx.settings[3], d_total, ctx.added or torch.float32)
         with torch.autocast(d_out.device.type, enabled=False):  # backward may be called inside one
             found = mixer_backward(d_out, kept, norm, *ctx.saved_tensors[14:], *ctx.settings)
-        dA, d_bias, dD = found.small.unbind()
+        dA_log, d_bias, dD = found.small.unbind()
         return (
             norm.d_sum, None if ctx.added is None else norm.d_added, norm.d_weight,
-            found.in_weight, found.conv_weight, found.conv_bias, d_bias, dA, dD, found.norm_weight, found.out_weight,
-            *[None] * 6,
+            found.in_weight, found.conv_weight, found.conv_bias, d_bias, dA_log, dD, found.norm_weight,
+            found.out_weight, *[None] * 6,
         )  # fmt: skip

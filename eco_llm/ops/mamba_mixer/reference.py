@@ -14,7 +14,7 @@ from eco_llm.ops.ssd import ssd
 
 
 def mamba_mixer_reference(
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, *, state_dim: int, eps: float, chunk_size: int,
     ssd_backend: Literal["chunked", "recurrent"] = "chunked",
 ) -> Tensor:  # fmt: skip
@@ -29,5 +29,5 @@ def mamba_mixer_reference(
     # bf16 has 8 bits: dt + bias must not be rounded to it before softplus, for small steps live in the bias.
     dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + dt_bias)
     x, B, C = x.unflatten(-1, (heads, -1)), B.unflatten(-1, (-1, state_dim)), C.unflatten(-1, (-1, state_dim))
-    y = ssd(x, dt, A, B, C, D, chunk_size=chunk_size, backend=ssd_backend)
+    y = ssd(x, dt, -torch.exp(A_log), B, C, D, chunk_size=chunk_size, backend=ssd_backend)
     return F.linear(gated_rms_norm_reference(y.flatten(2), z, norm_weight, eps), out_weight.to(u.dtype))

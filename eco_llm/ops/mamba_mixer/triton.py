@@ -68,14 +68,14 @@ class Kept(NamedTuple):
     y: Tensor
     """[B, T, H·P], before the gate."""
     decays: Tensor
-    """[2, B, H, Tp] float32: dt and the sums of dt·A (ops/ssd/triton.py)."""
+    """[2, B, H, Tp] float32: dt and the sums of its log-decays (ops/ssd/triton.py)."""
     in_weight: Tensor
     """Weights in the compute type; empty where they have it already."""
     out_weight: Tensor
 
 
 def mixer_forward(
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int,
 ) -> Kept:  # fmt: skip
     """Shapes as in `eco_llm.ops.mamba_mixer.mamba_mixer`."""
@@ -84,18 +84,18 @@ def mixer_forward(
     out_weight, kept_out = cast_weight(out_weight, u)
     zxbcdt = u @ in_weight.t()
     z, xbc, dt = _split(zxbcdt, inner, heads)
-    y, decays = _scan(xbc, dt, conv_weight, conv_bias, dt_bias, A, D, inner, state_dim, chunk_size)
+    y, decays = _scan(xbc, dt, conv_weight, conv_bias, dt_bias, A_log, D, inner, state_dim, chunk_size)
     return Kept(gated_norm_forward(y, z, norm_weight, eps) @ out_weight.t(), zxbcdt, y, decays, kept_in, kept_out)
 
 
 def _scan(
-    xbc: Tensor, dt: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    xbc: Tensor, dt: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     inner: int, state_dim: int, chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [B, T, H·P], decays)."""
     x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias), inner, dt_bias.shape[0], state_dim)
     s = ssd.shape_of(x, B, chunk_size)
-    decays = ssd.decays(dt, dt_bias, A, s)
+    decays = ssd.decays(dt, dt_bias, A_log, s, of_logs=True)
     y, _ = ssd.forward(x, decays, B, C, D, s, initial=None, final=False)
     return y.view(*xbc.shape[:2], inner), decays
 
@@ -119,7 +119,7 @@ class KeptCodes(NamedTuple):
 
 
 def mixer_forward_to_codes(
-    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int, bits: int, step: Tensor,
     streams: tuple[int, int, int],
 ) -> KeptCodes:  # fmt: skip
@@ -130,7 +130,7 @@ def mixer_forward_to_codes(
     zxbcdt = u @ in_weight.t()
     z, xbc, dt = _split(zxbcdt, inner, heads)
     xbc_codes, xbc_scales = quantize_triton(xbc, bits, step, streams[2])
-    y, decays = _scan(xbc, dt, conv_weight, conv_bias, dt_bias, A, D, inner, state_dim, chunk_size)
+    y, decays = _scan(xbc, dt, conv_weight, conv_bias, dt_bias, A_log, D, inner, state_dim, chunk_size)
     gated, codes = gated_norm_forward_to_codes(y, z, norm_weight, eps, bits, step, streams[0], streams[1])
     dt = dt.clone(memory_format=torch.contiguous_format).view(-1)  # of its own, else all of zxbcdt would live on
     del y, z, xbc, zxbcdt
@@ -148,14 +148,14 @@ class MixerGradients(NamedTuple):
     conv_weight: Tensor
     conv_bias: Tensor
     small: Tensor
-    """[3, H] float32: gradients of A, of dt's bias and of D."""
+    """[3, H] float32: gradients of A_log, of dt's bias and of D."""
     norm_weight: Tensor
     out_weight: Tensor
 
 
 def mixer_backward(
     d_out: Tensor, kept: Kept | KeptCodes, u: Tensor | Callable[[Tensor], Tensor], in_weight: Tensor,
-    conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor,
+    conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, norm_weight: Tensor,
     out_weight: Tensor, state_dim: int, eps: float, chunk_size: int, bits: int = 0,
 ) -> MixerGradients:  # fmt: skip
     """Every gradient; d_out [B, T, D]. `kept.out` is not read; `bits` are of codes, where those were kept.
@@ -193,7 +193,10 @@ def mixer_backward(
     x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias, conv_codes), inner, heads, state_dim)
     s = ssd.shape_of(x, B, chunk_size)
     by_head = d_y.view(*d_y.shape[:2], heads, inner // heads)
-    grads = ssd.backward(by_head, x, dt, dt_bias, A, B, C, D, s, initial=None, d_final=None, d_raw=d_dt, d=kept.decays)
+    grads = ssd.backward(
+        by_head, x, dt, dt_bias, A_log, B, C, D, s,
+        initial=None, d_final=None, d_raw=d_dt, d=kept.decays, of_logs=True,
+    )  # fmt: skip
     conv_partials = conv_silu_backward_partials(
         xbc, conv_weight, conv_bias, grads.dx.flatten(2), grads.d_bc, d_xbc, conv_codes
     )

@@ -8,6 +8,8 @@ that may change from run to run.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,13 +20,19 @@ from torch import Tensor
 from eco_llm.ops.ssd import triton_kernels as kernels
 from eco_llm.ops.ssd.operator import tile_and_chunk
 
-# Programs that fill a large GPU a few times over; below it, a program takes fewer heads.
-_PROGRAMS = 512
-
-# (warps, stages) of each kernel, and the most heads of a program, which share the scores C·B (output) or a share of dB
-# and dC (gradient). Chosen by measurement on an H200: docs/LOG.md.
-WALK, OUTPUT, GRADIENT = (4, 3), (4, 2), (4, 1)
+# (warps, stages) of each kernel, the most heads of a program, which share the scores C·B (output) or a share of dB and
+# dC (gradient), and the programs that the registers of a multiprocessor hold. Chosen by measurement on an H200:
+# docs/LOG.md.
+WALK, OUTPUT, GRADIENT = (4, 3), (4, 2), (4, 2)
 MOST_HEADS_OUTPUT, MOST_HEADS_GRADIENT = 8, 12
+RESIDENT_OUTPUT, RESIDENT_GRADIENT = 3, 2
+
+# To measure, then to remove: None follows the rules.
+ROLES = 4
+ROLE_FIRST = True
+WALK_TILE: tuple[int, int] | None = None
+OUTPUT_HEADS: int | None = None
+GRADIENT_HEADS: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +66,36 @@ class Shape:
     def heads_per_group(self) -> int:
         return self.heads // self.groups
 
-    def heads_per_program(self, roles: int, most: int) -> int:
-        """The largest divisor of a group's heads, up to `most`, that leaves enough programs to fill the GPU."""
-        best = 1
-        for count in range(2, min(most, self.heads_per_group) + 1):
-            programs = roles * self.batch * self.tiles * (self.heads // count)
-            if self.heads_per_group % count == 0 and programs >= _PROGRAMS:
-                best = count
-        return best
+    def heads_per_program(self, roles: int, most: int, slots: int) -> int:
+        """The divisor of a group's heads, up to `most`, with which `slots` programs at a time are done first.
+
+        A program of h heads takes as long as h + 1: the loads, the scores and the sums that they share are one more.
+        """
+
+        def time(heads: int) -> tuple[float, int]:
+            waves = roles * self.batch * self.tiles * (self.heads // heads) / slots
+            return (math.ceil(waves) if waves < 4 else waves) * (heads + 1), -heads
+
+        return min((h for h in range(1, most + 1) if self.heads_per_group % h == 0), key=time)
+
+    def walk_tile(self, directions: int) -> tuple[int, int]:
+        """(rows, columns) of the state [N, P] that a program walks: two programs a multiprocessor of a large GPU, where
+        it can be. Near-square parts read least: a part reads its rows of B and its columns of x.
+        """
+        rows, columns = self.state, self.width
+        while columns > 16 and self.batch * self.heads * directions * self.state * self.width < 264 * rows * columns:
+            if rows > 64 and rows >= columns:  # products of fewer rows would leave warps idle
+                rows //= 2
+            else:
+                columns //= 2
+        return rows, columns
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def shape_of(x: Tensor, B: Tensor, chunk_size: int) -> Shape:
@@ -93,15 +123,15 @@ def _rows(x: Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1)
 
 
-def decays(raw: Tensor, bias: Tensor | None, A: Tensor, s: Shape) -> Tensor:
+def decays(raw: Tensor, bias: Tensor | None, A: Tensor, s: Shape, *, of_logs: bool = False) -> Tensor:
     """[2, B, H, Tp] float32, Tp being T rounded up to whole chunks: dt = softplus(raw + bias), or raw itself where
-    `bias` is None, and the sums of dt·A from the start of each chunk.
+    `bias` is None, and the sums of dt·A·log2(e) from the start of each chunk. With `of_logs` A is given as log(−A).
     """
     heads = s.heads // s.split
     both = torch.empty(2, s.batch, heads, s.padded, dtype=torch.float32, device=raw.device)
     kernels.decay_kernel[(s.chunks, s.batch)](
         raw, bias, A, *both.unbind(), s.time, heads, s.padded, *_rows(raw),
-        CHUNK=s.chunk, HEADS=triton.next_power_of_2(heads), SOFTPLUS=bias is not None, num_warps=4,
+        CHUNK=s.chunk, HEADS=triton.next_power_of_2(heads), SOFTPLUS=bias is not None, OF_LOGS=of_logs, num_warps=4,
     )  # fmt: skip
     return both
 
@@ -115,15 +145,13 @@ def _walk(
     states = torch.empty(s.batch, s.chunks, s.heads, s.state, s.width, dtype=x.dtype, device=x.device)
     d_states = None if dy is None else torch.empty_like(states)
     directions = 1 if dy is None else 2
-    columns = s.width
-    while columns > 16 and s.batch * s.heads * directions * (s.width // columns) < 264:  # two a multiprocessor
-        columns //= 2
-    kernels.walk_kernel[(s.width // columns, s.batch * s.heads, directions)](
+    rows, columns = WALK_TILE or s.walk_tile(directions)
+    kernels.walk_kernel[(s.width // columns * (s.state // rows), s.batch * s.heads, directions)](
         x, B, x if dy is None else dy, B if C is None else C, *d.unbind(), states,
         states if d_states is None else d_states, initial, final, d_final, d_initial,
         s.time, s.padded, s.heads, s.tiles, *_rows(x), *_rows(B),
         *_rows(x if dy is None else dy), *_rows(B if C is None else C),
-        P=s.width, N=s.state, COLUMNS=columns, BLOCK=s.block, SUB=s.chunk // s.block, SPLIT=s.split,
+        P=s.width, N=s.state, COLUMNS=columns, ROWS=rows, BLOCK=s.block, SUB=s.chunk // s.block, SPLIT=s.split,
         HEADS_PER_GROUP=s.heads_per_group, HAS_INITIAL=initial is not None, HAS_FINAL=final is not None,
         HAS_D_FINAL=d_final is not None, HAS_D_INITIAL=d_initial is not None, PRECISION=s.precision,
         num_warps=WALK[0], num_stages=WALK[1],
@@ -141,7 +169,8 @@ def forward(
         last = torch.empty(public, dtype=torch.float32, device=x.device)
     states, _ = _walk(s, x, B, d, initial=initial, final=last)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    per_program = s.heads_per_program(1, MOST_HEADS_OUTPUT)
+    slots = RESIDENT_OUTPUT * _processors(x.device)
+    per_program = OUTPUT_HEADS or s.heads_per_program(1, MOST_HEADS_OUTPUT, slots)
     kernels.output_kernel[(s.tiles, s.heads // per_program, s.batch)](
         x, B, C, *d.unbind(), states, D, y, s.time, s.padded, s.heads, s.tiles,
         *_rows(x), *_rows(B), *_rows(C), *_rows(y),
@@ -160,8 +189,9 @@ class Gradients(NamedTuple):
     d_bc: Tensor
     """[S, B, T, 2·G·N] float32: S shares whose sum is (dB, dC), each [G·N] wide."""
     partial: Tensor
-    """[B · chunks, 3, H] float32: a chunk's shares of the gradients of A, of dt's bias (without softplus: of the sum of
-    the steps) and of D (0 if there is none); their sum over the first axis is left to the caller."""
+    """[B · chunks, 3, H] float32: a chunk's shares of the gradients of A (or of log(−A)), of dt's bias (without
+    softplus: of the sum of the steps) and of D (0 if there is none); their sum over the first axis is left to the
+    caller."""
     d_initial: Tensor | None
     """[B, H, P, N] float32."""
 
@@ -169,6 +199,7 @@ class Gradients(NamedTuple):
 def backward(
     dy: Tensor, x: Tensor, raw: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     s: Shape, *, initial: Tensor | None, d_final: Tensor | None, d_raw: Tensor, d: Tensor | None = None,
+    of_logs: bool = False,
 ) -> Gradients:  # fmt: skip
     """Gradients of `forward`; states are made again, nothing but its inputs is needed.
 
@@ -176,18 +207,20 @@ def backward(
         dy: [B, T, H, P], the type of x.
         d_raw: [B, T, H], where the gradient of `raw` goes (any row stride, any float type).
         d: the decays, if they are at hand.
+        of_logs: A is given as log(−A), and the gradient is that of the logarithm.
     """
     heads = s.heads // s.split
     if s.chunk != s.block:
         # Backward knows chunks of one tile only. The result is the same, and longer chunks were slower. A kernel
         # with loops over a chunk's tiles ran into an invalid address as Triton 3.6 compiled it (docs/LOG.md).
         s, d = dataclasses.replace(s, chunk=s.block), None
-    d = decays(raw, bias, A, s) if d is None else d
+    d = decays(raw, bias, A, s, of_logs=of_logs) if d is None else d
     d_initial = None
     if initial is not None:
         d_initial = torch.empty(initial.shape, dtype=torch.float32, device=x.device)
     states, d_states = _walk(s, x, B, d, initial=initial, dy=dy, C=C, d_final=d_final, d_initial=d_initial)
-    per_program = s.heads_per_program(4, MOST_HEADS_GRADIENT)
+    slots = RESIDENT_GRADIENT * _processors(x.device)
+    per_program = GRADIENT_HEADS or s.heads_per_program(3, MOST_HEADS_GRADIENT, slots)  # ⟨H, G⟩ takes hardly any time
     shares = s.heads_per_group // per_program
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -197,12 +230,14 @@ def backward(
     d_bc = empty(shares, s.batch, s.time, 2 * s.groups * s.state)
     vectors = empty(3, s.batch, s.heads, s.padded)
     carry, skip = empty(s.batch, s.tiles, s.heads), empty(s.batch, s.tiles, s.heads)
-    kernels.gradient_kernel[(s.tiles, s.heads // per_program, 4 * s.batch)](
+    first, last = (ROLES, 1) if ROLE_FIRST else (1, ROLES)
+    kernels.gradient_kernel[(first * s.tiles, s.heads // per_program, last * s.batch)](
         x, B, C, dy, *d.unbind(), states, d_states, D, dx, d_bc, *vectors.unbind(), carry, skip,
         s.time, s.padded, s.heads, s.tiles, s.batch, s.groups,
         *_rows(x), *_rows(B), *_rows(C), *_rows(dy), *_rows(dx),
         P=s.width, N=s.state, BLOCK=s.block, SPLIT=s.split, HEADS=per_program,
         HEADS_PER_GROUP=s.heads_per_group, HAS_D=D is not None, PRECISION=s.precision,
+        ROLES=ROLES, ROLE_FIRST=ROLE_FIRST,
         num_warps=GRADIENT[0], num_stages=GRADIENT[1],
     )  # fmt: skip
     partial = empty(s.batch * s.chunks, 3, heads)
@@ -212,6 +247,6 @@ def backward(
         raw, bias, A, d[0], *vectors.unbind(), carry, skip, d_raw, partial,
         s.time, heads, s.padded, s.chunks, *_rows(raw), *_rows(d_raw),
         CHUNK=s.chunk, HEADS=triton.next_power_of_2(heads), SPLIT=s.split,
-        SOFTPLUS=bias is not None, HAS_D=D is not None, num_warps=4,
+        SOFTPLUS=bias is not None, HAS_D=D is not None, OF_LOGS=of_logs, num_warps=4,
     )  # fmt: skip
     return Gradients(dx, d_bc, partial, d_initial)

@@ -2,13 +2,16 @@
 
 Shape legend: L = BLOCK tokens (one tile), a chunk is SUB tiles (in backward one); P channels of a head, N state size;
 all sums float32. "Heads" here are slices of P ≤ 64 channels: a wider head is SPLIT of them, which share dt, A and D.
-Scratch: dt and cum [B, H, Tp], the step sizes and the inclusive sums of dt·A from the start of their chunk (Tp is T
-rounded up to whole chunks; dt = 0 past T); states [B, chunks, heads, N, P], the state that enters each chunk.
-Offsets that grow with B·T are 64-bit.
+Scratch: dt and cum [B, H, Tp], the step sizes and the inclusive sums of dt·A·log2(e) from the start of their chunk (Tp
+is T rounded up to whole chunks; dt = 0 past T); states [B, chunks, heads, N, P], the state that enters each chunk.
+Offsets that grow with B·T are 64-bit. Decays are powers of two because `exp2` is one instruction, where `exp` is five:
+it scales its argument, and again where the result is under the smallest normal number.
 """
 
 import triton
 import triton.language as tl
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -21,11 +24,20 @@ def _softplus(v):
 
 
 @triton.jit
+def _rates(A, h, H, OF_LOGS: tl.constexpr):
+    """A [H] float32, or −exp of what is given."""
+    value = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
+    if OF_LOGS:
+        value = -tl.exp(value)
+    return value
+
+
+@triton.jit
 def decay_kernel(
     raw, bias, A, dt_out, cum_out, T, H, Tp, raw_sb, raw_st,
-    CHUNK: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, OF_LOGS: tl.constexpr,
 ):  # fmt: skip
-    """dt (after softplus, if asked) and its cumulative log-decay, from [B, T, H] to [B, H, Tp]. Grid: chunk, batch."""
+    """dt (after softplus, if asked) and cum, from [B, T, H] to [B, H, Tp]. Grid: chunk, batch."""
     chunk, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     t = chunk * CHUNK + tl.arange(0, CHUNK)
     h = tl.arange(0, HEADS)
@@ -34,7 +46,7 @@ def decay_kernel(
     if SOFTPLUS:
         v = _softplus(v + tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :])
     v = tl.where(inside, v, 0.0)
-    cum = tl.cumsum(v * tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)[None, :], 0)
+    cum = tl.cumsum(v * (_rates(A, h, H, OF_LOGS) * _LOG2_E)[None, :], 0)
     to = (b * H + h.to(tl.int64))[None, :] * Tp + t[:, None]
     real = (h < H)[None, :] & (t < Tp)[:, None]
     tl.store(dt_out + to, v, mask=real)
@@ -43,19 +55,19 @@ def decay_kernel(
 
 @triton.jit
 def _walk(
-    value, key, dt, cum, states, first, last, b, head, T, heads, tiles, value_sb, value_st, key_sb, key_st, column,
+    value, key, dt, cum, states, first, last, b, head, T, heads, tiles, value_sb, value_st, key_sb, key_st, n0, column,
     P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """state <- decay · state + keyᵀ (weight · value) over the tiles of one head, leaving the state that enters (in the
-    direction walked) each chunk in `states`. Forward: key B, value x, weight dt·e^(end − cum). Reverse: the state's
-    gradient, key C, value dy, weight e^(cum − start).
+    direction walked) each chunk in `states`; its ROWS from n0 and COLUMNS from `column`. Forward: key B, value x,
+    weight dt·e^(end − cum). Reverse: the state's gradient, key C, value dy, weight e^(cum − start).
     """
-    n, p, row = tl.arange(0, N), column + tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
+    n, p, row = n0 + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
     in_state = p[None, :] + n[:, None] * P
     public = p[None, :] * N + n[:, None]  # the caller's states are [P, N]
     base = (b * heads + head) * N * P
-    state = tl.zeros((N, COLUMNS), tl.float32)
+    state = tl.zeros((ROWS, COLUMNS), tl.float32)
     if HAS_FIRST:
         state = tl.load(first + base + public).to(tl.float32)
     tile = tiles - 1 if REVERSE else tiles * 0
@@ -73,13 +85,15 @@ def _walk(
         k = tl.load(key + start * key_st + row[:, None] * key_st + n[None, :], mask=inside, other=0.0)
         c = tl.load(cum + start + row)
         end = tl.load(cum + start + BLOCK - 1)
-        before = tl.load(cum + start - 1, mask=tile % SUB != 0, other=0.0)
+        before = 0.0
+        if SUB > 1:
+            before = tl.load(cum + start - 1, mask=tile % SUB != 0, other=0.0)
         if REVERSE:
-            weight = tl.exp(c - before)
+            weight = tl.exp2(c - before)
         else:
-            weight = tl.load(dt + start + row) * tl.exp(end - c)
+            weight = tl.load(dt + start + row) * tl.exp2(end - c)
         weighted = (v.to(tl.float32) * weight[:, None]).to(k.dtype)
-        state = tl.dot(tl.trans(k), weighted, state * tl.exp(end - before), input_precision=PRECISION)
+        state = tl.dot(tl.trans(k), weighted, state * tl.exp2(end - before), input_precision=PRECISION)
         tile += -1 if REVERSE else 1
     if HAS_LAST:
         tl.store(last + base + public, state)
@@ -89,26 +103,26 @@ def _walk(
 def walk_kernel(
     x, B, dy, C, dt, cum, states, d_states, initial, final, d_final, d_initial,
     T, Tp, heads, tiles, x_sb, x_st, B_sb, B_st, dy_sb, dy_st, C_sb, C_st,
-    P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
-    SPLIT: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
-    HAS_D_FINAL: tl.constexpr, HAS_D_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SUB: tl.constexpr, SPLIT: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr, HAS_D_FINAL: tl.constexpr, HAS_D_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: columns of P, batch · heads, directions (1: forward; 2: forward and the gradient's reverse)."""
-    column = tl.program_id(0) * COLUMNS
+    """Grid: parts of the state, batch · heads, directions (1: forward; 2: forward and the gradient's reverse)."""
+    column, n0 = tl.program_id(0) % (P // COLUMNS) * COLUMNS, tl.program_id(0) // (P // COLUMNS) * ROWS
     b, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     group = head // HEADS_PER_GROUP
     of_head = (b * (heads // SPLIT) + head // SPLIT) * Tp
     if tl.program_id(2) == 0:
         _walk(
             x + b * x_sb, B + b * B_sb + group * N, dt + of_head, cum + of_head, states, initial, final,
-            b, head, T, heads, tiles, x_sb, x_st, B_sb, B_st, column,
-            P, N, COLUMNS, BLOCK, SUB, False, HAS_INITIAL, HAS_FINAL, PRECISION,
+            b, head, T, heads, tiles, x_sb, x_st, B_sb, B_st, n0, column,
+            P, N, COLUMNS, BLOCK, SUB, ROWS, False, HAS_INITIAL, HAS_FINAL, PRECISION,
         )  # fmt: skip
     else:
         _walk(
             dy + b * dy_sb, C + b * C_sb + group * N, dt + of_head, cum + of_head, d_states, d_final, d_initial,
-            b, head, T, heads, tiles, dy_sb, dy_st, C_sb, C_st, column,
-            P, N, COLUMNS, BLOCK, SUB, True, HAS_D_FINAL, HAS_D_INITIAL, PRECISION,
+            b, head, T, heads, tiles, dy_sb, dy_st, C_sb, C_st, n0, column,
+            P, N, COLUMNS, BLOCK, SUB, ROWS, True, HAS_D_FINAL, HAS_D_INITIAL, PRECISION,
         )  # fmt: skip
 
 
@@ -140,9 +154,9 @@ def output_kernel(
             states + ((b * (tiles // SUB) + tile // SUB) * heads + head) * N * P + n[:, None] * P + p[None, :]
         )
         x_tile = tl.load(x + (start + row)[:, None] * x_st + head * P, mask=inside, other=0.0)
-        out = tl.dot(c_tile, entering, input_precision=PRECISION) * tl.exp(cum_t)[:, None]
-        decay = tl.exp(tl.minimum(cum_t[:, None] - cum_t[None, :], 0.0))
-        weights = tl.where(causal, scores * decay * dt_t[None, :], 0.0).to(x_tile.dtype)
+        out = tl.dot(c_tile, entering, input_precision=PRECISION) * tl.exp2(cum_t)[:, None]
+        decay = tl.exp2(tl.where(causal, cum_t[:, None] - cum_t[None, :], float("-inf")))
+        weights = (scores * decay * dt_t[None, :]).to(x_tile.dtype)
         out = tl.dot(weights, x_tile, out, input_precision=PRECISION)
         if SUB > 1:
             first = tile.to(tl.int64) // SUB * SUB * BLOCK
@@ -150,7 +164,7 @@ def output_kernel(
                 real = (first + row < T)[:, None]
                 b_j = tl.load(B + (first + row)[:, None] * B_st, mask=real, other=0.0)
                 x_j = tl.load(x + (first + row)[:, None] * x_st + head * P, mask=real, other=0.0)
-                decay_j = tl.exp(cum_t[:, None] - tl.load(cum + of_head + first + row)[None, :])
+                decay_j = tl.exp2(cum_t[:, None] - tl.load(cum + of_head + first + row)[None, :])
                 decay_j *= tl.load(dt + of_head + first + row)[None, :]
                 weights_j = tl.dot(c_tile, tl.trans(b_j), input_precision=PRECISION) * decay_j
                 out = tl.dot(weights_j.to(x_j.dtype), x_j, out, input_precision=PRECISION)
@@ -163,10 +177,10 @@ def output_kernel(
 
 @triton.jit
 def _source_gradients(
-    x, B, C, dy, dt, cum, d_states, D, dx, d_b_out, col_out, state_out, d_skip, tile, b, head,
+    x, B, C, dy, dt, cum, states, d_states, D, dx, d_b_out, col_out, state_out, carry_out, d_skip, tile, b, head,
     T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, dx_st, width,
     P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
-    HAS_D: tl.constexpr, PRECISION: tl.constexpr, WANT_X: tl.constexpr,
+    HAS_D: tl.constexpr, PRECISION: tl.constexpr, WANT_X: tl.constexpr, WANT_CARRY: tl.constexpr,
 ):  # fmt: skip
     """The tile's tokens as sources s of later outputs t: dx or dB, and a sum a token each. Matrices are [s, t].
 
@@ -186,13 +200,18 @@ def _source_gradients(
         of_head = (b * (heads // SPLIT) + head // SPLIT) * Tp + start
         cum_s = tl.load((cum + of_head) + row)
         dt_s = tl.load((dt + of_head) + row)
-        to_end = tl.exp(tl.load(cum + of_head + BLOCK - 1) - cum_s)
+        end = tl.load(cum + of_head + BLOCK - 1)
+        to_end = tl.exp2(end - cum_s)
         x_tile = tl.load((x + start * x_st + head * P) + (row[:, None] * x_st + p[None, :]), mask=inside, other=0.0)
         dy_tile = tl.load((dy + start * dy_st + head * P) + (row[:, None] * dy_st + p[None, :]), mask=inside, other=0.0)
         at = ((b * tiles + tile) * heads + head) * N * P
         d_leaving = tl.load((d_states + at) + (n[:, None] * P + p[None, :]))
         vector = (b * heads + head) * Tp + start + row
-        decay = tl.where(causal, tl.exp(tl.minimum(cum_s[None, :] - cum_s[:, None], 0.0)), 0.0)
+        decay = tl.exp2(tl.where(causal, cum_s[None, :] - cum_s[:, None], float("-inf")))
+        if WANT_CARRY:
+            entering = tl.load((states + at) + (n[:, None] * P + p[None, :])).to(tl.float32)
+            carry = tl.sum(entering * d_leaving.to(tl.float32)) * tl.exp2(end)
+            tl.store(carry_out + (b * tiles + tile) * heads + head, carry)
         if WANT_X:
             # Outputs after this tile, through the state that leaves it, then those of the tile.
             d_x = tl.dot(b_tile, d_leaving, input_precision=PRECISION) * to_end[:, None]
@@ -200,14 +219,15 @@ def _source_gradients(
             tl.store(state_out + vector, tl.sum(x_wide * d_x, 1))
             d_x = tl.dot((scores * decay).to(x_tile.dtype), dy_tile, d_x, input_precision=PRECISION) * dt_s[:, None]
             if HAS_D:
-                dy_wide = dy_tile.to(tl.float32)
-                tl.store(d_skip + (b * tiles + tile) * heads + head, tl.sum(x_wide * dy_wide))
-                d_x += tl.load(D + head // SPLIT).to(tl.float32) * dy_wide
+                d_x += tl.load(D + head // SPLIT).to(tl.float32) * dy_tile.to(tl.float32)
             to = (dx + start * dx_st + head * P) + (row[:, None] * dx_st + p[None, :])
             tl.store(to, d_x.to(dx.dtype.element_ty), mask=inside)
         else:
             products = tl.dot(x_tile, tl.trans(dy_tile), input_precision=PRECISION) * decay  # dy_t · x_s
             tl.store(col_out + vector, tl.sum(products * scores, 1))
+            if HAS_D:  # no decay on the diagonal
+                diagonal = tl.where(row[:, None] == row[None, :], products, 0.0)
+                tl.store(d_skip + (b * tiles + tile) * heads + head, tl.sum(diagonal))
             d_b = tl.dot((products * dt_s[:, None]).to(x_tile.dtype), c_tile, d_b, input_precision=PRECISION)
             x_wide = x_tile.to(tl.float32) * (to_end * dt_s)[:, None]
             d_b = tl.dot(x_wide.to(x_tile.dtype), tl.trans(d_leaving), d_b, input_precision=PRECISION)
@@ -242,12 +262,12 @@ def _output_gradients(
         entering = tl.load((states + chunk_head * N * P) + (n[:, None] * P + p[None, :]))
 
         # Sources of the same tile, then those before it, through the state that enters it.
-        decay = tl.where(causal, tl.exp(tl.minimum(cum_t[:, None] - cum_t[None, :], 0.0)) * dt_t[None, :], 0.0)
+        decay = tl.exp2(tl.where(causal, cum_t[:, None] - cum_t[None, :], float("-inf"))) * dt_t[None, :]
         products = tl.dot(dy_tile, tl.trans(x_tile), input_precision=PRECISION) * decay
         # Of the very numbers whose sums over t are `col`: what both count twice must cancel (`finish_kernel`).
         row_sum = tl.sum(products * scores, 1)
         d_c = tl.dot(products.to(x_tile.dtype), b_tile, d_c, input_precision=PRECISION)
-        dy_wide = dy_tile.to(tl.float32) * tl.exp(cum_t)[:, None]
+        dy_wide = dy_tile.to(tl.float32) * tl.exp2(cum_t)[:, None]
         row_sum += tl.sum(tl.dot(c_tile, entering, input_precision=PRECISION) * dy_wide, 1)
         d_c = tl.dot(dy_wide.to(dy_tile.dtype), tl.trans(entering), d_c, input_precision=PRECISION)
         tl.store(row_out + (b * heads + head) * Tp + start + row, row_sum)
@@ -268,7 +288,7 @@ def _state_products(
         entering = tl.load((states + at) + inside_state).to(tl.float32)
         d_leaving = tl.load((d_states + at) + inside_state).to(tl.float32)
         end = tl.load(cum + (b * (heads // SPLIT) + head // SPLIT) * Tp + tile.to(tl.int64) * BLOCK + BLOCK - 1)
-        tl.store(carry_out + chunk_head, tl.sum(entering * d_leaving) * tl.exp(end))
+        tl.store(carry_out + chunk_head, tl.sum(entering * d_leaving) * tl.exp2(end))
         head += 1
 
 
@@ -277,16 +297,20 @@ def gradient_kernel(
     x, B, C, dy, dt, cum, states, d_states, D, dx, d_bc, row_out, col_out, state_out, carry_out, d_skip,
     T, Tp, heads, tiles, batch, groups, x_sb, x_st, B_sb, B_st, C_sb, C_st, dy_sb, dy_st, dx_sb, dx_st,
     P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
-    HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr, ROLES: tl.constexpr,
+    ROLE_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile, which is a chunk, for HEADS heads. dx, dB, dC and ⟨H, G⟩ are for four programs: the
-    registers of one hold no more. Grid: tile, heads / HEADS, 4 · batch.
+    registers of one hold no more. Grid: role and tile, heads / HEADS, batch.
 
     Writes dx; this program's share of dB or dC into d_bc [shares, batch, T, 2·groups·N]; and what the gradient of the
     log-decays is made of (see `finish_kernel`): row_out, col_out, state_out [B, heads, Tp], carry_out and d_skip
     [B, tiles, heads].
     """
-    tile, b, role = tl.program_id(0), (tl.program_id(2) // 4).to(tl.int64), tl.program_id(2) % 4
+    if ROLE_FIRST:  # the programs of a tile are neighbours: what they all read comes from memory once
+        tile, role, b = tl.program_id(0) // ROLES, tl.program_id(0) % ROLES, tl.program_id(2).to(tl.int64)
+    else:
+        tile, b, role = tl.program_id(0), (tl.program_id(2) // ROLES).to(tl.int64), tl.program_id(2) % ROLES
     head = tl.program_id(1) * HEADS
     group = head // HEADS_PER_GROUP
     share = (head % HEADS_PER_GROUP) // HEADS
@@ -299,15 +323,15 @@ def gradient_kernel(
     d_bc += (share * batch + b) * T * width + group * N
     if role == 0:
         _source_gradients(
-            x, B, C, dy, dt, cum, d_states, D, dx, d_bc, col_out, state_out, d_skip, tile, b, head,
+            x, B, C, dy, dt, cum, states, d_states, D, dx, d_bc, col_out, state_out, carry_out, d_skip, tile, b, head,
             T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, dx_st, width,
-            P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, True,
+            P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, True, ROLES == 3,
         )  # fmt: skip
     elif role == 1:
         _source_gradients(
-            x, B, C, dy, dt, cum, d_states, D, dx, d_bc, col_out, state_out, d_skip, tile, b, head,
+            x, B, C, dy, dt, cum, states, d_states, D, dx, d_bc, col_out, state_out, carry_out, d_skip, tile, b, head,
             T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, dx_st, width,
-            P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, False,
+            P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, False, False,
         )  # fmt: skip
     elif role == 2:
         _output_gradients(
@@ -325,7 +349,7 @@ def finish_kernel(
     raw, bias, A, dt, row_in, col_in, state_in, carry_in, d_skip, d_raw, partial,
     T, H, Tp, chunks, raw_sb, raw_st, d_raw_sb, d_raw_st,
     CHUNK: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr, SOFTPLUS: tl.constexpr,
-    HAS_D: tl.constexpr,
+    HAS_D: tl.constexpr, OF_LOGS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of dt [B, T, H], and this chunk's share of those of A, dt's bias and D: partial [B · chunks, 3, H].
     Grid: chunk, batch.
@@ -356,9 +380,11 @@ def finish_kernel(
     inner = outputs - step * sources
     # Sums at or after t, and strictly before t.
     d_log = tl.sum(inner, 0)[None, :] - tl.cumsum(inner, 0) + inner + tl.cumsum(through, 0) - through + carry[None, :]
-    rate = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
+    rate = _rates(A, h, H, OF_LOGS)
     d_step = sources + by_state + rate[None, :] * d_log
     d_rate = tl.sum(step * d_log, 0)
+    if OF_LOGS:
+        d_rate *= rate
     inside = (t < T)[:, None] & (h < H)[None, :]
     if SOFTPLUS:
         v = tl.load(raw + b * raw_sb + t.to(tl.int64)[:, None] * raw_st + h[None, :], mask=inside, other=0.0)
