@@ -211,7 +211,8 @@ def planned_peak(parts: Parts, work: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("model", SHAPES)
 @pytest.mark.parametrize(("batch", "time"), [(4, 512), (16, 1024), (1, 8192)])
 def test_temporaries_inside_operators(model: SigmaConfig, batch: int, time: int, no_launches: None) -> None:
-    from eco_llm.ops.mamba_mixer.triton import Kept, mixer_backward, mixer_forward
+    from eco_llm.ops.mamba_mixer.coded import STREAMS
+    from eco_llm.ops.mamba_mixer.triton import Kept, mixer_backward, mixer_forward, mixer_forward_to_codes
     from eco_llm.ops.ssd.triton import _PROGRAMS, MOST_HEADS_GRADIENT
     from eco_llm.ops.swiglu.triton import mlp_backward, mlp_forward
 
@@ -221,6 +222,10 @@ def test_temporaries_inside_operators(model: SigmaConfig, batch: int, time: int,
     parts = parts_of(model, batch, time)
     assert planned_peak(parts, lambda: parts.mamba_forward("activations")) == pytest.approx(
         peak_of(mixer_forward, *inputs), rel=0.05
+    )
+    parts = parts_of(model, batch, time)
+    assert planned_peak(parts, lambda: parts.mamba_forward("activations", codes=True)) == pytest.approx(
+        peak_of(mixer_forward_to_codes, *inputs, parts.job.bits, meta(1, dtype=torch.int64)[0], STREAMS), rel=0.05
     )
     kept = Kept(*_mixer(*inputs))
     d_out = meta(batch, time, model.d_model)

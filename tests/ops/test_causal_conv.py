@@ -246,6 +246,86 @@ def test_codes_are_what_they_stand_for(
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("time", "strip"), [(1, None), (63, None), (70, 8)])  # of 8: three programs, many neighbours
+@pytest.mark.parametrize(("channels", "taps", "offset", "width"), [(64, 4, 0, 64), (192, 4, 8, 232), (128, 8, 3, 141)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_are_written_as_quantize_writes_them(
+    dtype: torch.dtype, channels: int, taps: int, offset: int, width: int, time: int, strip: int | None, bits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The output, codes and scales of convolving and then quantizing, bit for bit; a broken group is broken alone."""
+    from eco_llm.ops.causal_conv import triton as conv
+    from eco_llm.ops.quantize import quantize
+
+    if strip is not None:
+        monkeypatch.setattr(conv, "_strip_tokens", lambda *_: strip)
+    values = normal(2, time, channels, seed=0, dtype=dtype)
+    values[0, 0, :5] *= 40.0
+    values[1, time // 2, 3] = float("inf")
+    x = slice_of_wider(values, offset, width)
+    weight, bias = normal(channels, taps, seed=1), normal(channels, seed=2)
+    step = torch.tensor((5 << 32) + 7, device=x.device)
+    y, got = conv.conv_silu_forward_to_codes(x, weight, bias, bits, step, 4)
+    want = quantize(x, bits, step=step, stream=4, backend="reference")
+    broken = want.scales.isnan()
+    assert broken.sum() == 1
+    means = ~broken.repeat_interleave(8 * bits)  # codes of a group that is not finite mean nothing
+    assert torch.equal(got.codes[means], want.codes[means])
+    for actual, expected in ((got.scales, want.scales), (y, conv.conv_silu_forward(x, weight, bias))):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_are_written_without_a_detour(
+    dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled for each card, not run: little shared memory, and no thread waits for others on behalf of codes."""
+    if INTERPRETED:
+        pytest.skip("needs Triton's compiler")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from eco_llm.ops.causal_conv import triton as conv
+
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16",
+             torch.int64: "i64"}  # fmt: skip
+    kernel, built = conv.conv_silu_forward_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid: object) -> object:
+            def launch(*args: object, num_warps: int, num_stages: int, **constants: object) -> None:
+                signature, attributes = {}, {}
+                for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+                    tensor = isinstance(value, Tensor)
+                    signature[name] = f"*{names[value.dtype]}" if tensor else "i32"
+                    if tensor or name == "C":
+                        attributes[(i,)] = [["tt.divisibility", 16]]
+                signature |= dict.fromkeys(constants, "constexpr")
+                source = ASTSource(kernel, signature, dict(constants), attributes)
+                options = {"num_warps": num_warps, "num_stages": num_stages}
+                built.append(compile(source, target=GPUTarget("cuda", capability, 32), options=options))
+
+            return launch
+
+    monkeypatch.setattr(conv, "conv_silu_forward_kernel", Spy())
+    x = torch.empty(4, 128, 3352, dtype=dtype)[..., 1536:3328]  # the mixer's at its default widths
+    weight, bias, step = torch.empty(1792, 4), torch.empty(1792), torch.tensor(0)
+    conv.conv_silu_forward(x, weight, bias)
+    for bits in (8, 4):
+        conv.conv_silu_forward_to_codes(x, weight, bias, bits, step, 0)
+    plain, *to_codes = built
+    assert len(to_codes) == 2
+    for one in to_codes:
+        assert one.metadata.shared <= plain.metadata.shared <= 4096
+        assert one.asm["ptx"].count("bar.sync") == plain.asm["ptx"].count("bar.sync")
+        assert "ld.global.v2.b32" in one.asm["ptx"] or "ld.global.v4.b32" in one.asm["ptx"]  # four numbers at once
+
+
+@pytest.mark.gpu
 def test_codes_without_whole_groups_are_refused() -> None:
     from eco_llm.ops.causal_conv import triton as conv
 
@@ -254,3 +334,5 @@ def test_codes_without_whole_groups_are_refused() -> None:
     x, weight, bias = normal(1, 5, 96, seed=0), normal(96, 4, seed=1), normal(96, seed=2)
     with pytest.raises(ValueError, match="whole groups"):
         conv.conv_silu_forward(x, weight, bias, conv.Codes(x, x.bfloat16(), 8))
+    with pytest.raises(ValueError, match="whole groups"):
+        conv.conv_silu_forward_to_codes(x, weight, bias, 8, torch.tensor(0, device=x.device), 0)

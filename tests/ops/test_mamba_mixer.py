@@ -312,6 +312,27 @@ def test_codes_are_all_that_is_kept(bits: int) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("state", "passes"), [(32, 0), (16, 1)])  # 192 channels of xBC are whole groups, 160 are not
+def test_only_a_convolution_without_whole_groups_needs_a_pass_for_codes(
+    state: int, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eco_llm.ops.mamba_mixer import triton as launchers
+    from eco_llm.ops.mamba_mixer.coded import coded_mixer
+
+    quantized: list[torch.Size] = []
+
+    def counted(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+        quantized.append(x.shape)
+        return quantize_triton(x, *arguments)
+
+    quantize_triton = launchers.quantize_triton
+    monkeypatch.setattr(launchers, "quantize_triton", counted)
+    x, added, pre_weight, *weights = coded_inputs(5, state=state).values()
+    coded_mixer(x, added, pre_weight, 1e-5, *weights, state_dim=state, eps=1e-5, chunk_size=64, keep=keep_of(8))
+    assert quantized == [(2, 5, 160)] * passes
+
+
 def test_what_cannot_be_coded_is_said() -> None:
     x, conv = torch.empty(2, 5, 64), torch.empty(192, 4)
     assert not writes_codes(x, conv, 128, 64, 32, Keep(8, torch.tensor(0)))  # no kernels on a CPU

@@ -12,7 +12,11 @@ kernels divided by their common power of two, `UNIT`, and are multiplied by it t
 alignment, and so the safe vector width, also where strides are no multiples of 16 (the only hint Triton has itself).
 
 Where x is given as codes (`ops.quantize`) a block of channels is one group, so that a tile, one token a strip, is
-`STRIPS` groups with a scale each.
+`STRIPS` groups with a scale each. Where forward writes codes of x, a block is one group or two, and a strip's own
+tokens are coded by it alone: those of its neighbours that it reads too are not.
+
+Sums of two products are written as fused multiply-adds: left to itself the compiler rounds one of the two first, not
+always the same one, and results from codes would not have the bits of results from what they stand for.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from torch import Tensor
 
 from eco_llm.ops.partials import sum_partials
 from eco_llm.ops.quantize import reference as numbers
-from eco_llm.ops.quantize.triton import GROUP, from_codes
+from eco_llm.ops.quantize.triton import GROUP, from_codes, signed_keys, step_keys, to_codes
 from eco_llm.ops.sigmoid import sigmoid
 
 _WARPS = 4
@@ -51,6 +55,7 @@ class _Tuning(NamedTuple):
 _FORWARD = _Tuning(channels=4, step=4, resident=7)
 _BACKWARD = _Tuning(channels=2, step=8, resident=5)
 _FORWARD_CODED = _Tuning(channels=2, step=8, resident=7)  # codes are fewer bytes: more tokens ahead
+_FORWARD_TO_CODES = _Tuning(channels=4, step=4, resident=6)  # 80 registers; 32 instructions a channel and token
 
 
 @triton.jit
@@ -131,23 +136,25 @@ def _load_window(
 
 @triton.jit
 def _code_pointers(codes, scales, row, group, C, BITS: tl.constexpr):
-    """(codes, scales) of group `group` of rows [STRIPS, 1] of a [rows, C]."""
+    """(codes, scales) of group `group`, one or one each, of rows [n, 1] of a [rows, C]."""
     BYTES: tl.constexpr = GROUP * BITS // 8
     groups = C // GROUP
     return (
-        codes + row * (groups * BYTES) + (group * BYTES + tl.arange(0, BYTES))[None, :],
+        codes + row * (groups * BYTES) + (group * BYTES + tl.arange(0, BYTES)[None, :]),
         scales + row * groups + group,
     )
 
 
-@triton.jit(do_not_specialize=["T", "strip", "blocks", "programs", "x_batch", "x_row"])
+@triton.jit(do_not_specialize=["T", "strip", "blocks", "programs", "x_batch", "x_row", "key0", "key1"])
 def conv_silu_forward_kernel(
     x, scales, weight, bias, y, T, C, strip, blocks, programs, x_batch, x_row,
+    x_codes, x_scales, step, key0, key1,
     W: tl.constexpr, UNIT: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    BITS: tl.constexpr,
+    BITS: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """Programs of one stretch of time are neighbours, for they share memory pages. BITS: 0, or x is codes, and of the
-    type of y; then scales are read.
+    type of y; then scales are read. KEEP: 0, and the second line of arguments is not read; or what x is written in
+    too, by `quantize`.
     """
     DTYPE: tl.constexpr = y.dtype.element_ty
     pid = tl.program_id(0)
@@ -166,6 +173,20 @@ def conv_silu_forward_kernel(
         x_pointers = x + batch * x_batch * UNIT + start.to(tl.int64) * x_row + columns[None, :]
         s_pointers = scales
     y_pointers = y + (batch * T + start.to(tl.int64)) * C + columns[None, :]
+    if KEEP:
+        key0, key1 = step_keys(step, key0, key1)
+        OF_STRIP: tl.constexpr = COLUMNS // GROUP
+        each = tl.arange(0, STRIPS * OF_STRIP)[:, None]  # groups of a tile
+        lane = tl.arange(0, GROUP // 4)[None, :]
+        group = pid % blocks * OF_STRIP + each % OF_STRIP
+        first = (pid // blocks % programs * STRIPS + each // OF_STRIP) * strip
+        row = batch * T + first.to(tl.int64)
+        code_pointers, code_scales = _code_pointers(x_codes, x_scales, row, group, C, KEEP)
+        quads = ((row * scale_row + group) * (GROUP // 4)).to(tl.uint32) + lane.to(tl.uint32)
+        coded = tl.where(group < scale_row, tl.minimum(T - first, strip), 0)  # tokens to write codes of
+        # Scales are stored as rows of 16 of which the first counts: one column would change hands through shared memory
+        # for every token.
+        code_scales += lane
 
     left = tl.minimum(T - start, strip)  # tokens still to load, then to compute
     ahead = _load_rows(x_pointers, x_row, known, left, 0, STEP, 0, 1)
@@ -180,6 +201,13 @@ def conv_silu_forward_kernel(
             x_t = _input(now, s_now, u, STRIPS, BITS, DTYPE)
             pre = _silu_input(window, x_t, weights, offset, W)
             tl.store(y_pointers + (i + u) * C, (pre * sigmoid(pre)).to(y.dtype.element_ty), mask=inside & (u < left))
+            if KEEP:
+                of_token = quads + ((i + u) * (C // 4)).to(tl.uint32)
+                tile = tl.reshape(x_t, (STRIPS * OF_STRIP, GROUP))
+                packed, scale_bits = to_codes(tile, of_token, key0, key1, STRIPS * OF_STRIP, KEEP, SLOPE)
+                tl.store(code_pointers + (i + u) * (C * KEEP // 8), packed, mask=i + u < coded)
+                repeated = tl.broadcast_to(scale_bits, (STRIPS * OF_STRIP, GROUP // 4))
+                tl.store(code_scales + (i + u) * scale_row, repeated, mask=(i + u < coded) & (lane == 0))
             window = window[1:] + (x_t,)
         left -= STEP
 
@@ -190,11 +218,11 @@ def _backward_step(x_t, dy_t, window, d_window, weights, offset, W: tl.constexpr
     pre = _silu_input(window, x_t, weights, offset, W)
     gate = sigmoid(pre)
     passed = dy_t * gate
-    d_pre = passed + passed * (pre - pre * gate)  # dy σ (1 + p (1 − σ))
-    dx = weights[0] * d_pre
-    for w in tl.static_range(1, W):
-        dx += weights[w] * d_window[W - 1 - w]
-    return d_pre, dx
+    d_pre = tl.fma(passed, pre - pre * gate, passed)  # dy σ (1 + p (1 − σ))
+    dx = weights[W - 1] * d_window[0]
+    for w in tl.static_range(1, W - 1):
+        dx = tl.fma(weights[W - 1 - w], d_window[w], dx)
+    return d_pre, tl.fma(weights[0], d_pre, dx)
 
 
 @triton.jit
@@ -428,10 +456,41 @@ def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, codes: Codes | No
         ValueError: shapes, types or strides that do not fit.
     """
     _check(x, weight, bias)
-    (batch, tokens, channels), taps = x.shape, weight.shape[1]
+    source, scales, bits = _coded(x, codes, weight.shape[1])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    source, scales, bits = _coded(x, codes, taps)
     tuning = _FORWARD_CODED if bits else _FORWARD
+    _launch_forward(x, source, scales, weight, bias, y, tuning, *[y] * 3, 0, 0, BITS=bits, KEEP=0, SLOPE=0.0)
+    return y
+
+
+def conv_silu_forward_to_codes(
+    x: Tensor, weight: Tensor, bias: Tensor, bits: int, step: Tensor, stream: int
+) -> tuple[Tensor, Codes]:
+    """`conv_silu_forward`, and what `quantize` makes of x, from one reading of it.
+
+    Args:
+        x, weight, bias: as in `conv_silu_forward`, where `takes_codes`; fewer than 2^34 elements.
+        bits, step, stream: as in `eco_llm.ops.quantize.quantize`.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit.
+    """
+    _check(x, weight, bias)
+    codes = Codes(*numbers.empty_codes(x.numel(), bits, x), bits)
+    x_codes, x_scales, _ = _coded(x, codes, weight.shape[1])
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_forward(
+        x, x, x, weight, bias, y, _FORWARD_TO_CODES, x_codes, x_scales, step, *signed_keys(stream),
+        BITS=0, KEEP=bits, SLOPE=numbers.slope(bits),
+    )  # fmt: skip
+    return y, codes
+
+
+def _launch_forward(
+    x: Tensor, source: Tensor, scales: Tensor, weight: Tensor, bias: Tensor, y: Tensor, tuning: _Tuning,
+    *to_codes: Tensor | int, **constants: int | float,
+) -> None:  # fmt: skip
+    (batch, tokens, channels), taps = x.shape, weight.shape[1]
     columns = _columns(taps, tuning)
     blocks = triton.cdiv(channels, columns)
     strip = _strip_tokens(batch, tokens, blocks, tuning, x.device)
@@ -441,10 +500,9 @@ def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, codes: Codes | No
     if y.numel():
         conv_silu_forward_kernel[(batch * programs * blocks,)](
             source, scales, weight, bias, y, tokens, channels, strip, blocks, programs, x_batch // unit, x_row // unit,
-            W=taps, UNIT=unit, STRIPS=_STRIPS, COLUMNS=columns, STEP=tuning.step, BITS=bits,
-            num_warps=_WARPS, num_stages=1,
+            *to_codes, W=taps, UNIT=unit, STRIPS=_STRIPS, COLUMNS=columns, STEP=tuning.step,
+            num_warps=_WARPS, num_stages=1, **constants,
         )  # fmt: skip
-    return y
 
 
 def conv_silu_backward_partials(

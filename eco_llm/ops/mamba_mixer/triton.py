@@ -3,10 +3,9 @@
 Forward keeps the input, the in-projection's output and y for backward: (768 + 3352 + 1536) · 2 = 11.3 kB a token at the
 default width of 768, and 0.2 kB of decays. What the convolution, the norm and the state passing made is made again in
 backward, where it costs a few kernels that only move bytes. Where codes are kept instead (`mixer_forward_to_codes`),
-the norm's kernels write and read those of y and z, and the convolution's read those of its input in backward; the
-quantizer writes them. The
-products with weights are cuBLAS's; the weights' gradients leave them in the weights' own type, and their compute-type
-copies are made once a step.
+the norm's kernels write and read those of y and z, and the convolution's those of its input. The products with weights
+are cuBLAS's; the weights' gradients leave them in the weights' own type, and their compute-type copies are made once a
+step.
 """
 
 from __future__ import annotations
@@ -18,7 +17,12 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.causal_conv.triton import Codes as ConvCodes
-from eco_llm.ops.causal_conv.triton import conv_silu_backward_partials, conv_silu_forward, takes_codes
+from eco_llm.ops.causal_conv.triton import (
+    conv_silu_backward_partials,
+    conv_silu_forward,
+    conv_silu_forward_to_codes,
+    takes_codes,
+)
 from eco_llm.ops.gated_norm.triton import (
     Codes,
     gated_norm_backward_partials,
@@ -84,20 +88,28 @@ def mixer_forward(
     out_weight, kept_out = cast_weight(out_weight, u)
     zxbcdt = u @ in_weight.t()
     z, xbc, dt = _split(zxbcdt, inner, heads)
-    y, decays = _scan(xbc, dt, conv_weight, conv_bias, dt_bias, A_log, D, inner, state_dim, chunk_size)
+    y, decays = _scan(
+        conv_silu_forward(xbc, conv_weight, conv_bias), dt, dt_bias, A_log, D, inner, state_dim, chunk_size
+    )
     return Kept(gated_norm_forward(y, z, norm_weight, eps) @ out_weight.t(), zxbcdt, y, decays, kept_in, kept_out)
 
 
 def _scan(
-    xbc: Tensor, dt: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-    inner: int, state_dim: int, chunk_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    convolved: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    inner: int,
+    state_dim: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
     """(y [B, T, H·P], decays)."""
-    x, B, C = _unpack(conv_silu_forward(xbc, conv_weight, conv_bias), inner, dt_bias.shape[0], state_dim)
+    x, B, C = _unpack(convolved, inner, dt_bias.shape[0], state_dim)
     s = ssd.shape_of(x, B, chunk_size)
     decays = ssd.decays(dt, dt_bias, A_log, s, of_logs=True)
     y, _ = ssd.forward(x, decays, B, C, D, s, initial=None, final=False)
-    return y.view(*xbc.shape[:2], inner), decays
+    return y.view(*convolved.shape[:2], inner), decays
 
 
 class KeptCodes(NamedTuple):
@@ -129,15 +141,26 @@ def mixer_forward_to_codes(
     out_weight, kept_out = cast_weight(out_weight, u)
     zxbcdt = u @ in_weight.t()
     z, xbc, dt = _split(zxbcdt, inner, heads)
-    xbc_codes, xbc_scales = quantize_triton(xbc, bits, step, streams[2])
-    y, decays = _scan(xbc, dt, conv_weight, conv_bias, dt_bias, A_log, D, inner, state_dim, chunk_size)
+    convolved, conv = _convolve_to_codes(xbc, conv_weight, conv_bias, bits, step, streams[2])
+    y, decays = _scan(convolved, dt, dt_bias, A_log, D, inner, state_dim, chunk_size)
+    del convolved
     gated, codes = gated_norm_forward_to_codes(y, z, norm_weight, eps, bits, step, streams[0], streams[1])
     dt = dt.clone(memory_format=torch.contiguous_format).view(-1)  # of its own, else all of zxbcdt would live on
     del y, z, xbc, zxbcdt
     return KeptCodes(
-        gated @ out_weight.t(), codes.y, codes.y_scales, codes.z, codes.z_scales, xbc_codes, xbc_scales, dt, decays,
+        gated @ out_weight.t(), codes.y, codes.y_scales, codes.z, codes.z_scales, conv.codes, conv.scales, dt, decays,
         kept_in, kept_out,
     )  # fmt: skip
+
+
+def _convolve_to_codes(
+    xbc: Tensor, conv_weight: Tensor, conv_bias: Tensor, bits: int, step: Tensor, stream: int
+) -> tuple[Tensor, ConvCodes]:
+    """The convolution, and codes of its input; by a pass of their own where its kernels have no whole groups."""
+    if takes_codes(*conv_weight.shape):
+        return conv_silu_forward_to_codes(xbc, conv_weight, conv_bias, bits, step, stream)
+    codes = ConvCodes(*quantize_triton(xbc, bits, step, stream), bits)
+    return conv_silu_forward(xbc, conv_weight, conv_bias), codes
 
 
 class MixerGradients(NamedTuple):
