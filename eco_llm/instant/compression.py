@@ -4,7 +4,8 @@ what is stored, since rounding is stochastic.
 - A block with a Mamba mixer runs once. Ops that can (`Keep`) write codes while they have the numbers in registers, and
   read them in backward; hooks of autograd pack what the others keep. Weights, and their casts, stay as they are, and
   so does what is small.
-- An MLA mixer keeps its input alone, packed; backward makes its latent, keys, values and attention again.
+- An MLA mixer keeps its input alone, packed; backward makes its latent, keys, values and attention again,
+  but not the product behind attention, whose value nothing in backward reads.
 - A tensor that two ops keep is stored once.
 - 4 bits are never tried within a step: `Stack` probes between steps and stays with 8 until a probe allows it.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from eco_llm.instant.replay import Setting, SubLayer, back_propagate
+from eco_llm.instant.replay import Setting, Twice, back_propagate
 from eco_llm.ops.quantize import GROUP, Quantized, dequantize, quantization_error, quantize
 
 _CODES = {torch.int8: 1, torch.uint8: 2}  # codes a byte; nothing else that ops keep has these types
@@ -159,10 +160,10 @@ class FourBitError(saved_tensors_hooks):
 
 class _RecomputeFromPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, f: SubLayer, pack: Callable[[Tensor], Packed], setting: Setting) -> Tensor:
+    def forward(ctx: Any, x: Tensor, f: Twice, pack: Callable[[Tensor], Packed], setting: Setting) -> Tensor:
         packed = pack(x.contiguous())
         ctx.f, ctx.setting, ctx.packed = f, setting, packed
-        return setting.value(f, x)
+        return setting.value(f.value, x)
 
     @staticmethod
     @once_differentiable
@@ -170,10 +171,10 @@ class _RecomputeFromPacked(torch.autograd.Function):
         if ctx.packed is None:
             raise RuntimeError("compress: backward ran before, and the input it started from is gone")
         x, ctx.packed = _unpack(ctx.packed), None
-        leaf, y = ctx.setting.record(ctx.f, x)
-        return back_propagate(leaf, y, gradients[0]), None, None, None
+        leaf, ys = ctx.setting.record(ctx.f.gradients, x)
+        return back_propagate(leaf, gradients[0], *ys), None, None, None
 
 
-def recompute_from_packed(f: SubLayer, x: Tensor, packing: Packing) -> Tensor:
-    """f(x), with x kept in few bits and f run again on what they give. x and result [B, T, D]."""
+def recompute_from_packed(f: Twice, x: Tensor, packing: Packing) -> Tensor:
+    """f.value(x), with x kept in few bits and f run again on what they give. x and result [B, T, D]."""
     return cast(Tensor, _RecomputeFromPacked.apply(x, f, packing.pack, Setting.now(x)))

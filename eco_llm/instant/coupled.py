@@ -98,7 +98,7 @@ class _Coupled(torch.autograd.Function):
                 b, c = a, b
                 # Before gradients are made: with a block's last one, gradient release applies the block's update.
                 ctx.gate.expect_equal(index, sums.pop(), rebuilt)
-                da, db = db, da + back_propagate(leaf, y, db)
+                da, db = db, da + back_propagate(leaf, db, y)
                 del leaf, y
         return (da + db).to(ctx.type), None, None, None
 

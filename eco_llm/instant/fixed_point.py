@@ -97,7 +97,7 @@ class _FixedPoint(torch.autograd.Function):
                 if is_first:  # before the block's last gradient: with it, gradient release applies the block's update
                     error = relative_error(_rows(x), kept[place])
                     gate.expect_error(run.first + place, error, inverted * run.tolerance)
-                dy = dy + back_propagate(leaf, value, dy)
+                dy = dy + back_propagate(leaf, dy, value)
                 y = x
                 del leaf, value
         return dy, None, None, None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from eco_llm.instant.coupled import Layer
-from eco_llm.instant.replay import SubLayer
+from eco_llm.instant.replay import SubLayer, Twice
 from eco_llm.ops.quantize import Keep
 
 
@@ -41,7 +41,7 @@ class NamedBlock:
             (x if delta is None else delta).register_hook(ranges.close)
         with record_function(self._name):
             result = self._call(x, *more)
-        y = result[1] if isinstance(result, tuple) else result
+        y = result[-1] if isinstance(result, tuple) else result
         if x.requires_grad and y.grad_fn is not None:
             y.grad_fn.register_prehook(ranges.open)
         return result
@@ -51,6 +51,19 @@ class NamedBlock:
         """Both halves, under the block's name."""
         mix, feed = self._block.sub_layers
         return NamedBlock(self._block, self._name, mix), NamedBlock(self._block, self._name, feed)
+
+    @property
+    def whole(self) -> Twice:
+        """The block's, under its name."""
+        return self._twice("whole")
+
+    @property
+    def mixing(self) -> Twice:
+        """The block's, under its name."""
+        return self._twice("mixing")
+
+    def _twice(self, name: str) -> Twice:
+        return Twice(*(NamedBlock(self._block, self._name, f) for f in getattr(self._block, name)))
 
     def writes_codes(self, x: Tensor, keep: Keep) -> bool:
         """The block's answer."""

@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eco_llm.instant.replay import Setting, SubLayer, back_propagate
+from eco_llm.instant.replay import Setting, Twice, back_propagate
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, f: SubLayer, setting: Setting) -> Tensor:
+    def forward(ctx: Any, x: Tensor, f: Twice, setting: Setting) -> Tensor:
         ctx.f, ctx.setting = f, setting
         ctx.save_for_backward(x)
-        return setting.value(f, x)
+        return setting.value(f.value, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        leaf, y = ctx.setting.record(ctx.f, x)
-        return back_propagate(leaf, y, gradients[0]), None, None
+        leaf, ys = ctx.setting.record(ctx.f.gradients, x)
+        return back_propagate(leaf, gradients[0], *ys), None, None
 
 
-def recompute(f: SubLayer, x: Tensor) -> Tensor:
-    """f(x), with only x kept for backward. x and result [B, T, D]; f must be a pure function of x.
+def recompute(f: Twice, x: Tensor) -> Tensor:
+    """f.value(x), with only x kept for backward. x and result [B, T, D]; f must be a pure function of x.
 
     First derivatives only. Like every mode, it needs an x that requires a gradient: where gradients of nothing before
     the stack are wanted, autograd would not come here.

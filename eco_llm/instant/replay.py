@@ -3,6 +3,9 @@
 A compiled function has two graphs: one for inference, one that also keeps what backward needs. They may be fused
 differently and differ in the last bit, so every run here, in forward too, is the one with gradients enabled; where
 nothing is to be kept its graph is dropped at once. It costs the memory of one sub-layer's activations, for a moment.
+
+A run for gradients alone leaves out what only the value needs, its last product first of all (`Twice`). That part is
+outside of what is compiled, so that the rest is still one graph for both runs.
 """
 
 from __future__ import annotations
@@ -10,11 +13,27 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 SubLayer = Callable[[Tensor], Tensor]
+Result = TypeVar("Result")
+
+
+class Twice(NamedTuple):
+    """A function of x that forward runs for its value, and backward once more for its gradients."""
+
+    value: SubLayer
+    gradients: Callable[[Tensor], tuple[Tensor, ...]]
+    """Tensors through which the value's gradient goes back as if they added up to it. Their numbers are not read, and
+    may be NaN."""
+
+    @classmethod
+    def alike(cls, f: SubLayer) -> Twice:
+        """Of an f that knows no shorter way to its gradients than its value."""
+        return cls(f, lambda x: (f(x),))
 
 
 @dataclass(frozen=True)
@@ -46,16 +65,16 @@ class Setting:
         with self.restored():
             return f(x.detach().requires_grad_()).detach()
 
-    def record(self, f: SubLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+    def record(self, f: Callable[[Tensor], Result], x: Tensor) -> tuple[Tensor, Result]:
         """(x as a leaf, f of it with its graph): what `torch.autograd.backward` can then go through."""
         leaf = x.detach().requires_grad_()
         with self.restored():
             return leaf, f(leaf)
 
 
-def back_propagate(leaf: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient that reaches `leaf` when `gradient` reaches y. Parameters' gradients are accumulated where they
+def back_propagate(leaf: Tensor, gradient: Tensor, *ys: Tensor) -> Tensor:
+    """The gradient that reaches `leaf` when `gradient` reaches each y. Parameters' gradients are accumulated where they
     belong at once, so that hooks on them (gradient release) run block by block."""
-    torch.autograd.backward(y, gradient.to(y.dtype))
+    torch.autograd.backward(ys, [gradient.to(y.dtype) for y in ys])
     assert leaf.grad is not None
     return leaf.grad

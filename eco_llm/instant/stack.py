@@ -22,7 +22,7 @@ from eco_llm.instant.coupled import Layer, coupled, coupled_stored, coupled_valu
 from eco_llm.instant.fixed_point import Run, errors_by_iteration, fixed_point, iterations_needed
 from eco_llm.instant.ranges import named
 from eco_llm.instant.recompute import recompute
-from eco_llm.instant.replay import Setting, SubLayer
+from eco_llm.instant.replay import Setting, SubLayer, Twice
 from eco_llm.instant.verification import BLOCK_PREFIX, NAMES, Gate, block_name
 from eco_llm.ops.quantize import Keep
 
@@ -49,6 +49,14 @@ class Block(Layer, Protocol):
     @property
     def sub_layers(self) -> tuple[SubLayer, SubLayer]:
         """(mix, feed)."""
+
+    @property
+    def whole(self) -> Twice:
+        """The block as a function of x alone: x [B, T, D] -> [B, T, D]."""
+
+    @property
+    def mixing(self) -> Twice:
+        """mix, of an MLA block."""
 
     def writes_codes(self, x: Tensor, keep: Keep) -> bool:
         """Whether `coded` serves x."""
@@ -114,14 +122,6 @@ class Stack:
     # ---- properties of the modes --------------------------------------------------------------------------
 
     @property
-    def by_sub_layer(self) -> tuple[bool, ...]:
-        """For each block, whether its two halves are called on their own (and are to be compiled so)."""
-        return tuple(
-            mode in ("coupled", "fixed-point") or (mode == "compress" and mixer != "mamba")
-            for mode, mixer in zip(self.modes, self._mixers, strict=True)
-        )
-
-    @property
     def coupled(self) -> bool:
         """Whether the network has the coupled form."""
         return self._config.coupled
@@ -163,7 +163,7 @@ class Stack:
             blocks = named(blocks, self._mixers)
         if self._config.coupled:
             if self._decided.fallback:
-                return coupled_stored(blocks, x, recompute), None
+                return coupled_stored(blocks, x, lambda f, state: recompute(Twice.alike(f), state)), None
             assert self._gate is not None
             return coupled(blocks, x, self._gate), None
         self.sizes = Bytes()
@@ -191,7 +191,7 @@ class Stack:
                 x = fixed_point(Run(at, blocks[at:end], counts, self._config.instant_reversible_tol), x, self._gate)
                 at = end
                 continue
-            x = recompute(_whole(blocks[at]), x)
+            x = recompute(blocks[at].whole, x)
             at += 1
         return x, delta
 
@@ -208,13 +208,13 @@ class Stack:
             with packing:
                 return block(x, delta)
         x = _sum(x, delta)
-        mix, feed = block.sub_layers
-        mixed = recompute_from_packed(mix, x, packing)  # outside: what attention keeps of itself is dropped, not packed
+        # Outside `packing`: what attention keeps of itself is dropped, not packed.
+        mixed = recompute_from_packed(block.mixing, x, packing)
         with packing:
             if coded:
                 return block.coded_feed(x, mixed, keep)
             x = x + mixed
-            return x, feed(x)
+            return x, block.sub_layers[1](x)
 
     def _draw(self, index: int) -> Tensor:
         """The counter of a block's random numbers: a 0-dim view, so that all blocks share one compiled graph."""
@@ -353,7 +353,7 @@ class Stack:
                 x, errors = self._four_bit_error(block, index, x, setting)
                 found.append((index, errors))
             else:
-                x = setting.value(_whole(block), x)
+                x = setting.value(block.whole.value, x)
         sizes = [errors.numel() for _, errors in found]
         numbers = torch.cat([errors.flatten().float() for _, errors in found]).tolist()
         for (index, _), size in zip(found, sizes, strict=True):
@@ -378,10 +378,9 @@ class Stack:
                 with measured:
                     y = _sum(*block(leaf))
             else:
-                mix, feed = block.sub_layers
-                middle = (x + setting.value(mix, x)).requires_grad_()
+                middle = (x + setting.value(block.mixing.value, x)).requires_grad_()
                 with measured:
-                    y = middle + feed(middle)
+                    y = middle + block.sub_layers[1](middle)
         return y.detach(), measured.relative()
 
     # ---- state --------------------------------------------------------------------------------------------
@@ -428,8 +427,3 @@ def _plain(blocks: Sequence[Block], x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _sum(x: Tensor, delta: Tensor | None) -> Tensor:
     return x if delta is None else x + delta
-
-
-def _whole(block: Block) -> SubLayer:
-    """The block as a function of x [B, T, D]."""
-    return lambda x: _sum(*block(x))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
-from eco_llm.instant.replay import SubLayer
+from eco_llm.instant.replay import SubLayer, Twice
 from eco_llm.model.mamba import Mamba, MambaCache
 from eco_llm.model.mla import MLA, MLACache
 from eco_llm.model.mlp import SwiGLU
@@ -32,7 +33,7 @@ class Block(nn.Module):
         self.mixer: Mamba | MLA = Mamba(config) if mixer == "mamba" else MLA(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
-        self._compiled: tuple[SubLayer, SubLayer] | None = None
+        self._compiled: dict[str, Callable[..., Any]] = {}
 
     def mix(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -47,9 +48,18 @@ class Block(nn.Module):
 
         Of the stream itself two tensors are kept, the sum that enters and what the mixer adds to it.
         """
-        x, u = self.mixer_norm.of_sum(x, delta, keep_sum=True)
-        x, v = self.mlp_norm.of_sum(x, self.mixer(u), keep_sum=False)
+        x, v = self.to_mlp(x, delta)
         return x, self.mlp(v)
+
+    def to_mlp(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward` up to the MLP: (the stream, what the MLP reads of it), both [B, T, D]."""
+        x, u = self.mixer_norm.of_sum(x, delta, keep_sum=True)
+        return self.mlp_norm.of_sum(x, self.mixer(u), keep_sum=False)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """`mix` of an MLA mixer up to its last product: [B, T, D] -> [B, T, h·d]."""
+        assert isinstance(self.mixer, MLA)
+        return self.mixer.attend(self.mixer_norm(x))
 
     def writes_codes(self, x: Tensor, keep: Keep) -> bool:
         """Whether `coded` serves the stream x [B, T, D]."""
@@ -85,12 +95,39 @@ class Block(nn.Module):
 
     @property
     def sub_layers(self) -> tuple[SubLayer, SubLayer]:
-        """(mix, feed), as training calls them: compiled if `compile_sub_layers` was."""
-        return self._compiled or (self.mix, self.feed)
+        """(mix, feed), as training calls them: compiled if `compile_parts` was."""
+        return self._part("mix"), self._part("feed")
 
-    def compile_sub_layers(self, **options: Any) -> None:
-        """Compile mix and feed each for itself, with `torch.compile`'s options; `forward` stays as it is."""
-        self._compiled = torch.compile(self.mix, **options), torch.compile(self.feed, **options)
+    @property
+    def whole(self) -> Twice:
+        """The block of x alone, [B, T, D] -> [B, T, D]; for gradients without the MLP's value, and without the sum."""
+        to_mlp = self._part("to_mlp")
+
+        def value(x: Tensor) -> Tensor:
+            x, v = to_mlp(x)
+            return x + self.mlp(v)
+
+        def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+            x, v = to_mlp(x)
+            return x, self.mlp.unread(v)
+
+        return Twice(value, gradients)
+
+    @property
+    def mixing(self) -> Twice:
+        """`mix` of an MLA mixer; for gradients without its last product."""
+        assert isinstance(self.mixer, MLA)
+        attend, out_proj = self._part("attend"), self.mixer.out_proj
+        return Twice(lambda x: out_proj(attend(x)), lambda x: (out_proj.unread(attend(x)),))
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile what memory modes call of a block, each for itself and not before it is called, with
+        `torch.compile`'s options; `forward` stays as it is."""
+        for name in ("mix", "feed", "to_mlp", "attend"):
+            self._compiled[name] = torch.compile(getattr(self, name), **options)
+
+    def _part(self, name: str) -> Callable[..., Any]:
+        return self._compiled.get(name) or getattr(self, name)
 
     def extend_mix(self, x: Tensor, cache: LayerCache) -> Tensor:
         """`mix` for the next T tokens after those in `cache`, which takes them in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from eco_llm.ops.products import linear
+from eco_llm.ops.products import linear, linear_unread
 
 
 class Linear(nn.Linear):
@@ -16,3 +16,7 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The product in the type of the input, or in autocast's."""
         return linear(input, self.weight)
+
+    def unread(self, input: Tensor) -> Tensor:
+        """`forward` where its value is not read: NaN [..., outputs], with the same gradients."""
+        return linear_unread(input, self.weight)

@@ -64,6 +64,10 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]; positions 0 … T−1."""
+        return self.out_proj(self.attend(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """What `forward` projects out, the heads' results side by side: x [B, T, D] -> [B, T, h·d]."""
         return self._expanded(*self._project(x, start=0))
 
     def extend(self, x: Tensor, cache: MLACache) -> Tensor:
@@ -80,8 +84,10 @@ class MLA(nn.Module):
         cache.k_rope[:, start:end] = k_rope
         cache.length = end
         if start == 0:  # no past: a prompt takes the training path, whose cost in T is far lower
-            return self._expanded(q_nope, q_rope, c_kv, k_rope)
-        return self._absorbed(q_nope, q_rope, cache.c_kv[:, :end], cache.k_rope[:, :end])
+            y = self._expanded(q_nope, q_rope, c_kv, k_rope)
+        else:
+            y = self._absorbed(q_nope, q_rope, cache.c_kv[:, :end], cache.k_rope[:, :end])
+        return self.out_proj(y)
 
     def init_cache(self, batch_size: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> MLACache:
         """Room for `max_tokens`, none filled."""
@@ -98,7 +104,7 @@ class MLA(nn.Module):
         return q_nope, rotate(q_rope, table), self.kv_norm(c_kv), rotate(k_rope, table)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
-        """Attention of T tokens over themselves with keys and values expanded from the latent."""
+        """Attention of T tokens over themselves with keys and values expanded from the latent, [B, T, h·d]."""
         batch, time, _ = c_kv.shape
         kv = self.kv_up(c_kv).view(batch, time, self.n_heads, self.nope_dim + self.head_dim).transpose(1, 2)
         k_nope, v = kv.split((self.nope_dim, self.head_dim), dim=-1)
@@ -106,11 +112,10 @@ class MLA(nn.Module):
             v = v.contiguous()
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.n_heads, -1, -1)), dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
-        """Attention of the last T of S tokens over c_kv [B, S, L] and k_rope [B, S, R], nothing expanded."""
+        """Attention of the last T of S tokens over c_kv [B, S, L] and k_rope [B, S, R], not expanded; [B, T, h·d]."""
         time, past = q_nope.shape[2], c_kv.shape[1]
         per_head = self.kv_up.weight.view(self.n_heads, self.nope_dim + self.head_dim, self.latent_dim)
         key_up, value_up = per_head.to(c_kv.dtype).split((self.nope_dim, self.head_dim), dim=1)
@@ -120,4 +125,4 @@ class MLA(nn.Module):
         seen = torch.ones(time, past, dtype=torch.bool, device=scores.device).tril(past - time)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).to(c_kv.dtype)
         y = (weights @ c_kv) @ value_up.mT  # [B, h, T, d]
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)

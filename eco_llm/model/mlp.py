@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from eco_llm.config import SigmaConfig
 from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.quantize import Keep
-from eco_llm.ops.swiglu import swiglu_mlp, writes_codes
+from eco_llm.ops.swiglu import swiglu_mlp, swiglu_mlp_unread, writes_codes
 
 
 class SwiGLU(nn.Module):
@@ -21,6 +21,10 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D], in the autocast type if autocast is on."""
         return swiglu_mlp(x, self.gate_up.weight, self.down.weight)
+
+    def unread(self, x: Tensor) -> Tensor:
+        """`forward` where its value is not read: NaN [B, T, D], with the same gradients."""
+        return swiglu_mlp_unread(x, self.gate_up.weight, self.down.weight)
 
     def writes_codes(self, x: Tensor, keep: Keep) -> bool:
         """Whether `coded` serves the stream x [B, T, D]."""

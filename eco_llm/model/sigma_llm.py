@@ -245,10 +245,9 @@ class SigmaLLM(nn.Module):
         # Kinds of block × delta or none × with and without gradients: more graphs of one code than Dynamo's limit of 8,
         # past which it goes on uncompiled, may be needed.
         dynamo.recompile_limit = max(dynamo.recompile_limit, 32)
-        for block, halves in zip(self._blocks(), self.stack.by_sub_layer, strict=True):
+        for block in self._blocks():
             block.compile(dynamic=False, backend=backend)
-            if halves:
-                block.compile_sub_layers(dynamic=False, backend=backend)
+            block.compile_parts(dynamic=False, backend=backend)
 
 
 Module = TypeVar("Module", bound=nn.Module)

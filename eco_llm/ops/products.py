@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -26,6 +30,35 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     A weight stored in another type is cast; without autocast its copy is kept for backward.
     """
     return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
+
+
+def unread(like: Tensor, shape: torch.Size) -> Tensor:
+    """A result that nobody may read, in the type of `like`: one NaN, seen as a tensor of `shape`."""
+    return like.new_full((), math.nan).expand(shape)
+
+
+class _LinearUnread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return unread(x, torch.Size((*x.shape[:-1], weight.shape[0])))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        d_y = gradients[0].flatten(0, -2)
+        with torch.autocast(x.device.type, enabled=False):  # backward may be called inside one
+            return (d_y @ weight).view(x.shape), d_y.t() @ x.flatten(0, -2)
+
+
+def linear_unread(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` where its value is not read: the same shape, type and gradients, and no product. First derivatives only.
+
+    For a function that runs again in backward, which needs what its last product read and not what came of it.
+    """
+    dtype = compute_dtype(x)
+    return cast(Tensor, _LinearUnread.apply(x.to(dtype), weight.to(dtype)))
 
 
 def cast_weight(weight: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

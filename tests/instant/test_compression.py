@@ -114,7 +114,7 @@ def test_what_attention_keeps_of_itself_is_not_packed(
     block, x = model._blocks()[2], torch.randn(2, 63, 64, device=batch[0].device, requires_grad=True)
     model.stack.prepare(x.device)
     packing = Packing(8, model.stack._draw(2), (2, 63), [], Bytes())
-    compression.recompute_from_packed(block.mix, x, packing)
+    compression.recompute_from_packed(block.mixing, x, packing)
     assert shapes == [x.numel()]
     shapes.clear()
     model.stack._compressed(block, 2, x, None)

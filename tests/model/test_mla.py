@@ -117,7 +117,7 @@ def test_absorbed_equals_expanded_gradients_included() -> None:
     leaves = [x, *mla.parameters()]
     results = []
     for attend in (mla._expanded, mla._absorbed):
-        y = attend(*mla._project(x, start=0))
+        y = mla.out_proj(attend(*mla._project(x, start=0)))
         results.append([y, *torch.autograd.grad((y * cotangent).sum(), leaves)])
     for expanded, absorbed in zip(*results, strict=True):
         torch.testing.assert_close(absorbed, expanded, rtol=1e-9, atol=1e-9)

@@ -15,7 +15,7 @@ from torch import Tensor
 from eco_llm.ops import swiglu
 from eco_llm.ops.quantize import Keep, dequantize, quantize
 from eco_llm.ops.residual_norm.reference import residual_norm_backward_reference, residual_norm_reference
-from eco_llm.ops.swiglu import swiglu_mlp, writes_codes
+from eco_llm.ops.swiglu import swiglu_mlp, swiglu_mlp_unread, writes_codes
 
 # Largest error as a share of the largest element. The interpreter cuts numbers off to bf16 where a GPU rounds them.
 ELEMENTWISE = {torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
@@ -92,6 +92,49 @@ def test_autocast_sets_the_type_of_the_products() -> None:
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, half)
     assert [g.dtype for g in torch.autograd.grad(y.float().sum(), leaves)] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 6), (1, 63, 8, 40)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_unread_reference_has_the_gradients(
+    dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool, shape: tuple[int, int, int, int]
+) -> None:
+    leaves, dy = make(shape, dtype, weight_dtype, "cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        values = swiglu_mlp(*leaves), swiglu_mlp_unread(*leaves)
+    check_unread(*values, leaves, dy)
+
+
+def check_unread(y: Tensor, unread: Tensor, leaves: list[Tensor], dy: Tensor) -> None:
+    """NaN of the shape and type of y, with the bits of its gradients."""
+    assert (unread.shape, unread.dtype) == (y.shape, y.dtype)
+    assert unread.isnan().all()
+    expected, ours = (torch.autograd.grad(value, leaves, dy.to(y.dtype)) for value in (y, unread))
+    for actual, want in zip(ours, expected, strict=True):
+        assert actual.dtype == want.dtype
+        assert torch.equal(actual, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_unread_has_the_gradients_of_the_kernels(
+    dtype: torch.dtype, weight_dtype: torch.dtype, shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swiglu, "uses_triton", lambda x: True)
+    monkeypatch.setattr(swiglu, "swiglu_mlp_unread_reference", None)
+    leaves, dy = make(shape, dtype, weight_dtype)
+    check_unread(triton_mlp(*leaves), swiglu_mlp_unread(*leaves), leaves, dy)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -180,6 +180,12 @@ class Parts:
         self.tape.give(h)
         return y, [a, *casts]
 
+    def mlp_unread(self, kind: Kind) -> list[Buffer]:
+        """`mlp_forward` without its value: what is kept."""
+        w_up, w_down = self.shapes.mlp().values()
+        casts = self.cast(w_up.numbers, kind) + self.cast(w_down.numbers, kind)
+        return [self.tape.take(self.c * self.M * w_up.rows, kind), *casts]
+
     def mlp_backward(self, norm: Callable[[], None] | None = None) -> Buffer:
         """The gradient of x; `norm` takes what x is had from, where codes were kept."""
         w_up, w_down = self.shapes.mlp().values()
@@ -200,7 +206,14 @@ class Parts:
     # -- MLA mixer --
 
     def mla_forward(self, kind: Kind) -> tuple[Buffer, list[Buffer]]:
-        """(result, kept): latents, queries, keys, values, attention's result twice, casts of the weights."""
+        """(result, kept)."""
+        kept = self.mla_unread(kind)
+        return self.narrow(kind), kept
+
+    def mla_unread(self, kind: Kind) -> list[Buffer]:
+        """`mla_forward` without its value; kept: latents, queries, keys, values, attention's result twice, casts
+        of the weights.
+        """
         take, give, M, c, m = self.tape.take, self.tape.give, self.M, self.c, self.job.model
         width, weights = m.n_heads * m.head_dim, self.shapes.mla()
         kept = [b for w in weights.values() for b in self.cast(w.numbers, kind)]
@@ -214,7 +227,7 @@ class Parts:
         give(raw)
         kept += [take(c * M * width, kind), take(F32 * M * m.n_heads, kind)]  # attention and its log-sums
         kept.append(take(c * M * width, kind))  # heads side by side
-        return self.narrow(kind), kept
+        return kept
 
     def mla_backward(self) -> Buffer:
         """The gradient of u."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
-from eco_llm.ops.products import compute_dtype, linear
+from eco_llm.ops.products import cast_weight, compute_dtype, linear, unread
 from eco_llm.ops.quantize import GROUP, Keep
-from eco_llm.ops.swiglu.reference import swiglu_mlp_reference
+from eco_llm.ops.swiglu.reference import swiglu_mlp_reference, swiglu_mlp_unread_reference
 
-__all__ = ["swiglu_mlp", "writes_codes"]
+__all__ = ["swiglu_mlp", "swiglu_mlp_unread", "writes_codes"]
 
 Backend = Literal["auto", "reference", "triton"]
 
@@ -56,6 +57,19 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: Backend = "
     with torch.autocast(x.device.type, enabled=False):
         y = _mlp(x, gate_up, down)[0]
     return y
+
+
+def swiglu_mlp_unread(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`swiglu_mlp` where its value is not read: NaN of the same shape and type, with the same gradients to the bit.
+
+    Of forward's work the first product is left, which backward reads. Arguments as of `swiglu_mlp`; first derivatives
+    only.
+    """
+    x = x.to(compute_dtype(x))
+    if not (_served(x.dtype, gate_up, down) and uses_triton(x)):
+        return swiglu_mlp_unread_reference(x, gate_up, down)
+    with torch.autocast(x.device.type, enabled=False):
+        return cast(Tensor, _Unread.apply(x, gate_up, down))
 
 
 def writes_codes(x: Tensor, gate_up: Tensor, down: Tensor, keep: Keep) -> bool:
@@ -139,3 +153,19 @@ def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor, Tensor, Tens
 
 
 _mlp.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Unread(torch.autograd.Function):
+    """What `_mlp` keeps, and its backward, without its value. Run uncompiled: there is nothing to fuse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        used = [cast_weight(w, x)[0] for w in (gate_up, down)]
+        ctx.save_for_backward(x, x.flatten(0, 1) @ used[0].t(), *used)
+        ctx.dtypes = gate_up.dtype, down.dtype
+        return unread(x, x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _differentiate(ctx, gradients[0])
