@@ -4,8 +4,8 @@ what is stored, since rounding is stochastic.
 - A block with a Mamba mixer runs once. Ops that can (`Keep`) write codes while they have the numbers in registers, and
   read them in backward; hooks of autograd pack what the others keep. Weights, and their casts, stay as they are, and
   so does what is small.
-- An MLA mixer keeps its input alone, packed; backward makes its latent, keys, values and attention again,
-  but not the product behind attention, whose value nothing in backward reads.
+- An MLA mixer keeps its input alone, packed, or codes of its norm's result where kernels serve (`coded`). Backward
+  makes latent, keys, values and attention again, but not the product behind attention, whose value nothing there reads.
 - A tensor that two ops keep is stored once.
 - 4 bits are never tried within a step: `Stack` probes between steps and stays with 8 until a probe allows it.
 """

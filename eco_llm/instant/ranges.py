@@ -7,13 +7,13 @@ inside the phase `eco/backward`, and the gradient follows it. A compiled block i
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from eco_llm.instant.compression import FourBitError
 from eco_llm.instant.coupled import Layer
 from eco_llm.instant.replay import SubLayer, Twice
 from eco_llm.ops.quantize import Keep
@@ -71,19 +71,13 @@ class NamedBlock:
 
     def coded(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
         """The block's, under its name."""
-        return self._part("coded", x, delta, keep)
-
-    def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
-        """The block's, under its name."""
-        return self._part("coded_feed", x, delta, keep)
-
-    def watched(self, x: Tensor, seen: contextlib.AbstractContextManager[Any]) -> Tensor:
-        """The block's; a probe has no place in a trace."""
-        result: Tensor = self._block.watched(x, seen)  # type: ignore[attr-defined]  # a sub-layer's is not asked
+        call = NamedBlock(self._block, self._name, self._block.coded)  # type: ignore[attr-defined]  # as above
+        result: tuple[Tensor, Tensor] = call(x, delta, keep)
         return result
 
-    def _part(self, name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = NamedBlock(self._block, self._name, getattr(self._block, name))(*arguments)
+    def watched(self, x: Tensor, seen: FourBitError) -> Tensor:
+        """The block's; a probe has no place in a trace."""
+        result: Tensor = self._block.watched(x, seen)  # type: ignore[attr-defined]  # a sub-layer's is not asked
         return result
 
     def parameters(self) -> Iterator[nn.Parameter]:

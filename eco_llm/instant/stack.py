@@ -64,11 +64,8 @@ class Block(Layer, Protocol):
     def coded(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
         """A call with x + delta by ops that keep codes, as a pair whose sum is the result; no delta is 0."""
 
-    def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
-        """The second half of `coded`."""
-
-    def watched(self, x: Tensor, seen: contextlib.AbstractContextManager[Any]) -> Tensor:
-        """The result for x, what `coded` would keep codes of being kept inside `seen`."""
+    def watched(self, x: Tensor, seen: FourBitError) -> Tensor:
+        """The result for x, what `coded` would keep codes of being kept inside `seen`, or added to it."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Its weights."""
@@ -200,19 +197,16 @@ class Stack:
         shapes = [p.shape for p in block.parameters()]
         keep = Keep(self._decided.bits[index], self._draw(index))
         packing = Packing(keep.bits, keep.step, (x.shape[0], x.shape[1]), shapes, self.sizes)
-        coded, whole = block.writes_codes(x, keep), self._mixers[index] == "mamba"
-        if coded and whole:
+        if block.writes_codes(x, keep):
             with packing:
                 return block.coded(x, delta, keep)
-        if whole:
+        if self._mixers[index] == "mamba":
             with packing:
                 return block(x, delta)
         x = _sum(x, delta)
         # Outside `packing`: what attention keeps of itself is dropped, not packed.
         mixed = recompute_from_packed(block.mixing, x, packing)
         with packing:
-            if coded:
-                return block.coded_feed(x, mixed, keep)
             x = x + mixed
             return x, block.sub_layers[1](x)
 
@@ -370,14 +364,13 @@ class Stack:
         measured = FourBitError(self._draw(index), (x.shape[0], x.shape[1]), [p.shape for p in block.parameters()])
         with setting.restored():
             leaf = x.detach().requires_grad_()
-            if self._mixers[index] == "mla":
-                measured.add(x)
             if block.writes_codes(leaf, Keep(4, self._draw(index))):
                 y = block.watched(leaf, measured)
             elif self._mixers[index] == "mamba":
                 with measured:
                     y = _sum(*block(leaf))
             else:
+                measured.add(x)
                 middle = (x + setting.value(block.mixing.value, x)).requires_grad_()
                 with measured:
                     y = middle + block.sub_layers[1](middle)

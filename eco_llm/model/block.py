@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
+from eco_llm.instant.compression import FourBitError
 from eco_llm.instant.replay import SubLayer, Twice
 from eco_llm.model.mamba import Mamba, MambaCache
 from eco_llm.model.mla import MLA, MLACache
@@ -56,11 +56,6 @@ class Block(nn.Module):
         x, u = self.mixer_norm.of_sum(x, delta, keep_sum=True)
         return self.mlp_norm.of_sum(x, self.mixer(u), keep_sum=False)
 
-    def attend(self, x: Tensor) -> Tensor:
-        """`mix` of an MLA mixer up to its last product: [B, T, D] -> [B, T, h·d]."""
-        assert isinstance(self.mixer, MLA)
-        return self.mixer.attend(self.mixer_norm(x))
-
     def writes_codes(self, x: Tensor, keep: Keep) -> bool:
         """Whether `coded` serves the stream x [B, T, D]."""
         return self.mlp.writes_codes(x, keep) and (
@@ -68,24 +63,30 @@ class Block(nn.Module):
         )
 
     def coded(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
-        """`forward` of x + delta as a pair whose sum is the result, all [B, T, D], no delta being 0; for a Mamba mixer.
+        """`forward` of x + delta as a pair whose sum is the result, all [B, T, D], no delta being 0.
 
         Codes of activations and nothing else of them are kept for backward; `keep` has their bits, and the counter of
-        the random numbers. Never compiled: all that a compiler would fuse is in kernels.
+        the random numbers. Never compiled as a whole: what a compiler would fuse is in kernels, but for attention's.
         """
-        assert isinstance(self.mixer, Mamba)
-        return self.coded_feed(*self.mixer.coded(x, delta, self.mixer_norm, keep), keep)
+        norm = self.mixer_norm
+        if isinstance(self.mixer, Mamba):
+            x, mixed = self.mixer.coded(x, delta, norm, keep)
+        else:
+            from eco_llm.instant.coded import recompute_from_codes  # imports Triton
 
-    def coded_feed(self, x: Tensor, delta: Tensor | None, keep: Keep) -> tuple[Tensor, Tensor]:
-        """The second half of `coded`, for any mixer."""
-        return self.mlp.coded(x, delta, self.mlp_norm, keep)
+            x, mixed = recompute_from_codes(self._attention, x, delta, norm.weight.float(), norm.eps, keep=keep)
+        return self.mlp.coded(x, mixed, self.mlp_norm, keep)
 
-    def watched(self, x: Tensor, seen: contextlib.AbstractContextManager[Any]) -> Tensor:
-        """x [B, T, D] -> the result [B, T, D]. Inside `seen` runs what keeps the tensors that `coded`, or `coded_feed`
-        after an MLA mixer, has as codes: not the norms, which keep the stream here and codes of their results there.
+    def watched(self, x: Tensor, seen: FourBitError) -> Tensor:
+        """x [B, T, D] -> the result [B, T, D]. Inside `seen` runs what keeps the tensors that `coded` has as codes: not
+        the norms, which keep the stream here and codes of their results there, and no MLA mixer, whose input is shown.
         """
         u = self.mixer_norm(x)
-        with seen if isinstance(self.mixer, Mamba) else contextlib.nullcontext():
+        if isinstance(self.mixer, Mamba):
+            with seen:
+                mixed = self.mixer(u)
+        else:
+            seen.add(u)
             mixed = self.mixer(u)
         x = x + mixed
         v = self.mlp_norm(x)
@@ -116,15 +117,23 @@ class Block(nn.Module):
     @property
     def mixing(self) -> Twice:
         """`mix` of an MLA mixer; for gradients without its last product."""
+        value, gradients = self._attention
+        return Twice(lambda x: value(self.mixer_norm(x)), lambda x: gradients(self.mixer_norm(x)))
+
+    @property
+    def _attention(self) -> Twice:
+        """An MLA mixer, of what its norm gives."""
         assert isinstance(self.mixer, MLA)
-        attend, out_proj = self._part("attend"), self.mixer.out_proj
-        return Twice(lambda x: out_proj(attend(x)), lambda x: (out_proj.unread(attend(x)),))
+        attend, out_proj = self._compiled.get("attend") or self.mixer.attend, self.mixer.out_proj
+        return Twice(lambda u: out_proj(attend(u)), lambda u: (out_proj.unread(attend(u)),))
 
     def compile_parts(self, **options: Any) -> None:
         """Compile what memory modes call of a block, each for itself and not before it is called, with
         `torch.compile`'s options; `forward` stays as it is."""
-        for name in ("mix", "feed", "to_mlp", "attend"):
+        for name in ("mix", "feed", "to_mlp"):
             self._compiled[name] = torch.compile(getattr(self, name), **options)
+        if isinstance(self.mixer, MLA):
+            self._compiled["attend"] = torch.compile(self.mixer.attend, **options)
 
     def _part(self, name: str) -> Callable[..., Any]:
         return self._compiled.get(name) or getattr(self, name)

@@ -343,12 +343,19 @@ class Parts:
         return dx, narrowed
 
     def coded_forward(self, part: str, added: bool) -> tuple[Buffer, list[Buffer], list[Buffer]]:
-        """A sub-layer ("mamba", "mlp") whose ops write codes: (result, the sum if anything was `added`, kept)."""
+        """A sub-layer ("mamba", "mla", "mlp") whose ops, or norm alone, write codes: (result, the sum if anything was
+        `added`, kept).
+        """
         total = [self.wide()] if added else []
         u = self.narrow()
         kept = [self.tape.take(F32 * self.M, "activations"), self.packed(self.M * self.D)]
-        forward = self.mlp_forward if part == "mlp" else self.mamba_forward
-        out, more = forward("activations", codes=True)
+        if part == "mla":
+            out, dropped = self.mla_forward("temporaries")
+            self.tape.give(*dropped)
+            more: list[Buffer] = []
+        else:
+            forward = self.mlp_forward if part == "mlp" else self.mamba_forward
+            out, more = forward("activations", codes=True)
         self.tape.give(u)
         return out, total, kept + more
 
@@ -363,7 +370,13 @@ class Parts:
             if added and self.c != F32:
                 found.append(self.narrow())
 
-        d_u = self.mlp_backward(norm) if part == "mlp" else self.mamba_backward(norm)
+        if part == "mla":  # again, of what the codes give
+            again = [self.narrow(), *self.mla_unread("temporaries")]
+            d_u = self.mla_backward()
+            self.tape.give(*again)
+            norm()
+        else:
+            d_u = self.mlp_backward(norm) if part == "mlp" else self.mamba_backward(norm)
         self.tape.give(d_u, *kept)
         return found
 

@@ -314,15 +314,10 @@ class _Step:
         return y
 
     def _coded_forward(self, mixer: str) -> tuple[Buffer, Kept]:
-        """`_forward` of a block under `compress` whose ops write codes; of an MLA mixer the packed input is kept."""
+        """`_forward` of a block under `compress` whose ops write codes."""
         parts, tape = self.parts, self.tape
         kept = Kept()
-        if mixer == "mla":
-            kept.x = [parts.packed(parts.M * parts.D)]
-            mixed, dropped = parts.sub_forward(mixer, "temporaries")
-            tape.give(*dropped)
-        else:
-            mixed, _, kept.mixer = parts.coded_forward(mixer, added=False)
+        mixed, _, kept.mixer = parts.coded_forward(mixer, added=False)
         fed, total, kept.mlp = parts.coded_forward("mlp", added=True)
         y = parts.wide("activations")
         tape.give(mixed, fed, *total)
@@ -334,8 +329,6 @@ class _Step:
         narrow = [] if parts.c == F32 else [parts.narrow()]
         middle = parts.coded_backward("mlp", kept.mlp, added=True)
         tape.give(dy, *narrow)
-        if mixer == "mla":
-            return self._mla_backward(kept, middle)
         (dx,) = parts.coded_backward(mixer, kept.mixer, added=False)
         tape.give(*middle)
         return dx
