@@ -9,7 +9,8 @@ optimi and bitsandbytes take part if they are installed and are named as absent 
 
 Gate: three steps of every C3O side change the parameters of odd shapes as the for-loop reference does, within the
 tolerances below (relative 2-norm of the change; a wider one for bfloat16 weights, whose last-place rounding may differ
-and whose gradients the for-loop clips in place), C3O without a trust region equals AdamW, and a side said to skip does.
+and whose gradients the for-loop clips in place), C3O without Nesterov and a trust region equals AdamW, and a side said
+to skip does.
 A red gate reports no speed.
 
 Bytes: `state` is what the optimizer's tensors hold beside parameter and gradient, summed. `traffic` is counted from the
