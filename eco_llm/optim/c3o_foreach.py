@@ -9,7 +9,8 @@ Accesses to memory, per element and step (16-bit or 32-bit words; fp32 moments, 
     m <- lerp(m, g) 3;  v <- b2 v 2;  v += (1-b2) g² 3;  sqrt 2;  · + broadcast 2;  m / · 3;  + λθ 3;  |d|, |θ| 2;
     · scale 2;  θ - · 3;  together 25, of which the trust region is 2 and weight decay 3. A step that may be
     skipped (`skip_step`) adds 8: candidates for m and v are built in the work buffer and committed by `where`. A
-    sphere adds 6: θ copied 2, the products 4, θ · shrink added 3, less weight decay.
+    sphere adds 6: θ copied 2, the products 4, θ · shrink added 3, less weight decay. In host memory the first 15 are 8:
+    PyTorch's fused Adam makes the direction (`_direction_by_adam`).
 
 Coded moments (int8, int4) are decoded into a work buffer, advanced and coded anew, with some temporaries of the
 bucket's size in float32 and int32: no copy in float32 outlives the bucket's step.
@@ -250,15 +251,22 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     bias1, bias2 = bias_correction(rule.beta1, t.to(dtype)), bias_correction(rule.beta2, t.to(dtype))
     factor = _credit_factors(bucket, grads, rule, skip_step) if rule.has_credit else None
 
-    m, root, root_views, ratio = _update_moments(bucket, grads, rule, t, skip_step)
-    if rule.nesterov:
-        m = _ahead(bucket, m, grads, bias1, bias_correction(rule.beta1, t.to(dtype) + 1), rule)
-    # s (m/bias1) / (sqrt(v/bias2) + eps) = m / (sqrt(v) · gain + shift): one broadcast for correction and credit.
-    gain, shift = (bias1 / bias2.sqrt())[bucket.owner], (rule.eps * bias1)[bucket.owner]
-    if factor is not None:
-        gain, shift = gain / factor, shift / factor
-    torch.addcmul(shift[:, None], root, gain[:, None], out=root)
-    d, d_views = torch.div(m, root, out=root), root_views
+    ratio = None
+    if not rule.nesterov and _adam_serves(bucket, grads):
+        m = bucket.exp_avg
+        d, d_views = _direction_by_adam(bucket, grads, rule, t, skip_step)
+        if factor is not None:
+            d.mul_(factor[:, None])
+    else:
+        m, root, root_views, ratio = _update_moments(bucket, grads, rule, t, skip_step)
+        if rule.nesterov:
+            m = _ahead(bucket, m, grads, bias1, bias_correction(rule.beta1, t.to(dtype) + 1), rule)
+        # s (m/bias1) / (sqrt(v/bias2) + eps) = m / (sqrt(v) · gain + shift): one broadcast for correction and credit.
+        gain, shift = (bias1 / bias2.sqrt())[bucket.owner], (rule.eps * bias1)[bucket.owner]
+        if factor is not None:
+            gain, shift = gain / factor, shift / factor
+        torch.addcmul(shift[:, None], root, gain[:, None], out=root)
+        d, d_views = torch.div(m, root, out=root), root_views
     if rule.has_sphere:
         scale, stats = _onto_sphere(bucket, params, d, d_views, rule, skip_step)
     else:
@@ -314,6 +322,34 @@ def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:
         old.copy_(new)
     else:
         torch.where(skip_step, old, new.to(old.dtype), out=old)
+
+
+def _adam_serves(bucket: Bucket, grads: list[Tensor]) -> bool:
+    """Whether PyTorch's fused Adam can advance the moments: host memory, in which it takes no strides into account."""
+    arena = bucket.arena
+    return (
+        arena.device.type == "cpu"
+        and bucket.stored is None
+        and arena.storage.dtype == arena.dtype == arena.param_dtype
+        and all(g.is_contiguous() for g in grads)
+    )
+
+
+def _direction_by_adam(
+    bucket: Bucket, grads: list[Tensor], rule: Rule, t: Tensor, skip_step: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Advance both moments and return u, 0 in a skipped step, as scratch with its views: one pass over memory for six.
+
+    It is an Adam step of rate -1 from parameters that are 0.
+    """
+    u, u_views = bucket.work("update")
+    u.zero_()
+    torch._fused_adam_(
+        u_views, grads, bucket.exp_avg_views, bucket.exp_avg_sq_views, [], list(t.unbind()), lr=-1.0, beta1=rule.beta1,
+        beta2=rule.beta2, weight_decay=0.0, eps=rule.eps, amsgrad=False, maximize=False,
+        found_inf=None if skip_step is None else skip_step.to(torch.float32),
+    )  # fmt: skip
+    return u, u_views
 
 
 def _update_moments(
