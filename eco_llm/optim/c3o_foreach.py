@@ -10,7 +10,8 @@ Accesses to memory, per element and step (16-bit or 32-bit words; fp32 moments, 
     · scale 2;  θ - · 3;  together 25, of which the trust region is 2 and weight decay 3. A step that may be
     skipped (`skip_step`) adds 8: candidates for m and v are built in the work buffer and committed by `where`. A
     sphere adds 6: θ copied 2, the products 4, θ · shrink added 3, less weight decay. Nesterov adds 5: m · 2, + g 3;
-    with the norm skip and plain moments 4 more, for the norm of the direction without it.
+    with the norm skip and plain moments 4 more, for the norm of the direction without it. In host memory the first 15
+    are 8, and Nesterov adds 3: PyTorch's fused Adam makes the direction (`_direction_by_adam`).
 
 Coded moments (int8, int4) are decoded into a work buffer, advanced and coded anew, with some temporaries of the
 bucket's size in float32 and int32: no copy in float32 outlives the bucket's step.
@@ -253,20 +254,30 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     bias1, bias2 = bias_correction(rule.beta1, t.to(dtype)), bias_correction(rule.beta2, t.to(dtype))
     factor = _credit_factors(bucket, grads, rule, skip_step) if rule.has_credit else None
 
-    m, root, root_views, ratio = _update_moments(bucket, grads, rule, t, skip_step)
+    ratio = plain_norm = None
     # s (m/bias1) / (sqrt(v/bias2) + eps) = m / (sqrt(v) · gain + shift): one broadcast for correction and credit.
     gain, shift = (bias1 / bias2.sqrt())[bucket.owner], (rule.eps * bias1)[bucket.owner]
     if factor is not None:
         gain, shift = gain / factor, shift / factor
-    torch.addcmul(shift[:, None], root, gain[:, None], out=root)
-    plain_norm = None
-    if rule.nesterov:
-        if rule.may_skip_norms and ratio is None:
-            plain, plain_views = bucket.work("plain")
-            torch.div(m, root, out=plain)
-            plain_norm = tensor_norms(plain_views, dtype)
-        m = _ahead(bucket, m, grads, bias1, rule)
-    d, d_views = torch.div(m, root, out=root), root_views
+    root: Tensor | None = None
+    if _adam_serves(bucket, grads, rule, t):
+        d, d_views = _direction_by_adam(bucket, grads, rule, t, skip_step)
+        if factor is not None:
+            d.mul_(factor[:, None])
+        m = bucket.exp_avg
+    else:
+        m, root, d_views, ratio = _update_moments(bucket, grads, rule, t, skip_step)
+        torch.addcmul(shift[:, None], root, gain[:, None], out=root)
+    if rule.nesterov and rule.may_skip_norms and ratio is None:
+        plain, plain_views = bucket.work("plain")
+        if root is None:
+            torch.addcmul(shift[:, None], torch.sqrt(bucket.exp_avg_sq, out=plain), gain[:, None], out=plain)
+        torch.div(m, plain if root is None else root, out=plain)
+        plain_norm = tensor_norms(plain_views, dtype)
+    if root is not None:
+        if rule.nesterov:
+            m = _ahead(bucket, m, grads, bias1, rule)
+        d = torch.div(m, root, out=root)
     if rule.has_sphere:
         scale, stats = _onto_sphere(bucket, params, d, d_views, rule, skip_step)
     else:
@@ -320,6 +331,49 @@ def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:
         old.copy_(new)
     else:
         torch.where(skip_step, old, new.to(old.dtype), out=old)
+
+
+def _adam_serves(bucket: Bucket, grads: list[Tensor], rule: Rule, t: Tensor) -> bool:
+    """Whether PyTorch's fused Adam can advance the moments: host memory, in which it takes no strides into account. With
+    Nesterov all tensors must be as old, and b1 not so small that the new m lies far beyond what Adam leaves: rounding
+    errors grow with that distance.
+    """
+    arena = bucket.arena
+    return (
+        arena.device.type == "cpu"
+        and bucket.stored is None
+        and arena.storage.dtype == arena.dtype == arena.param_dtype
+        and all(g.is_contiguous() for g in grads)
+        and (not rule.nesterov or (rule.beta1 >= 0.5 and bool((t == t[0]).all())))
+    )
+
+
+def _direction_by_adam(
+    bucket: Bucket, grads: list[Tensor], rule: Rule, t: Tensor, skip_step: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Advance both moments and return u, 0 in a skipped step, as scratch with its views: one pass over memory for six.
+
+    It is an Adam step of rate -1 from parameters that are 0. With Nesterov, l m + (1 - b1) g of the new m is
+    (l + 1 - b1) times a mean of the old m and g: an Adam step with another b1. What it leaves as m is that mean n, and
+    the new m lies on the line through n and g, beyond n.
+    """
+    u, u_views = bucket.work("update")
+    u.zero_()
+    beta1, rate = rule.beta1, 1.0
+    if rule.nesterov:
+        first = bias_correction(rule.beta1, t[:1].double())
+        ahead = float(look_ahead(first, rule))
+        whole = ahead + 1 - rule.beta1
+        beta1 = ahead * rule.beta1 / whole
+        rate = whole * float(bias_correction(beta1, t[:1].double()) / first)
+    torch._fused_adam_(
+        u_views, grads, bucket.exp_avg_views, bucket.exp_avg_sq_views, [], list(t.unbind()), lr=-rate, beta1=beta1,
+        beta2=rule.beta2, weight_decay=0.0, eps=rule.eps, amsgrad=False, maximize=False,
+        found_inf=None if skip_step is None else skip_step.to(torch.float32),
+    )  # fmt: skip
+    if rule.nesterov and not (skip_step is not None and skip_step):
+        torch._foreach_lerp_(bucket.exp_avg_views, grads, 1 - rule.beta1 / beta1)
+    return u, u_views
 
 
 def _update_moments(

@@ -29,6 +29,21 @@ def test_equals_adamw_without_nesterov_trust_credit_and_clip(foreach: bool) -> N
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", RULES)
+def test_fused_direction_equals_the_calls(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, called = parameters(dtype), parameters(dtype)
+    a, b = (C3O(p, state_dtype=dtype, foreach=True, **RULES[name]) for p in (fused, called))
+    run(a, fused, 6)
+    monkeypatch.setattr(foreach_module, "_adam_serves", lambda *_: False)
+    run(b, called, 6)
+    for x, y in zip(tensors_of(a), tensors_of(b), strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+        else:
+            assert_alike(x, y, rounded=False)
+
+
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("name", RULES)
 def test_foreach_equals_for_loop(name: str, dtype: torch.dtype, state_dtype: torch.dtype | str) -> None:
