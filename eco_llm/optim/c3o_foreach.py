@@ -260,7 +260,7 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     if factor is not None:
         gain, shift = gain / factor, shift / factor
     root: Tensor | None = None
-    if _adam_serves(bucket, grads, rule, t):
+    if _adam_serves(bucket, grads, rule):
         d, d_views = _direction_by_adam(bucket, grads, rule, t, skip_step)
         if factor is not None:
             d.mul_(factor[:, None])
@@ -333,10 +333,9 @@ def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:
         torch.where(skip_step, old, new.to(old.dtype), out=old)
 
 
-def _adam_serves(bucket: Bucket, grads: list[Tensor], rule: Rule, t: Tensor) -> bool:
-    """Whether PyTorch's fused Adam can advance the moments: host memory, in which it takes no strides into account. With
-    Nesterov all tensors must be as old, and b1 not so small that the new m lies far beyond what Adam leaves: rounding
-    errors grow with that distance.
+def _adam_serves(bucket: Bucket, grads: list[Tensor], rule: Rule) -> bool:
+    """Whether PyTorch's fused Adam can advance the moments: host memory, where it takes no strides into account. With
+    Nesterov b1 must not be so small that the new m lies far beyond what Adam leaves: rounding errors grow with that.
     """
     arena = bucket.arena
     return (
@@ -344,7 +343,7 @@ def _adam_serves(bucket: Bucket, grads: list[Tensor], rule: Rule, t: Tensor) -> 
         and bucket.stored is None
         and arena.storage.dtype == arena.dtype == arena.param_dtype
         and all(g.is_contiguous() for g in grads)
-        and (not rule.nesterov or (rule.beta1 >= 0.5 and bool((t == t[0]).all())))
+        and (not rule.nesterov or rule.beta1 >= 0.5)
     )
 
 
@@ -354,25 +353,30 @@ def _direction_by_adam(
     """Advance both moments and return u, 0 in a skipped step, as scratch with its views: one pass over memory for six.
 
     It is an Adam step of rate -1 from parameters that are 0. With Nesterov, l m + (1 - b1) g of the new m is
-    (l + 1 - b1) times a mean of the old m and g: an Adam step with another b1. What it leaves as m is that mean n, and
-    the new m lies on the line through n and g, beyond n.
+    (l + 1 - b1) times a mean of the old m and g: an Adam step with a b1 of the tensor's age. What it leaves as m is
+    that mean n, and the new m lies on the line through n and g, beyond n.
     """
     u, u_views = bucket.work("update")
     u.zero_()
-    beta1, rate = rule.beta1, 1.0
-    if rule.nesterov:
-        first = bias_correction(rule.beta1, t[:1].double())
-        ahead = float(look_ahead(first, rule))
-        whole = ahead + 1 - rule.beta1
-        beta1 = ahead * rule.beta1 / whole
-        rate = whole * float(bias_correction(beta1, t[:1].double()) / first)
-    torch._fused_adam_(
-        u_views, grads, bucket.exp_avg_views, bucket.exp_avg_sq_views, [], list(t.unbind()), lr=-rate, beta1=beta1,
-        beta2=rule.beta2, weight_decay=0.0, eps=rule.eps, amsgrad=False, maximize=False,
-        found_inf=None if skip_step is None else skip_step.to(torch.float32),
-    )  # fmt: skip
-    if rule.nesterov and not (skip_step is not None and skip_step):
-        torch._foreach_lerp_(bucket.exp_avg_views, grads, 1 - rule.beta1 / beta1)
+    streams = (u_views, grads, bucket.exp_avg_views, bucket.exp_avg_sq_views)
+    steps = list(t.unbind())
+    ages = t.tolist() if rule.nesterov else [0.0] * len(steps)
+    for age in dict.fromkeys(ages):  # one, unless tensors had their first gradients in different steps
+        beta1, rate = rule.beta1, 1.0
+        if rule.nesterov:
+            first = bias_correction(rule.beta1, torch.tensor(age, dtype=torch.float64))
+            ahead = float(look_ahead(first, rule))
+            beta1 = ahead * rule.beta1 / (ahead + 1 - rule.beta1)
+            second = bias_correction(beta1, torch.tensor(age, dtype=torch.float64))
+            rate = (ahead + 1 - rule.beta1) * float(second / first)
+        us, gs, ms, vs = ([x for x, a in zip(stream, ages, strict=True) if a == age] for stream in streams)
+        torch._fused_adam_(
+            us, gs, ms, vs, [], [x for x, a in zip(steps, ages, strict=True) if a == age], lr=-rate, beta1=beta1,
+            beta2=rule.beta2, weight_decay=0.0, eps=rule.eps, amsgrad=False, maximize=False,
+            found_inf=None if skip_step is None else skip_step.to(torch.float32),
+        )  # fmt: skip
+        if rule.nesterov and not (skip_step is not None and skip_step):
+            torch._foreach_lerp_(ms, gs, 1 - rule.beta1 / beta1)
     return u, u_views
 
 
