@@ -16,6 +16,10 @@ import triton
 import triton.language as tl
 
 
+STAGES = tl.constexpr(3)
+"""Tiles whose loads are under way while one is computed: with codes, whose arithmetic is long, a tenth of the time."""
+
+
 @triton.jit
 def _base(table, index, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
     """The address in `table[index]` as a pointer."""
@@ -481,7 +485,7 @@ def _measure_kernel(
             lanes = tl.arange(0, TILE)
             d_sum, p_sum = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
             dot, plain_sum = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-            for begin in range(0, full, TILE):
+            for begin in tl.range(0, full, TILE, num_stages=STAGES):
                 p, d, plain_sum = _measure_tile(
                     p_base, e_base, g_base, m_base, v_base, begin + lanes, left, factor, limit, w1, b2, w2, lead, gain,
                     shift, decay, plain_sum, ERROR, CLAMP, NESTEROV, PLAIN, ADVANCE, False,
@@ -511,7 +515,7 @@ def _measure_kernel(
             rows: tl.constexpr = TILE // (64 * (8 // BITS))
             d_sum, p_sum = tl.zeros([rows, 64], tl.float32), tl.zeros([rows, 64], tl.float32)
             dot = tl.zeros([rows, 64], tl.float32)
-            for begin in range(0, full, TILE):
+            for begin in tl.range(0, full, TILE, num_stages=STAGES):
                 d_sum, p_sum, dot = _measure_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2,
                     lead, gain, shift, decay, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP, NESTEROV, SPHERE, TILE,
@@ -727,7 +731,7 @@ def _update_kernel(
             v_base = _base(tensors, line + 2, S, 16) + start
             lanes = tl.arange(0, TILE)
             if ADVANCE and mode == 2.0:
-                for begin in range(0, full, TILE):
+                for begin in tl.range(0, full, TILE, num_stages=STAGES):
                     at = begin + lanes
                     _update_tile(
                         p_base, e_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2,
@@ -740,7 +744,7 @@ def _update_kernel(
                         lead, gain, shift, decay, size, phase, CLAMP, NESTEROV, P, S, ERROR, DITHER, True, True,
                     )  # fmt: skip
             else:
-                for begin in range(0, full, TILE):
+                for begin in tl.range(0, full, TILE, num_stages=STAGES):
                     at = begin + lanes
                     _update_tile(
                         p_base, e_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2,
@@ -758,7 +762,7 @@ def _update_kernel(
             r_scales = _base(tensors, line + 8, tl.bfloat16, 16) + start // 64
             v_scales = _base(tensors, line + 9, tl.bfloat16, 16) + start // 64
             r_sum = tl.zeros([TILE // (64 * (8 // BITS)), 64], tl.float32)
-            for begin in range(0, full, TILE):
+            for begin in tl.range(0, full, TILE, num_stages=STAGES):
                 r_sum = _update_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2,
                     lead, gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP,
