@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 import torch
-from quality_plan import Spec
+from quality_plan import UNSAID, Spec
 from steps import clean
 from torch import Tensor
 
@@ -212,7 +212,7 @@ class Trainer:
             optimizer=dataclasses.replace(
                 config.optimizer, optimizer=cast(Any, spec.optimizer), lr=spec.lr, weight_decay=spec.weight_decay
             ),
-            c3o=dataclasses.replace(config.c3o, **dict(spec.c3o)),
+            c3o=dataclasses.replace(config.c3o, **{**UNSAID, **dict(spec.c3o)}),
             instant=dataclasses.replace(config.instant, **dict(spec.instant)),
             runtime=dataclasses.replace(config.runtime, weights_dtype=cast(Any, spec.weights)),
         )

@@ -45,11 +45,12 @@ if TYPE_CHECKING:
 
 CLAIM = "reproduce_report"
 # The report's own optimizer: float32, under a trust region, whose norms may be skipped; the profiles have moved on.
+ITS_RULE = ["--c3o-sphere", "0", "--no-c3o-nesterov"]
 ON_GPU = [
-    "@train_sigma_args.txt", "--c3o-sphere", "0", "--lr", "1e-3",
+    "@train_sigma_args.txt", *ITS_RULE, "--lr", "1e-3",
     "--weights-dtype", "fp32", "--c3o-state-dtype", "fp32",
 ]  # fmt: skip
-ON_CPU = ["@presets/quickstart_cpu.txt", "--c3o-sphere", "0", "--lr", "4e-3", "--seq-len", "512", "--batch-size", "2"]
+ON_CPU = ["@presets/quickstart_cpu.txt", *ITS_RULE, "--lr", "4e-3", "--seq-len", "512", "--batch-size", "2"]
 GATE_STEPS = 5
 MOST_STEPS = 20  # of a window
 LR = 1e-4  # of compared sides: updates that a loss shows, and no first steps so wild that rounding decides them

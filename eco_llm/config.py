@@ -246,10 +246,8 @@ class C3OConfig:
     """Most steps a cached parameter norm may be used for."""
     c3o_credit_gain: float = 0.0
     """Strength of the block credit that scales updates; 0 is off."""
-    c3o_nesterov: bool = False
+    c3o_nesterov: bool = True
     """Direction that looks one step ahead (NAdam's)."""
-    c3o_cautious: bool = False
-    """Weight decay only on elements that the update does not grow."""
     c3o_state_dtype: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     """Storage of the two moments: 8, 4, 2.06 or 1.06 bytes per parameter together."""
     c3o_error_bits: Literal[0, 8] = 0
@@ -265,8 +263,6 @@ class C3OConfig:
             c3o_trust_norm_refresh_steps=(1, 1_000_000),
             c3o_credit_gain=(0.0, 100.0),
         )
-        if self.c3o_nesterov and self.c3o_trust_norm_refresh_drift > 0:
-            raise UserError("--c3o-nesterov has no bound for --c3o-trust-norm-refresh-drift to skip by; use 0 for it")
 
 
 @dataclass(frozen=True)
@@ -513,10 +509,6 @@ class TrainConfig:
             return "--optimizer muon, which is not captured"
         if self.optimizer.optimizer == "c3o" and self.c3o.c3o_credit_gain > 0:
             return "--c3o-credit-gain, which C3O's kernels do not compute"
-        if self.optimizer.optimizer == "c3o" and self.c3o.c3o_nesterov:
-            return "--c3o-nesterov, which C3O's kernels do not compute"
-        if self.optimizer.optimizer == "c3o" and self.c3o.c3o_cautious:
-            return "--c3o-cautious, which C3O's kernels do not compute"
         if self.perf.perf_sync_boundaries:
             return "--perf-sync-boundaries, which stop the device inside the step"
         if self.perf.perf_device_time_mode == "host":
@@ -539,7 +531,7 @@ FREE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 
-# Settings, and sections, that runs of earlier versions do not have; they take their defaults.
+# Settings, and sections, that runs of earlier versions do not have; they take their defaults, or what is said below.
 ADDED_SINCE_0_1_0 = frozenset(
     {
         "cuda_graph",
@@ -550,9 +542,14 @@ ADDED_SINCE_0_1_0 = frozenset(
         "vram_gib",
         "c3o_sphere",
         "c3o_nesterov",
-        "c3o_cautious",
     }
 )
+
+BEFORE_THEM: dict[str, Any] = {"c3o_nesterov": False}
+"""Settings added since whose default is not what earlier versions did; and what these did."""
+
+# Settings that earlier versions had, and the value that a run may have had of them to be continued.
+_GONE: dict[str, Any] = {"c3o_cautious": False}
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -583,6 +580,10 @@ def from_dict(raw: dict[str, Any], *, source: str) -> TrainConfig:
         if not isinstance(values, dict):
             raise UserError(f"{source}: no section {name!r}")
         hints = get_type_hints(cls)
+        for gone in set(values) & set(_GONE):
+            if values[gone] != _GONE[gone]:
+                raise UserError(f"{source}: {gone!r} is {values[gone]!r}, a setting that this version no longer has")
+        values = {k: v for k, v in values.items() if k not in _GONE}
         if unknown := sorted(set(values) - set(hints)):
             raise UserError(f"{source}: unknown setting {unknown[0]!r} in {name!r}")
         if missing := sorted(set(hints) - set(values) - ADDED_SINCE_0_1_0):
@@ -590,7 +591,7 @@ def from_dict(raw: dict[str, Any], *, source: str) -> TrainConfig:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if mistyped := [k for k, v in values.items() if not _fits(v, hints[k])]:
             raise UserError(f"{source}: {mistyped[0]!r} in {name!r} cannot be {values[mistyped[0]]!r}")
-        groups[name] = cls(**values)
+        groups[name] = cls(**{k: v for k, v in BEFORE_THEM.items() if k in hints} | values)
     return TrainConfig(**groups)
 
 

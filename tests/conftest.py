@@ -62,6 +62,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def matrix_products_as_they_were() -> Iterator[None]:
+    """Training in bf16 lets what is left in float32 multiply in TF32, for the whole process: not for the next test."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.fixture(scope="session")
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One prepared copy of the corpus for every test of a session."""

@@ -19,7 +19,7 @@ from eco_llm.ops.backend import uses_triton
 from eco_llm.optim.c3o_foreach import Arena, Bucket, Plan, foreach_step
 from eco_llm.optim.c3o_reference import init_state, reference_step
 from eco_llm.optim.grads import clamp_, clip_factor, global_norm, scale_
-from eco_llm.optim.rule import Rule, check_group
+from eco_llm.optim.rule import Rule, check_group, compiled_settings
 
 if TYPE_CHECKING:
     from eco_llm.optim.c3o_triton import KernelPlan
@@ -39,7 +39,8 @@ class C3O(Optimizer):
     Per tensor θ with gradient g, in this order (docs/c3o.md):
         g  <- clip(g)
         h  =  cos(g, u_old) of each block of 4096 elements;  e <- credit_beta e + (1 - credit_beta)(h - mean h)
-        m  <- b1 m + (1-b1) g;   v <- b2 v + (1-b2) g²;   u = (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
+        m  <- b1 m + (1-b1) g;   v <- b2 v + (1-b2) g²
+        u  =  (b1 m / (1-b1^(t+1)) + (1-b1) g / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
         s  =  clamp(exp(credit_gain e), credit_min, credit_max)
         Δ  =  lr (s u + weight_decay θ)
         θ  <- θ - Δ min(1, trust_radius max(|θ|, trust_floor sqrt(n)) / |Δ|)
@@ -56,10 +57,8 @@ class C3O(Optimizer):
         trust_radius: r, the most |Δ| may be as a share of |θ|; 0 is off.
         trust_floor: root-mean-square under which a tensor is treated as having it, so that a zero-initialised tensor
             can leave zero (the idea of Adafactor's eps_2, arXiv 1804.04235; our addition to the report's rule).
-        nesterov: the direction looks one step ahead, m / (1-b1^t) becoming b1 m / (1-b1^(t+1)) + (1-b1) g / (1-b1^t)
-            (NAdam, Dozat 2016, without its schedule of b1). Not in the kernels, and not with the norm skip.
-        cautious: weight decay acts on elements that the direction does not grow, u θ >= 0 (cautious weight decay, arXiv
-            2510.12402). Not in the kernels; a group with a sphere has no decay to be cautious with, and ignores it.
+        nesterov: the direction looks one step ahead, as above (NAdam, Dozat 2016, without its schedule of b1); False
+            has AdamW's m / (1-b1^t) over the same root.
         sphere: step length on the sphere |θ| = R, as a multiple of `lr`: a step moves a tensor by the share
             sphere · lr < 1 of R, its norm stays, and there is no weight decay; 0 is off. Meant for hidden matrices.
             Where R, the update or lr is 0 the rule above holds (decided on the device). R is in the state
@@ -113,8 +112,7 @@ class C3O(Optimizer):
         credit_min: float = 0.5,
         credit_max: float = 2.0,
         credit_beta: float = 0.9,
-        nesterov: bool = False,
-        cautious: bool = False,
+        nesterov: bool = True,
         grad_clip: float = 0.0,
         grad_clip_mode: str = "norm",
         state_dtype: torch.dtype | str = torch.float32,
@@ -137,7 +135,6 @@ class C3O(Optimizer):
             "credit_max": credit_max,
             "credit_beta": credit_beta,
             "nesterov": nesterov,
-            "cautious": cautious,
             "grad_clip": grad_clip,
             "grad_clip_mode": grad_clip_mode,
             "state_dtype": _dtype_name(state_dtype),
@@ -188,7 +185,13 @@ class C3O(Optimizer):
                 raise ValueError(f"C3O: parameters must be real floating point, got {p.dtype}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load `state_dict()`'s result: moments keep the type they were saved in, values are copied."""
+        """Load `state_dict()`'s result: moments keep the type they were saved in, values are copied.
+
+        Settings that a state of an earlier version lacks are what that version did: `nesterov` is then False.
+
+        Raises:
+            ValueError: the state was stepped with cautious weight decay, which is gone; nothing was loaded.
+        """
         seen: list[dict[str, Any]] = []
 
         def see(_: Optimizer, final: dict[str, Any]) -> None:
@@ -222,14 +225,20 @@ class C3O(Optimizer):
                     self.state[param]["step"] = torch.tensor(float(step), dtype=torch.float32, device=param.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by copying, unpickling and loading."""
+        """Called by copying, unpickling and loading.
+
+        Raises:
+            ValueError: a group was stepped with cautious weight decay, which is gone; nothing was changed.
+        """
+        for group in state["param_groups"]:
+            if group.pop("cautious", False):
+                raise ValueError("C3O: this state was stepped with cautious weight decay, which C3O no longer has")
         super().__setstate__(state)
         for group in self.param_groups:  # states saved before these settings were: as it was then
             group.setdefault("weight_rounding", "nearest")
             group.setdefault("error_bits", 0)
             group.setdefault("sphere", 0.0)
             group.setdefault("nesterov", False)
-            group.setdefault("cautious", False)
             group.setdefault("foreach", None)
         self._forget_layout()
 
@@ -409,7 +418,7 @@ class C3O(Optimizer):
             self._split_key = (len(self.state), *key[1:])
         arenas, rest = self._kernel_arenas, self._others
         while arenas:
-            plan_key = tuple((id(group), group["weight_rounding"], *_addresses(arena)) for arena, group in arenas)
+            plan_key = tuple((id(group), *compiled_settings(group), *_addresses(arena)) for arena, group in arenas)
             if plan_key not in self._kernel_plans:
                 if len(self._kernel_plans) >= _MAX_PLANS:
                     self._kernel_plans.clear()
@@ -447,8 +456,6 @@ class C3O(Optimizer):
         return (
             group["foreach"] is None
             and not rule.has_credit
-            and not rule.nesterov
-            and not rule.cautious
             and (self._force_kernels or uses_triton(p))
             and p.dtype in _KERNEL_TYPES
             and rule.storage.name in _KERNEL_STORAGES
@@ -511,7 +518,7 @@ class C3O(Optimizer):
         arenas, rest = self._served(groups)
         if any(params for _, _, params in rest):  # a state of another type was loaded
             raise RuntimeError("C3O: the loaded state cannot be stepped by the Triton kernels")
-        key = tuple((id(group), group["weight_rounding"], *_addresses(arena)) for arena, group in arenas)
+        key = tuple((id(group), *compiled_settings(group), *_addresses(arena)) for arena, group in arenas)
         if self._whole is None or key != self._whole_arenas:
             self._whole, self._whole_arenas = self._new_kernel_plan(arenas), key
             self._warm()
@@ -630,7 +637,6 @@ def _features(rule: Rule) -> tuple[Any, ...]:
     return (
         rule.has_credit,
         rule.nesterov,
-        rule.cautious,
         rule.may_skip_norms,
         rule.has_sphere,
         rule.weight_rounding,

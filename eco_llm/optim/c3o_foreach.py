@@ -9,7 +9,9 @@ Accesses to memory, per element and step (16-bit or 32-bit words; fp32 moments, 
     m <- lerp(m, g) 3;  v <- b2 v 2;  v += (1-b2) g² 3;  sqrt 2;  · + broadcast 2;  m / · 3;  + λθ 3;  |d|, |θ| 2;
     · scale 2;  θ - · 3;  together 25, of which the trust region is 2 and weight decay 3. A step that may be
     skipped (`skip_step`) adds 8: candidates for m and v are built in the work buffer and committed by `where`. A
-    sphere adds 6: θ copied 2, the products 4, θ · shrink added 3, less weight decay.
+    sphere adds 6: θ copied 2, the products 4, θ · shrink added 3, less weight decay. Nesterov adds 5: m · 2, + g 3;
+    with the norm skip and plain moments 4 more, for the norm of the direction without it. In host memory the first 15
+    are 8, and Nesterov adds 3: PyTorch's fused Adam makes the direction (`_direction_by_adam`).
 
 Coded moments (int8, int4) are decoded into a work buffer, advanced and coded anew, with some temporaries of the
 bucket's size in float32 and int32: no copy in float32 outlives the bucket's step.
@@ -33,6 +35,8 @@ from eco_llm.optim.grads import tensor_norms
 from eco_llm.optim.norm_skip import (
     NormCache,
     Slack,
+    applied_norm_bound,
+    look_ahead,
     may_skip,
     next_cache,
     stored_direction_bound,
@@ -250,23 +254,36 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     bias1, bias2 = bias_correction(rule.beta1, t.to(dtype)), bias_correction(rule.beta2, t.to(dtype))
     factor = _credit_factors(bucket, grads, rule, skip_step) if rule.has_credit else None
 
-    m, root, root_views, ratio = _update_moments(bucket, grads, rule, t, skip_step)
-    if rule.nesterov:
-        m = _ahead(bucket, m, grads, bias1, bias_correction(rule.beta1, t.to(dtype) + 1), rule)
+    ratio = plain_norm = None
     # s (m/bias1) / (sqrt(v/bias2) + eps) = m / (sqrt(v) · gain + shift): one broadcast for correction and credit.
     gain, shift = (bias1 / bias2.sqrt())[bucket.owner], (rule.eps * bias1)[bucket.owner]
     if factor is not None:
         gain, shift = gain / factor, shift / factor
-    torch.addcmul(shift[:, None], root, gain[:, None], out=root)
-    d, d_views = torch.div(m, root, out=root), root_views
+    root: Tensor | None = None
+    if _adam_serves(bucket, grads, rule):
+        d, d_views = _direction_by_adam(bucket, grads, rule, t, skip_step)
+        if factor is not None:
+            d.mul_(factor[:, None])
+        m = bucket.exp_avg
+    else:
+        m, root, d_views, ratio = _update_moments(bucket, grads, rule, t, skip_step)
+        torch.addcmul(shift[:, None], root, gain[:, None], out=root)
+    if rule.nesterov and rule.may_skip_norms and ratio is None:
+        plain, plain_views = bucket.work("plain")
+        if root is None:
+            torch.addcmul(shift[:, None], torch.sqrt(bucket.exp_avg_sq, out=plain), gain[:, None], out=plain)
+        torch.div(m, plain if root is None else root, out=plain)
+        plain_norm = tensor_norms(plain_views, dtype)
+    if root is not None:
+        if rule.nesterov:
+            m = _ahead(bucket, m, grads, bias1, rule)
+        d = torch.div(m, root, out=root)
     if rule.has_sphere:
         scale, stats = _onto_sphere(bucket, params, d, d_views, rule, skip_step)
     else:
-        if rule.weight_decay and rule.cautious:
-            _decay_cautiously(bucket, params, d, rule)
-        elif rule.weight_decay:
+        if rule.weight_decay:
             torch._foreach_add_(d_views, params, alpha=rule.weight_decay)
-        scale, stats = _trust(bucket, params, d_views, t, bias1, bias2, ratio, rule, skip_step)
+        scale, stats = _trust(bucket, params, d_views, t, bias1, bias2, plain_norm, ratio, rule, skip_step)
     if skip_step is not None:
         scale = torch.where(skip_step, 0.0, scale)
         # Made with the bad gradient or divided by a norm, and 0 times inf is NaN.
@@ -314,6 +331,53 @@ def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:
         old.copy_(new)
     else:
         torch.where(skip_step, old, new.to(old.dtype), out=old)
+
+
+def _adam_serves(bucket: Bucket, grads: list[Tensor], rule: Rule) -> bool:
+    """Whether PyTorch's fused Adam can advance the moments: host memory, where it takes no strides into account. With
+    Nesterov b1 must not be so small that the new m lies far beyond what Adam leaves: rounding errors grow with that.
+    """
+    arena = bucket.arena
+    return (
+        arena.device.type == "cpu"
+        and bucket.stored is None
+        and arena.storage.dtype == arena.dtype == arena.param_dtype
+        and all(g.is_contiguous() for g in grads)
+        and (not rule.nesterov or rule.beta1 >= 0.5)
+    )
+
+
+def _direction_by_adam(
+    bucket: Bucket, grads: list[Tensor], rule: Rule, t: Tensor, skip_step: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Advance both moments and return u, 0 in a skipped step, as scratch with its views: one pass over memory for six.
+
+    It is an Adam step of rate -1 from parameters that are 0. With Nesterov, l m + (1 - b1) g of the new m is
+    (l + 1 - b1) times a mean of the old m and g: an Adam step with a b1 of the tensor's age. What it leaves as m is
+    that mean n, and the new m lies on the line through n and g, beyond n.
+    """
+    u, u_views = bucket.work("update")
+    u.zero_()
+    streams = (u_views, grads, bucket.exp_avg_views, bucket.exp_avg_sq_views)
+    steps = list(t.unbind())
+    ages = t.tolist() if rule.nesterov else [0.0] * len(steps)
+    for age in dict.fromkeys(ages):  # one, unless tensors had their first gradients in different steps
+        beta1, rate = rule.beta1, 1.0
+        if rule.nesterov:
+            first = bias_correction(rule.beta1, torch.tensor(age, dtype=torch.float64))
+            ahead = float(look_ahead(first, rule))
+            beta1 = ahead * rule.beta1 / (ahead + 1 - rule.beta1)
+            second = bias_correction(beta1, torch.tensor(age, dtype=torch.float64))
+            rate = (ahead + 1 - rule.beta1) * float(second / first)
+        us, gs, ms, vs = ([x for x, a in zip(stream, ages, strict=True) if a == age] for stream in streams)
+        torch._fused_adam_(
+            us, gs, ms, vs, [], [x for x, a in zip(steps, ages, strict=True) if a == age], lr=-rate, beta1=beta1,
+            beta2=rule.beta2, weight_decay=0.0, eps=rule.eps, amsgrad=False, maximize=False,
+            found_inf=None if skip_step is None else skip_step.to(torch.float32),
+        )  # fmt: skip
+        if rule.nesterov and not (skip_step is not None and skip_step):
+            torch._foreach_lerp_(ms, gs, 1 - rule.beta1 / beta1)
+    return u, u_views
 
 
 def _update_moments(
@@ -368,18 +432,10 @@ def _update_moments(
     return wide, root.sqrt_(), root_views, ratio
 
 
-def _decay_cautiously(bucket: Bucket, params: list[Tensor], d: Tensor, rule: Rule) -> None:
-    """Add λ θ to d, in place, where the two do not differ in sign."""
-    theta, views = bucket.work("param")
-    if params is bucket.params:
-        torch._foreach_copy_(views, params)
-    d.add_(torch.where(d * theta >= 0, theta, 0.0), alpha=rule.weight_decay)
-
-
-def _ahead(bucket: Bucket, m: Tensor, grads: list[Tensor], bias1: Tensor, next_bias1: Tensor, rule: Rule) -> Tensor:
+def _ahead(bucket: Bucket, m: Tensor, grads: list[Tensor], bias1: Tensor, rule: Rule) -> Tensor:
     """NAdam's first moment, times `bias1` as plain m is: scratch [rows, BLOCK]."""
     rows, views = bucket.work("moment")
-    torch.mul(m, (rule.beta1 * bias1 / next_bias1)[bucket.owner][:, None], out=rows)
+    torch.mul(m, look_ahead(bias1, rule)[bucket.owner][:, None], out=rows)
     torch._foreach_add_(views, grads, alpha=1 - rule.beta1)
     return rows
 
@@ -433,6 +489,7 @@ def _trust(
     t: Tensor,
     bias1: Tensor,
     bias2: Tensor,
+    plain_norm: Tensor | None,
     ratio: Tensor | None,
     rule: Rule,
     skip_step: Tensor | None,
@@ -449,10 +506,14 @@ def _trust(
     if rule.may_skip_norms:
         assert bucket.cache is not None
         bound = update_norm_bound(bucket.cache.update_norm, t, bias1, bias2, bucket.sqrt_n, rule, bucket.slack)
-        skip = may_skip(bound, bucket.cache, bucket.sqrt_n, rule)
+        applied = applied_norm_bound(bound, bias1, bias2, bucket.sqrt_n, rule, bucket.slack)
+        skip = may_skip(applied, bucket.cache, bucket.sqrt_n, rule)
         scale = torch.where(skip, 1.0, scale)
         stored = None if ratio is None else stored_direction_bound(ratio, bias1, bias2, bucket.slack)
-        new = next_cache(skip, bound, bucket.cache, d_norm, theta_norm, scale, rule, bucket.slack, stored)
+        new = next_cache(
+            skip, bound, applied, bucket.cache, d_norm, theta_norm, scale, rule, bucket.slack,
+            plain_norm=plain_norm, stored_norm=stored,
+        )  # fmt: skip
         for old, value in zip(bucket.cache, new, strict=True):
             _commit(old, value, skip_step)
     ratio = torch.where(weight > 0, delta_norm * scale / weight, 0.0)

@@ -16,6 +16,10 @@ import triton
 import triton.language as tl
 
 
+STAGES = tl.constexpr(3)
+"""Tiles whose loads are under way while one is computed: with codes, whose arithmetic is long, a tenth of the time."""
+
+
 @triton.jit
 def _base(table, index, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
     """The address in `table[index]` as a pointer."""
@@ -148,10 +152,10 @@ def _root(v):
 
 
 @triton.jit
-def _direction_fast(p, m, v, gain, shift, decay):
-    """`_direction` within a few units in the last place: beside moments of 16 bits or fewer, arithmetic is a cost."""
+def _quotient_fast(m, v, gain, shift):
+    """`_quotient` within a few units in the last place: beside moments of 16 bits or fewer, arithmetic is a cost."""
     inverse = tl.rsqrt(tl.fma(_root(v), gain, shift))
-    return tl.fma(decay, p, m * inverse * inverse)
+    return m * inverse * inverse
 
 
 @triton.jit
@@ -222,16 +226,25 @@ def _advance(g, m, v, w1, b2, w2):
 
 
 @triton.jit
-def _direction(p, m, v, gain, shift, decay):
-    return tl.fma(decay, p, tl.div_rn(m, tl.fma(tl.sqrt_rn(v), gain, shift)))
+def _quotient(m, v, gain, shift):
+    """m over its corrected root: u, if gain and shift are the plan's."""
+    return tl.div_rn(m, tl.fma(tl.sqrt_rn(v), gain, shift))
 
 
 @triton.jit
-def _direction_beside(p, m, v, gain, shift, decay, S: tl.constexpr):
-    """The direction, as exact as it comes free beside moments stored as S: at 32 bits memory takes longer."""
-    if S.primitive_bitwidth == 16:
-        return _direction_fast(p, m, v, gain, shift, decay)
-    return _direction(p, m, v, gain, shift, decay)
+def _quotient_beside(m, v, gain, shift, S: tl.constexpr):
+    """The quotient, as exact as it comes free beside moments stored as S: at 32 bits memory takes longer."""
+    if S.primitive_bitwidth == 32:
+        return _quotient(m, v, gain, shift)
+    return _quotient_fast(m, v, gain, shift)
+
+
+@triton.jit
+def _direction(p, g, m, v, lead, gain, shift, decay, S: tl.constexpr, NESTEROV: tl.constexpr):
+    """d = u + decay · p. Nesterov costs one multiply-add: what else it scales is in the plan's gain and shift."""
+    if NESTEROV:
+        m = tl.fma(lead, m, g)
+    return tl.fma(decay, p, _quotient_beside(m, v, gain, shift, S))
 
 
 @triton.jit
@@ -344,13 +357,16 @@ def _plan_kernel(
         beta = (1 - b1) / bias1 * tl.sqrt(bias2 / (1 - b2))
         stored = (1 + slack_state) / tl.sqrt(1 - slack_state)
         bound = (alpha * (stored * previous) + beta * sqrt_n) * (1 + SLACK)
+        nesterov = tl.load(a + 18) != 0
+        ahead = b1 * bias1 / ((1 - b1) + b1 * bias1)  # norm_skip.look_ahead
+        applied = tl.where(nesterov, (ahead * bound + beta * sqrt_n) * (1 + SLACK), bound)
         room = (1 - drift) * radius - lr * decay
-        skip = (lr * bound <= room * tl.maximum(known, floor * sqrt_n)) & (age <= refresh) & may_skip
+        skip = (lr * applied <= room * tl.maximum(known, floor * sqrt_n)) & (age <= refresh) & may_skip
         trust = radius > 0
 
         skipped = live & skip
         keep = tl.maximum(1 - lr * decay, 0.0)
-        lower = tl.maximum(known * keep * (1 - SLACK) - lr * bound * (1 + SLACK), 0.0) * (1 - slack_param)
+        lower = tl.maximum(known * keep * (1 - SLACK) - lr * applied * (1 + SLACK), 0.0) * (1 - slack_param)
         _store_floats(u_at, bound, skipped)
         _store_floats(l_at, lower, skipped)
         _store_floats(age_at, age + 1, skipped)
@@ -361,8 +377,12 @@ def _plan_kernel(
         tl.store(out + 2, (1 - b1).to(tl.float32), mask=inside)
         tl.store(out + 3, b2.to(tl.float32), mask=inside)
         tl.store(out + 4, (1 - b2).to(tl.float32), mask=inside)
-        tl.store(out + 5, (bias1 / tl.sqrt(bias2)).to(tl.float32), mask=inside)
-        tl.store(out + 6, (eps * bias1).to(tl.float32), mask=inside)
+        # u = m / (sqrt(v) gain + shift); Nesterov's (lead m + g) / (sqrt(v) gain + shift), both over 1 - b1.
+        gain, over = bias1 / tl.sqrt(bias2), tl.where(nesterov, 1 - b1, 1.0)
+        tl.store(out + 5, (gain / over).to(tl.float32), mask=inside)
+        tl.store(out + 6, (eps * bias1 / over).to(tl.float32), mask=inside)
+        tl.store(out + 12, (ahead / (1 - b1)).to(tl.float32), mask=inside)
+        tl.store(out + 13, gain.to(tl.float32), mask=inside)
         # On a sphere u alone is measured; what θ is multiplied by then follows (`_trust_kernel`).
         sphere = tl.load(a + 17) > 0
         tl.store(out + 7, tl.where(sphere, 0.0, decay).to(tl.float32), mask=inside)
@@ -380,24 +400,31 @@ def _plan_kernel(
 
 @triton.jit
 def _measure_tile(
-    p_base, e_base, g_base, m_base, v_base, at, left, factor, limit, w1, b2, w2, gain, shift, decay,
-    ERROR: tl.constexpr, CLAMP: tl.constexpr, ADVANCE: tl.constexpr, MASKED: tl.constexpr,
+    p_base, e_base, g_base, m_base, v_base, at, left, factor, limit, w1, b2, w2, lead, gain, shift, decay, plain_sum,
+    ERROR: tl.constexpr, CLAMP: tl.constexpr, NESTEROV: tl.constexpr, PLAIN: tl.constexpr, ADVANCE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """θ and d of one tile; writes the advanced moments if ADVANCE."""
+    """θ and d of one tile, and with PLAIN `plain_sum` with the squares of (1 - b1) u added, u being the direction
+    without Nesterov's look ahead; writes the advanced moments if ADVANCE.
+    """
     g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
     p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
     m, v = _advance(g, _read(m_base, at, left, MASKED), _read(v_base, at, left, MASKED), w1, b2, w2)
     if ADVANCE:
         _write(m_base, at, left, m, MASKED)
         _write(v_base, at, left, v, MASKED)
-    return p, _direction_beside(p, m, v, gain, shift, decay, m_base.dtype.element_ty)
+    S: tl.constexpr = m_base.dtype.element_ty
+    if PLAIN:
+        plain = _quotient_beside(m, v, gain, shift, S)
+        plain_sum = tl.fma(plain, plain, plain_sum)
+    return p, _direction(p, g, m, v, lead, gain, shift, decay, S, NESTEROV), plain_sum
 
 
 @triton.jit
 def _measure_coded(
-    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2, gain, shift,
-    decay, d_sum, p_sum, dot, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, ERROR: tl.constexpr,
-    CLAMP: tl.constexpr, SPHERE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2, lead, gain,
+    shift, decay, d_sum, p_sum, dot, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, ERROR: tl.constexpr,
+    CLAMP: tl.constexpr, NESTEROV: tl.constexpr, SPHERE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds d², θ² and, with SPHERE, θ d of the tile at `begin` to the sums, [rows, 64], for moments in codes."""
     PACK: tl.constexpr = 8 // BITS
@@ -418,7 +445,7 @@ def _measure_coded(
         g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
         p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
         m, v = _advance(g, m, v, w1, b2, w2)
-        d = _direction_fast(p, m, v, gain, shift, decay)
+        d = _direction(p, g, m, v, lead, gain, shift, decay, m_base.dtype.element_ty, NESTEROV)
         if MASKED:
             d = tl.where(at < left, d, 0.0)
         d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
@@ -431,11 +458,13 @@ def _measure_coded(
 def _measure_kernel(
     chunks, grads, tensors, plan, partials, first, programs, all_chunks,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-    ERROR: tl.constexpr, CLAMP: tl.constexpr, SPHERE: tl.constexpr, ADVANCE: tl.constexpr, REVERSE: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr,
+    ERROR: tl.constexpr, CLAMP: tl.constexpr, NESTEROV: tl.constexpr, PLAIN: tl.constexpr, SPHERE: tl.constexpr,
+    ADVANCE: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """partials[i], partials[all_chunks + i] = |d|², |θ|² of chunk i, if its tensor must be measured; with SPHERE, for
-    some tensor of the step, partials[2 all_chunks + i] = <θ, d>.
+    some tensor of the step, partials[2 all_chunks + i] = <θ, d>; with PLAIN, for moments that are not codes,
+    partials[3 all_chunks + i] = |(1 - b1) u|², u being the direction without Nesterov's look ahead.
     """
     at, tensor, part = _where(chunks + 2 * first, tl.program_id(0), programs, REVERSE)
     row = plan + tensor * PLAN
@@ -447,26 +476,27 @@ def _measure_kernel(
         g_base = _base(grads, tensor, G, ALIGN) + start
         left = tl.minimum(tl.load(tensors + line + 7) - start, CHUNK).to(tl.int32)
         factor, limit, w1, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        w2, gain, shift, decay = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+        w2, lead, gain = tl.load(row + 4), tl.load(row + 12), tl.load(row + 5)
+        shift, decay = tl.load(row + 6), tl.load(row + 7)
         full = left // TILE * TILE
         if BITS == 0:
             m_base = _base(tensors, line + 1, S, 16) + start
             v_base = _base(tensors, line + 2, S, 16) + start
             lanes = tl.arange(0, TILE)
             d_sum, p_sum = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-            dot = tl.zeros([TILE], tl.float32)
-            for begin in range(0, full, TILE):
-                p, d = _measure_tile(
-                    p_base, e_base, g_base, m_base, v_base, begin + lanes, left, factor, limit, w1, b2, w2, gain,
-                    shift, decay, ERROR, CLAMP, ADVANCE, False,
+            dot, plain_sum = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+            for begin in tl.range(0, full, TILE, num_stages=STAGES):
+                p, d, plain_sum = _measure_tile(
+                    p_base, e_base, g_base, m_base, v_base, begin + lanes, left, factor, limit, w1, b2, w2, lead, gain,
+                    shift, decay, plain_sum, ERROR, CLAMP, NESTEROV, PLAIN, ADVANCE, False,
                 )  # fmt: skip
                 d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
                 if SPHERE:
                     dot = tl.fma(p, d, dot)
             if full < left:
-                p, d = _measure_tile(
-                    p_base, e_base, g_base, m_base, v_base, full + lanes, left, factor, limit, w1, b2, w2, gain,
-                    shift, decay, ERROR, CLAMP, ADVANCE, True,
+                p, d, plain_sum = _measure_tile(
+                    p_base, e_base, g_base, m_base, v_base, full + lanes, left, factor, limit, w1, b2, w2, lead, gain,
+                    shift, decay, plain_sum, ERROR, CLAMP, NESTEROV, PLAIN, ADVANCE, True,
                 )  # fmt: skip
                 d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
                 if SPHERE:
@@ -475,6 +505,8 @@ def _measure_kernel(
             tl.store(partials + all_chunks + first + at, tl.sum(p_sum))
             if SPHERE:
                 tl.store(partials + 2 * all_chunks + first + at, tl.sum(dot))
+            if PLAIN:
+                tl.store(partials + 3 * all_chunks + first + at, tl.sum(plain_sum))
         else:
             m_base = _base(tensors, line + 1, tl.uint8, 16) + start // (8 // BITS)
             v_base = _base(tensors, line + 2, tl.uint8, 16) + start // (8 // BITS)
@@ -483,15 +515,17 @@ def _measure_kernel(
             rows: tl.constexpr = TILE // (64 * (8 // BITS))
             d_sum, p_sum = tl.zeros([rows, 64], tl.float32), tl.zeros([rows, 64], tl.float32)
             dot = tl.zeros([rows, 64], tl.float32)
-            for begin in range(0, full, TILE):
+            for begin in tl.range(0, full, TILE, num_stages=STAGES):
                 d_sum, p_sum, dot = _measure_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2,
-                    gain, shift, decay, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP, SPHERE, TILE, False,
+                    lead, gain, shift, decay, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP, NESTEROV, SPHERE, TILE,
+                    False,
                 )  # fmt: skip
             if full < left:
                 d_sum, p_sum, dot = _measure_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, full, left, factor, limit, w1, b2, w2,
-                    gain, shift, decay, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP, SPHERE, TILE, True,
+                    lead, gain, shift, decay, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP, NESTEROV, SPHERE, TILE,
+                    True,
                 )  # fmt: skip
             tl.store(partials + first + at, tl.sum(tl.sum(d_sum, axis=1)))
             tl.store(partials + all_chunks + first + at, tl.sum(tl.sum(p_sum, axis=1)))
@@ -502,8 +536,8 @@ def _measure_kernel(
 @triton.jit(do_not_specialize=["all_chunks"])
 def _trust_kernel(
     partials, all_chunks, arenas, tensors, arena_of, span, plan, stats,
-    SPHERE: tl.constexpr, COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr,
-    LANES: tl.constexpr,
+    SPHERE: tl.constexpr, PLAIN: tl.constexpr, COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr,
+    SLACK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The cap of one measured tensor: lr · scale, statistics, and the bounds that its norms give; or its step on the
     sphere (`c3o_foreach._onto_sphere`, of which this is the float64 twin).
@@ -513,13 +547,15 @@ def _trust_kernel(
     if tl.load(row + 11) == 2.0:
         first, count = tl.load(span + 2 * i), tl.load(span + 2 * i + 1)
         d_sum, p_sum = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
-        dots = tl.zeros([LANES], tl.float64)
+        dots, plain_sum = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
         for at in range(0, count, LANES):
             k = at + tl.arange(0, LANES)
             d_sum += tl.load(partials + first + k, mask=k < count, other=0.0).to(tl.float64)
             p_sum += tl.load(partials + all_chunks + first + k, mask=k < count, other=0.0).to(tl.float64)
             if SPHERE:
                 dots += tl.load(partials + 2 * all_chunks + first + k, mask=k < count, other=0.0).to(tl.float64)
+            if PLAIN:
+                plain_sum += tl.load(partials + 3 * all_chunks + first + k, mask=k < count, other=0.0).to(tl.float64)
         d_square, p_square = tl.sum(d_sum), tl.sum(p_sum)
         p_norm = tl.sqrt(p_square)
         a = arenas + tl.load(arena_of + i) * ARENA_COLUMNS
@@ -560,7 +596,11 @@ def _trust_kernel(
         tl.store(stats + 4 * i + 3, ratio.to(tl.float32))
         if tl.load(a + 15) != 0:
             bound = tl.load(row + 10).to(tl.float64)
-            measured = (d_norm + tl.load(a + 6) * p_norm) * (1 + SLACK)
+            measured = d_norm + tl.load(a + 6) * p_norm
+            if PLAIN:  # with codes `_stored_norm_kernel` has the last word
+                plain = tl.sqrt(tl.sum(plain_sum)) / (1 - tl.load(a + 1))
+                measured = tl.where(tl.load(a + 18) != 0, plain, measured)
+            measured *= 1 + SLACK
             lower = p_norm * (1 - SLACK) - lr * scale * d_norm * (1 + SLACK)
             # Not `bound < measured` alone: an unknown history times α = 0 is NaN.
             _store_floats(tl.load(tensor + 4), tl.where(bound < measured, bound, measured), True)
@@ -570,13 +610,14 @@ def _trust_kernel(
 
 @triton.jit
 def _update_tile(
-    p_base, e_base, g_base, m_base, v_base, at, left, position, factor, limit, w1, b2, w2, gain, shift, decay, size,
-    phase, CLAMP: tl.constexpr, P: tl.constexpr, S: tl.constexpr, ERROR: tl.constexpr, DITHER: tl.constexpr,
-    ADVANCED: tl.constexpr, MASKED: tl.constexpr,
+    p_base, e_base, g_base, m_base, v_base, at, left, position, factor, limit, w1, b2, w2, lead, gain, shift, decay,
+    size, phase, CLAMP: tl.constexpr, NESTEROV: tl.constexpr, P: tl.constexpr, S: tl.constexpr, ERROR: tl.constexpr,
+    DITHER: tl.constexpr, ADVANCED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
     m, v = _read(m_base, at, left, MASKED), _read(v_base, at, left, MASKED)
     threshold = (position * 49471 + phase) & 0xFFFF
+    g = 0.0  # ADVANCED is without Nesterov, which needs it
     if not ADVANCED:
         g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
         m, v = _advance(g, m, v, w1, b2, w2)
@@ -587,16 +628,17 @@ def _update_tile(
         else:
             _write(m_base, at, left, m, MASKED)
             _write(v_base, at, left, v, MASKED)
-    p = tl.fma(-size, _direction_beside(p, m, v, gain, shift, decay, S), p)
+    p = tl.fma(-size, _direction(p, g, m, v, lead, gain, shift, decay, S, NESTEROV), p)
     _write_weight(p_base, e_base, at, left, p, threshold, P, ERROR, DITHER, MASKED)
 
 
 @triton.jit
 def _update_coded(
-    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2, gain, shift,
-    decay, size, phase, ratio_phase, r_sum, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, R_SPAN: tl.constexpr,
-    V_SPAN: tl.constexpr, CLAMP: tl.constexpr, P: tl.constexpr, ERROR: tl.constexpr, DITHER: tl.constexpr,
-    WATCH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2, lead, gain,
+    shift, decay, size, phase, ratio_phase, r_sum, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    R_SPAN: tl.constexpr, V_SPAN: tl.constexpr, CLAMP: tl.constexpr, NESTEROV: tl.constexpr, P: tl.constexpr,
+    ERROR: tl.constexpr, DITHER: tl.constexpr, WATCH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """The tile at `begin` for moments in codes: `storage.code_moments` in registers. Adds r², as stored, if WATCH."""
     PACK: tl.constexpr = 8 // BITS
@@ -624,7 +666,7 @@ def _update_coded(
         if MASKED:  # a group's scale must not see what is past the end
             m, v = tl.where(at < left, m, 0.0), tl.where(at < left, v, 0.0)
         threshold = ((at & (BLOCK - 1)) * 49471 + phase) & 0xFFFF
-        p = tl.fma(-size, _direction_fast(p, m, v, gain, shift, decay), p)
+        p = tl.fma(-size, _direction(p, g, m, v, lead, gain, shift, decay, m_base.dtype.element_ty, NESTEROV), p)
         _write_weight(p_base, e_base, at, left, p, threshold, P, ERROR, DITHER, MASKED)
 
         v_scale = _scale_of(v, V_SPAN)
@@ -661,8 +703,8 @@ def _update_kernel(
     chunks, grads, tensors, plan, partials, first, programs,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     R_SPAN: tl.constexpr, V_SPAN: tl.constexpr, ERROR: tl.constexpr, DITHER: tl.constexpr, WATCH: tl.constexpr,
-    CLAMP: tl.constexpr, ADVANCE: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr, BLOCK: tl.constexpr,
+    CLAMP: tl.constexpr, NESTEROV: tl.constexpr, ADVANCE: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """θ <- θ - lr scale d, and the moments where `_measure_kernel` has not advanced them.
 
@@ -679,7 +721,8 @@ def _update_kernel(
         g_base = _base(grads, tensor, G, ALIGN) + start
         left = tl.minimum(tl.load(tensors + line + 7) - start, CHUNK).to(tl.int32)
         factor, limit, w1, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        w2, gain, shift, decay = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+        w2, lead, gain = tl.load(row + 4), tl.load(row + 12), tl.load(row + 5)
+        shift, decay = tl.load(row + 6), tl.load(row + 7)
         size, step = tl.load(row + 8), tl.load(row + 9)
         phase, ratio_phase = _phase(step, 37345), _phase(step, 49471)  # `rounding`'s streams
         full = left // TILE * TILE
@@ -688,30 +731,30 @@ def _update_kernel(
             v_base = _base(tensors, line + 2, S, 16) + start
             lanes = tl.arange(0, TILE)
             if ADVANCE and mode == 2.0:
-                for begin in range(0, full, TILE):
+                for begin in tl.range(0, full, TILE, num_stages=STAGES):
                     at = begin + lanes
                     _update_tile(
                         p_base, e_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2,
-                        gain, shift, decay, size, phase, CLAMP, P, S, ERROR, DITHER, True, False,
+                        lead, gain, shift, decay, size, phase, CLAMP, NESTEROV, P, S, ERROR, DITHER, True, False,
                     )  # fmt: skip
                 if full < left:
                     at = full + lanes
                     _update_tile(
                         p_base, e_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2,
-                        gain, shift, decay, size, phase, CLAMP, P, S, ERROR, DITHER, True, True,
+                        lead, gain, shift, decay, size, phase, CLAMP, NESTEROV, P, S, ERROR, DITHER, True, True,
                     )  # fmt: skip
             else:
-                for begin in range(0, full, TILE):
+                for begin in tl.range(0, full, TILE, num_stages=STAGES):
                     at = begin + lanes
                     _update_tile(
                         p_base, e_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2,
-                        gain, shift, decay, size, phase, CLAMP, P, S, ERROR, DITHER, False, False,
+                        lead, gain, shift, decay, size, phase, CLAMP, NESTEROV, P, S, ERROR, DITHER, False, False,
                     )  # fmt: skip
                 if full < left:
                     at = full + lanes
                     _update_tile(
                         p_base, e_base, g_base, m_base, v_base, at, left, at & (BLOCK - 1), factor, limit, w1, b2, w2,
-                        gain, shift, decay, size, phase, CLAMP, P, S, ERROR, DITHER, False, True,
+                        lead, gain, shift, decay, size, phase, CLAMP, NESTEROV, P, S, ERROR, DITHER, False, True,
                     )  # fmt: skip
         else:
             m_base = _base(tensors, line + 1, tl.uint8, 16) + start // (8 // BITS)
@@ -719,17 +762,17 @@ def _update_kernel(
             r_scales = _base(tensors, line + 8, tl.bfloat16, 16) + start // 64
             v_scales = _base(tensors, line + 9, tl.bfloat16, 16) + start // 64
             r_sum = tl.zeros([TILE // (64 * (8 // BITS)), 64], tl.float32)
-            for begin in range(0, full, TILE):
+            for begin in tl.range(0, full, TILE, num_stages=STAGES):
                 r_sum = _update_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2,
-                    gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR,
-                    DITHER, WATCH, BLOCK, TILE, False,
+                    lead, gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP,
+                    NESTEROV, P, ERROR, DITHER, WATCH, BLOCK, TILE, False,
                 )  # fmt: skip
             if full < left:
                 r_sum = _update_coded(
                     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, full, left, factor, limit, w1, b2, w2,
-                    gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP, P, ERROR,
-                    DITHER, WATCH, BLOCK, TILE, True,
+                    lead, gain, shift, decay, size, phase, ratio_phase, r_sum, BITS, R, V, R_SPAN, V_SPAN, CLAMP,
+                    NESTEROV, P, ERROR, DITHER, WATCH, BLOCK, TILE, True,
                 )  # fmt: skip
             if WATCH:
                 tl.store(partials + first + chunk, tl.sum(tl.sum(r_sum, axis=1)))
@@ -750,8 +793,8 @@ def _stored_norm_kernel(
         for at in range(0, count, LANES):
             k = at + tl.arange(0, LANES)
             total += tl.load(partials + first + k, mask=k < count, other=0.0).to(tl.float64)
-        # gain is bias1 / sqrt(bias2)
-        bound = tl.sqrt(tl.sum(total)) / tl.load(row + 5).to(tl.float64) * (1 + SLACK)
+        # bias1 / sqrt(bias2)
+        bound = tl.sqrt(tl.sum(total)) / tl.load(row + 13).to(tl.float64) * (1 + SLACK)
         _store_floats(tl.load(tensors + i * COLUMNS + 4), bound, True)
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from eco_llm.optim.norm_skip import (
     NormCache,
     Slack,
+    applied_norm_bound,
     may_skip,
     next_cache,
     stored_direction_bound,
@@ -118,13 +119,13 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
     new |= kept
 
     bias1, bias2 = 1 - rule.beta1 ** t.to(dtype), 1 - rule.beta2 ** t.to(dtype)
-    ahead = m / bias1
+    root = (v / bias2).sqrt() + rule.eps
+    plain = s * (m / bias1 / root)
+    u = plain
     if rule.nesterov:
         ahead = rule.beta1 * m / (1 - rule.beta1 ** (t.to(dtype) + 1)) + (1 - rule.beta1) * g / bias1
-    u = ahead / ((v / bias2).sqrt() + rule.eps)
-    u = s * u
-    decays = torch.where(u * theta >= 0, theta, 0.0) if rule.cautious and not rule.has_sphere else theta
-    d = u + rule.weight_decay * decays
+        u = s * (ahead / root)
+    d = u + rule.weight_decay * theta
 
     stats = torch.zeros(4, dtype=torch.float32, device=param.device)
     scale: Tensor | float = 1.0
@@ -140,11 +141,16 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
             slack = Slack.of(storage, param.dtype, dtype)
             cache = NormCache(state["update_norm"], state["param_norm"], state["norm_age"])
             bound = update_norm_bound(cache.update_norm, t, bias1, bias2, sqrt_n, rule, slack)
-            skip = may_skip(bound, cache, sqrt_n, rule)
+            applied = applied_norm_bound(bound, bias1, bias2, sqrt_n, rule, slack)
+            skip = may_skip(applied, cache, sqrt_n, rule)
             scale = torch.where(skip, 1.0, scale)
             if ratio_norm is not None:
                 ratio_norm = stored_direction_bound(ratio_norm.to(dtype), bias1, bias2, slack)
-            new |= next_cache(skip, bound, cache, d_norm, theta_norm, scale, rule, slack, ratio_norm)._asdict()
+            plain_norm = torch.linalg.vector_norm(plain) if rule.nesterov else None
+            new |= next_cache(
+                skip, bound, applied, cache, d_norm, theta_norm, scale, rule, slack,
+                plain_norm=plain_norm, stored_norm=ratio_norm,
+            )._asdict()  # fmt: skip
         ratio = torch.where(weight > 0, delta_norm * scale / weight, 0.0)
         stats = torch.stack([skip, ~skip, scale < 1, ratio]).to(torch.float32)
 
@@ -156,8 +162,9 @@ def reference_step(param: Tensor, grad: Tensor, state: State, rule: Rule, skip_s
         on_sphere = (radius > 0) & (u_norm > 0) & (share > 0)
         straight = theta - share * radius / u_norm * u
         moved = torch.where(on_sphere, radius * (straight / torch.linalg.vector_norm(straight)), moved)
-        counted = torch.zeros_like(stats)
-        counted[1], counted[3] = 1.0, share
+        # Multiplied, not assigned: to write a number into an element of a device tensor waits for the device.
+        one = torch.ones_like(stats[0])
+        counted = torch.stack([0 * one, one, 0 * one, (share * one).to(one.dtype)])
         stats = torch.where(on_sphere, counted, stats)
     theta = moved
     new_param, error = _stored_weight(theta, param, state, rule, t)

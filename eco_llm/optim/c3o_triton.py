@@ -13,18 +13,20 @@ Tensors of one optimizer form a table on the device: addresses of parameter, mom
     5  update                                                              reads p g m v, writes p m v
     6  with the norm skip and coded moments: bounds of what 5 stored           scalars
 
-Bytes decide between two forms of 3 and 5. With moments stored as they are computed (float32), 3 writes the advanced
-moments, and 5 reads them back in place of advancing them again: g is not read a third time. With bfloat16 moments the
-direction uses the unrounded ones (the rule), so 3 writes nothing and 5 repeats its arithmetic. Bytes per parameter:
+Bytes decide between two forms of 3 and 5. As a rule 3 writes nothing and 5 repeats its arithmetic: it needs g for
+Nesterov's direction, and the unrounded moments where they are stored in fewer bits (the rule). Only without Nesterov
+and with moments stored as they are computed (float32) 3 writes the advanced moments, and 5 reads them back: g is not
+read a third time. (With Nesterov that would save nothing: 4 + 24 + 20.) Bytes per parameter:
 
     parameters, gradients / moments   clip + exact           clip + skipped or no cap   as foreach
-    fp32 / fp32                       4 + 24 + 16 = 44       4 + 28 = 32                100 + 12
+    fp32 / fp32                       4 + 16 + 28 = 48       4 + 28 = 32                120 + 12
+      without Nesterov                4 + 24 + 16 = 44       4 + 28 = 32                100 + 12
     fp32 / bf16                       4 + 12 + 20 = 36       4 + 20 = 24
     bf16 / bf16                       2 +  8 + 14 = 24       2 + 14 = 16
     bf16 / int8                       2 + 6.06 + 10.1 = 18.2   2 + 10.1 = 12.1
     bf16 / int4                       2 + 5.06 + 8.1  = 15.2   2 + 8.1  = 10.1
 
-(fp32 without "advance" would be 48.) Gradients are never written: the clip factor is applied as they are read. Passes
+Gradients are never written: the clip factor is applied as they are read. Passes
 walk the chunks in alternating directions, so that each starts on what the last one left in the L2 cache.
 
 Sums have a fixed order (no atomics) and every multiply-add is written as one, so that all forms of the update give the
@@ -55,7 +57,7 @@ from eco_llm.optim.c3o_kernels import (
     _update_kernel,
 )  # fmt: skip
 from eco_llm.optim.norm_skip import Slack
-from eco_llm.optim.rule import BLOCK, Rule
+from eco_llm.optim.rule import BLOCK, Rule, compiled_settings
 from eco_llm.optim.storage import GROUP
 
 CHUNK = 16384
@@ -78,10 +80,11 @@ _T = (
 _A = (
     "lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "radius", "floor", "drift", "refresh",
     "clip_norm", "clip_value", "slack_state", "slack_param", "may_skip", "coded", "sphere",
+    "nesterov",
 )  # fmt: skip
 # Plan, float32, made by the device in every step: 0 clip factor, 1 clip value, 2 1-b1, 3 b2, 4 1-b2, 5 gain, 6 shift,
 # 7 weight decay, 8 lr · scale (on a sphere both are its own), 9 step, 10 bound, 11 mode (0 leave alone, 1 update,
-# 2 measure and update).
+# 2 measure and update), 12 weight of m beside g in Nesterov's direction, 13 gain of the plain direction.
 _PLAN = 16
 
 
@@ -97,13 +100,14 @@ class _Kind:
         self.types: dict[str, Any] = {
             "P": p, "G": p, "S": _TYPES.get(storage.dtype, tl.uint8), "BITS": storage.bits,
             "R": ratio.mantissa if ratio else 0, "V": second.mantissa if second else 0,
-            "ERROR": arena.error is not None,
+            "ERROR": arena.error is not None, "NESTEROV": group["nesterov"],
         }  # fmt: skip
         self.update = {
             "R_SPAN": ratio.span if ratio else 1.0, "V_SPAN": second.span if second else 1.0,
             "DITHER": group["weight_rounding"] == "dithered",
         }  # fmt: skip
-        self.advance = storage.dtype == torch.float32
+        self.nesterov = group["nesterov"]
+        self.advance = storage.dtype == torch.float32 and not self.nesterov
         self.coded = storage.bits > 0
         self.first, self.count = first, 0
 
@@ -150,7 +154,7 @@ class KernelPlan:
         self._stats = torch.zeros(n, 4, device=self.device)
         self._control = torch.ones(1, device=self.device)
         self._summary = torch.zeros(7, device=self.device)
-        self._partials = torch.zeros(3 * self._chunk_count, device=self.device)
+        self._partials = torch.zeros(4 * self._chunk_count, device=self.device)
 
         self._param_at: list[int] = []
         self._grad_at: list[int] = []
@@ -167,7 +171,7 @@ class KernelPlan:
 
     @staticmethod
     def _kind_of(arena: Arena, group: dict[str, Any]) -> tuple[str, ...]:
-        return str(arena.param_dtype), arena.storage.name, str(arena.error is None), group["weight_rounding"]
+        return str(arena.param_dtype), arena.storage.name, str(arena.error is None), *map(str, compiled_settings(group))
 
     @property
     def capturing(self) -> bool:
@@ -297,6 +301,7 @@ class KernelPlan:
                     float(rule.may_skip_norms),
                     float(arena.storage.bits > 0),
                     rule.sphere,
+                    float(rule.nesterov),
                 )
             )
             addresses.append(address)
@@ -312,6 +317,7 @@ class KernelPlan:
         self._measures = any(rule.measures for rule in rules)
         self._spheres = any(rule.has_sphere for rule in rules)
         self._skips = any(rule.may_skip_norms for rule in rules)
+        self._watches_plain = [kind.nesterov and not kind.coded and self._skips for kind in self._kinds]
         self._watches = any(
             rule.may_skip_norms and a.storage.bits for rule, (a, _) in zip(rules, self._arenas, strict=True)
         )
@@ -367,15 +373,16 @@ class KernelPlan:
                 GUARD=loss is not None, FLAG=found_inf is not None, LANES=_LANES, SUM_LANES=_SUM_LANES, **scalars,
             )  # fmt: skip
             if self._measures:
-                for kind in self._kinds:
+                for kind, plain in zip(self._kinds, self._watches_plain, strict=True):
                     _measure_kernel[(kind.count,)](
                         self._chunks, grads, table, self._plan, self._partials, kind.first, kind.count,
-                        self._chunk_count, CLAMP=self._clamps, SPHERE=self._spheres, ADVANCE=kind.advance,
+                        self._chunk_count, CLAMP=self._clamps, PLAIN=plain, SPHERE=self._spheres, ADVANCE=kind.advance,
                         REVERSE=measure, ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape,
                     )  # fmt: skip
                 _trust_kernel[(len(self.params),)](
                     self._partials, self._chunk_count, self._settings, table, self._arena_of, self._span,
-                    self._plan, self._stats, SPHERE=self._spheres, LANES=_LANES, **scalars,
+                    self._plan, self._stats, SPHERE=self._spheres, PLAIN=any(self._watches_plain), LANES=_LANES,
+                    **scalars,
                 )  # fmt: skip
             for kind in self._kinds:
                 _update_kernel[(kind.count,)](

@@ -54,7 +54,6 @@ def build_optimizer(
             trust_norm_refresh_steps=c3o.c3o_trust_norm_refresh_steps,
             credit_gain=c3o.c3o_credit_gain,
             nesterov=c3o.c3o_nesterov,
-            cautious=c3o.c3o_cautious,
             grad_clip=config.grad_clip,
             grad_clip_mode=config.grad_clip_mode,
             state_dtype=_C3O_STATE[c3o.c3o_state_dtype],

@@ -4,8 +4,8 @@ All functions are elementwise over tensors of one shape (0-dim in the for-loop, 
 decide on the device; nothing here is read by the host.
 
 Per tensor three numbers are carried from step to step:
-    update_norm  U >= |u_t|   the direction's norm, before credit and learning rate; for coded moments that of the
-                              direction of what is stored, measured as it is written
+    update_norm  U >= |u_t|   the plain direction's norm (the one without `nesterov`), before credit and learning rate;
+                              for coded moments that of the direction of what is stored, measured as it is written
     param_norm   L <= |θ_t|
     norm_age     steps since L was last measured
 """
@@ -55,10 +55,29 @@ def update_norm_bound(
     shrink1 = ((bias1 - (1 - rule.beta1)) / bias1).clamp_(min=0)
     rho = ((bias2 - (1 - rule.beta2)) / bias2).clamp_(min=0).sqrt_()
     alpha = torch.where(step > 1, shrink1 / rho, 0.0)
-    beta = (1 - rule.beta1) / bias1 * (bias2 / (1 - rule.beta2)).sqrt()
+    beta = _gradient_bound(bias1, bias2, rule)
     # What step t reads are moments rounded to their storage type: |m| up, sqrt(v) down.
     stored = (1 + slack.state) / (1 - slack.state) ** 0.5
     return (alpha * (stored * previous) + beta * sqrt_n) * (1 + slack.compute)
+
+
+def _gradient_bound(bias1: Tensor, bias2: Tensor, rule: Rule) -> Tensor:
+    """β_t: the most that this step's gradient adds to an element of the direction."""
+    return (1 - rule.beta1) / bias1 * (bias2 / (1 - rule.beta2)).sqrt()
+
+
+def look_ahead(bias1: Tensor, rule: Rule) -> Tensor:
+    """κ_t = b1 (1 - b1^t) / (1 - b1^{t+1}), the plain direction's share in Nesterov's; from bias1 = 1 - b1^t."""
+    # 1 - b1^{t+1} = (1 - b1) + b1 (1 - b1^t): a sum of what is positive, and no power.
+    return rule.beta1 * bias1 / ((1 - rule.beta1) + rule.beta1 * bias1)
+
+
+def applied_norm_bound(bound: Tensor, bias1: Tensor, bias2: Tensor, sqrt_n: Tensor, rule: Rule, slack: Slack) -> Tensor:
+    """At least the norm of the direction that is applied: U_t itself, or with `nesterov` κ_t U_t + β_t sqrt(n)."""
+    if not rule.nesterov:
+        return bound
+    beta = _gradient_bound(bias1, bias2, rule)
+    return (look_ahead(bias1, rule) * bound + beta * sqrt_n) * (1 + slack.compute)
 
 
 def stored_direction_bound(ratio_norm: Tensor, bias1: Tensor, bias2: Tensor, slack: Slack) -> Tensor:
@@ -69,9 +88,9 @@ def stored_direction_bound(ratio_norm: Tensor, bias1: Tensor, bias2: Tensor, sla
 def may_skip(bound: Tensor, cache: NormCache, sqrt_n: Tensor, rule: Rule) -> Tensor:
     """True where the cap provably does not bind, with the margin `trust_norm_refresh_drift` to spare.
 
-    lr (s_max U + λ|θ|) <= (1 - drift) r max(|θ|, F) follows from lr s_max U <= κ max(L, F), where
-    κ = (1 - drift) r - lr λ must not be negative and F = trust_floor sqrt(n). A negative κ compares false, because
-    lr > 0 then and U >= β_t sqrt(n) > 0; so does NaN.
+    lr (s_max U + λ|θ|) <= (1 - drift) r max(|θ|, F) follows from lr s_max U <= room max(L, F), where
+    room = (1 - drift) r - lr λ must not be negative and F = trust_floor sqrt(n). A negative room compares false,
+    because lr > 0 then and U >= β_t sqrt(n) > 0; so does NaN. Here U is the `bound` of `applied_norm_bound`.
     """
     room = (1 - rule.trust_norm_refresh_drift) * rule.trust_radius - rule.lr * rule.weight_decay
     weight = torch.maximum(cache.param_norm, rule.trust_floor * sqrt_n)
@@ -82,26 +101,33 @@ def may_skip(bound: Tensor, cache: NormCache, sqrt_n: Tensor, rule: Rule) -> Ten
 def next_cache(
     skip: Tensor,
     bound: Tensor,
+    applied: Tensor,
     cache: NormCache,
     direction_norm: Tensor,
     param_norm: Tensor,
     scale: Tensor,
     rule: Rule,
     slack: Slack,
+    *,
+    plain_norm: Tensor | None = None,
     stored_norm: Tensor | None = None,
 ) -> NormCache:
     """The bounds after the step: from bounds alone where it skipped, from the measured norms where it did not.
 
     Args:
+        bound: `update_norm_bound`; `applied`: `applied_norm_bound` of it.
         direction_norm: |s u + λ θ|, as measured.
         param_norm: |θ| before the step, as measured.
         scale: the trust region's factor that was applied.
+        plain_norm: where the plain direction is not the applied one: |s u| of the plain one, as measured.
         stored_norm: coded moments: `stored_direction_bound` of them.
     """
     s_min, s_max = rule.credit_range
     # fmin: an unknown (infinite) history times α = 0 is NaN, and then only the measurement counts.
     # |s u| <= |s u + λθ| + λ|θ|: an upper bound on |u| without a norm of its own.
-    measured = (direction_norm + rule.weight_decay * param_norm) * ((1 + slack.compute) / s_min)
+    if plain_norm is None:
+        plain_norm = direction_norm + rule.weight_decay * param_norm
+    measured = plain_norm * ((1 + slack.compute) / s_min)
     update_norm = torch.where(skip, bound, torch.fmin(bound, measured))
     if stored_norm is not None:
         update_norm = stored_norm
@@ -109,7 +135,7 @@ def next_cache(
     # θ' = (1 - lr λ) θ - lr s u when skipped (scale is 1); |θ'| >= |θ| - |Δ| when measured.
     keep = 1 - rule.lr * rule.weight_decay
     keep = keep.clamp(min=0) if isinstance(keep, Tensor) else max(keep, 0.0)
-    moved = rule.lr * s_max * bound
+    moved = rule.lr * s_max * applied
     unmeasured = cache.param_norm * keep * (1 - slack.compute) - moved * (1 + slack.compute)
     exact = param_norm * (1 - slack.compute) - rule.lr * scale * direction_norm * (1 + slack.compute)
     lower = torch.where(skip, unmeasured, exact).clamp_(min=0) * (1 - slack.param)

@@ -40,7 +40,6 @@ class Rule:
     credit_max: float
     credit_beta: float
     nesterov: bool
-    cautious: bool
     grad_clip: float
     grad_clip_mode: str
     weight_rounding: str
@@ -106,8 +105,8 @@ class Rule:
 
 _PLAIN = (
     "eps", "weight_decay", "trust_radius", "trust_floor", "sphere", "trust_norm_refresh_drift",
-    "trust_norm_refresh_steps", "credit_gain", "credit_min", "credit_max", "credit_beta", "nesterov", "cautious",
-    "grad_clip", "grad_clip_mode", "weight_rounding", "error_bits",
+    "trust_norm_refresh_steps", "credit_gain", "credit_min", "credit_max", "credit_beta", "nesterov", "grad_clip",
+    "grad_clip_mode", "weight_rounding", "error_bits",
 )  # fmt: skip
 
 
@@ -140,10 +139,6 @@ def check_group(group: Mapping[str, Any]) -> None:
             "C3O: credit factors need 0 < credit_min <= 1 <= credit_max,"
             f" got {group['credit_min']} and {group['credit_max']}"
         )
-    if group["nesterov"] and group["trust_norm_refresh_drift"]:
-        raise ValueError(
-            "C3O: nesterov needs trust_norm_refresh_drift=0: the norm skip's bound is not one of its direction"
-        )
     if group["grad_clip_mode"] not in ("value", "norm"):
         raise ValueError(f"C3O: grad_clip_mode must be 'value' or 'norm', got {group['grad_clip_mode']!r}")
     if group["state_dtype"] not in STORAGES:
@@ -156,6 +151,11 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"C3O: error_bits must be 0 or 8, got {group['error_bits']!r}")
     if group["error_bits"] and group["weight_rounding"] != "dithered":
         raise ValueError("C3O: error_bits are dithered: they need weight_rounding='dithered'")
+
+
+def compiled_settings(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Settings of a group that the kernels are compiled for: groups that differ in one have launches of their own."""
+    return group["weight_rounding"], group["nesterov"]
 
 
 def compute_dtype(param: Tensor, storage: Storage) -> torch.dtype:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eco_llm.config import TrainConfig, flatten
+from eco_llm.config import BEFORE_THEM, TrainConfig, flatten
 from eco_llm.errors import UserError
 
 Records = Sequence[dict[str, Any]]
@@ -32,7 +32,6 @@ _SAME_TOKENS = ("data", "text_field", "tokenizer", "val_fraction", "vocab_size",
 _LEARNING = (
     "optimizer", "lr", "weight_decay", "beta1", "beta2", "eps", "grad_clip", "grad_clip_mode", "schedule",
     "decay_fraction", "min_lr_ratio", "c3o_trust_radius", "c3o_sphere", "c3o_credit_gain", "c3o_nesterov",
-    "c3o_cautious",
 )  # fmt: skip
 
 
@@ -85,12 +84,13 @@ def check_same_learning(a: dict[str, Any], b: dict[str, Any], steps: int) -> Non
     Raises:
         UserError: naming the first such setting.
     """
-    standing = flatten(TrainConfig())  # a side of an earlier version lacks what was added since
-    differing = [name for name in _LEARNING if a.get(name, standing[name]) != b.get(name, standing[name])]
+    standing = flatten(TrainConfig()) | BEFORE_THEM  # a side of an earlier version lacks what was added since
+    a, b = standing | a, standing | b
+    differing = [name for name in _LEARNING if a[name] != b[name]]
     if differing and steps > 1:
         name = differing[0]
         raise UserError(
-            f"{_flag(name)} is {_shown(a.get(name))} in A and {_shown(b.get(name))} in B: they would learn differently,"
+            f"{_flag(name)} is {_shown(a[name])} in A and {_shown(b[name])} in B: they would learn differently,"
             " which a comparison of speed cannot judge; --gate-steps 1 compares speed alone, with the gate not applied"
             " to the optimizer"
         )

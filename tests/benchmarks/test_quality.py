@@ -130,6 +130,15 @@ def test_one_run_serves_all_places_that_compute_the_same(modules: Any) -> None:
     assert [i.spec.key for i in modules.plan.plan(restored, {})[0]] == [i.spec.key for i in items]
 
 
+def test_an_ablation_of_what_is_gone_is_shown_where_it_was_run_and_never_run(modules: Any) -> None:
+    asked = study(modules, stages=("ablate",), best={"c3o": (1e-3, 0.1), "c3o sphere": (4e-3, 2.0)})
+    assert {i.label for i in modules.plan.plan(asked, {})[0]}.isdisjoint(modules.plan.WITHDRAWN)
+    [(label, settings)] = modules.plan.WITHDRAWN.items()
+    past = asked.spec("c3o", 1e-3, 0.1, asked.steps(asked.ablate_tokens), 1, c3o=settings)
+    items = modules.plan.plan(asked, {past.key: ended(2.0)})[0]
+    assert [i for i in items if i.label == label] == [modules.plan.Item("ablate", label, past)]
+
+
 def test_settings_of_every_c3o_are_those_of_no_other(modules: Any) -> None:
     asked = study(modules, stages=("search",))
     capless = dataclasses.replace(asked, c3o=(("c3o_trust_radius", 0.0),))
@@ -142,6 +151,7 @@ def test_all_settings_are_those_of_the_product(modules: Any) -> None:
     from eco_llm.config import C3OConfig, InstantConfig
 
     plan = modules.plan
+    C3OConfig(**plan.UNSAID).validate()
     for settings in [*plan.ABLATIONS.values(), *plan.SPHERE_ABLATIONS.values(), *(s for _, s in plan.STORAGE.values())]:
         C3OConfig(**dict(settings)).validate()
     for settings in plan.INSTANT.values():

@@ -196,8 +196,6 @@ def config(**changes: Any) -> TrainConfig:
             c3o_credit_gain=changes.get("credit", 0.0),
             c3o_state_dtype=changes.get("state", "fp32"),
             c3o_error_bits=changes.get("error_bits", 0),
-            c3o_nesterov=changes.get("nesterov", False),
-            c3o_cautious=changes.get("cautious", False),
         ),
         instant=InstantConfig(**instant),
     )
@@ -232,8 +230,6 @@ def test_a_graph_takes_more_outside_the_allocator() -> None:
         ({"device": "cpu"}, "--device cpu"),
         ({"optimizer": "muon"}, "--optimizer muon"),
         ({"credit": 1.0}, "--c3o-credit-gain"),
-        ({"nesterov": True}, "--c3o-nesterov"),
-        ({"cautious": True}, "--c3o-cautious"),
         ({"vram_gib": 0.0}, "--vram-gib"),
     ],
 )

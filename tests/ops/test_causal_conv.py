@@ -11,7 +11,7 @@ from kernel_cases import INTERPRETED, assert_close, normal
 from torch import Tensor
 
 from eco_llm.ops.causal_conv import causal_conv_silu
-from eco_llm.ops.causal_conv.reference import causal_conv_silu_reference
+from eco_llm.ops.causal_conv.reference import _taps_first, causal_conv_silu_reference
 
 # Largest error of a result as a share of its largest element, for results in the type of x.
 # The interpreter cuts numbers off to bf16 where a GPU rounds them.
@@ -179,6 +179,20 @@ def test_public_function_through_triton(dtype: torch.dtype, compiled: bool) -> N
     # A gradient without memory of its own, as sum() makes it.
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert_close(dx, exact(x, weight, bias, torch.ones_like(dy))[1], 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("channels", "taps"), [(5, 4), (7, 1), (1, 3)])
+def test_taps_first_is_a_transposed_copy_that_compilers_may_trace(channels: int, taps: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(channels, taps, generator=generator).requires_grad_()
+    by_tap = _taps_first(weight)
+    assert by_tap.is_contiguous()
+    assert by_tap.data_ptr() != weight.data_ptr()
+    assert torch.equal(by_tap, weight.t())
+    factor = torch.randn(taps, channels, generator=generator)
+    (grad,) = torch.autograd.grad((by_tap * factor).sum(), weight)
+    assert torch.equal(grad, factor.t())
+    torch.library.opcheck(_taps_first, (weight,))
 
 
 @pytest.mark.gpu

@@ -28,10 +28,9 @@ RULES: dict[str, dict[str, Any]] = {
     "no-second": {"betas": (0.9, 0.0), "eps": 1e-3, "trust_norm_refresh_drift": 0.1},
     "big-eps": {"eps": 1e-1},
     "sphere": {"sphere": 3.0, "lr": 1e-2},
-    "nesterov": {"nesterov": True},
-    "cautious": {"cautious": True, "weight_decay": 1.0},
-    "cautious-skip": {"cautious": True, "weight_decay": 3.0, "trust_norm_refresh_drift": 0.05, "lr": 1e-3},
-    "nesterov-all": {"nesterov": True, "credit_gain": 20.0, "sphere": 3.0, "grad_clip": 0.5},
+    "no-nesterov": {"nesterov": False},
+    "no-nesterov-skip": {"nesterov": False, "trust_norm_refresh_drift": 0.05, "trust_norm_refresh_steps": 3},
+    "all": {"credit_gain": 20.0, "sphere": 3.0, "grad_clip": 0.5},
     "sphere-credit": {"sphere": 3.0, "lr": 1e-2, "credit_gain": 20.0, "trust_radius": 0.0},
 }
 

@@ -44,8 +44,7 @@ def c3o_inputs(device: str, dtype: Any = None) -> list[OptimizerInput]:
         "no weight_decay": {"weight_decay": 0.0},
         "no cap": {"trust_radius": 0.0},
         "sphere": {"lr": 0.01, "sphere": 2.0},
-        "nesterov": {"nesterov": True},
-        "cautious": {"cautious": True},
+        "no-nesterov": {"nesterov": False},
         "norm skip": {"lr": 1e-4, "trust_norm_refresh_drift": 0.05},
         "credit": {"credit_gain": 5.0},
         "clip": {"grad_clip": 0.1},
@@ -62,7 +61,7 @@ def c3o_error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInpu
     for kwargs, regex in (
         ({"lr": -1}, "lr must be"), ({"betas": (1.0, 0.0)}, "betas must be"), ({"eps": -1}, "eps must be"),
         ({"weight_decay": -1}, "weight_decay must be"), ({"state_dtype": torch.float16}, "state_dtype must be"),
-        ({"sphere": -1}, "sphere must be"), ({"nesterov": True, "trust_norm_refresh_drift": 0.1}, "nesterov needs"),
+        ({"sphere": -1}, "sphere must be"),
         ({"sphere": 200.0, "lr": 0.01}, "sphere · lr must be"),
     ):  # fmt: skip
         errors.append(

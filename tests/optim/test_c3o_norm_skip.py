@@ -10,7 +10,14 @@ from optim_cases import bits, parameters, run
 from torch import nn
 
 from eco_llm.optim.c3o import C3O
-from eco_llm.optim.norm_skip import NormCache, Slack, may_skip, next_cache, update_norm_bound
+from eco_llm.optim.norm_skip import (
+    NormCache,
+    Slack,
+    applied_norm_bound,
+    may_skip,
+    next_cache,
+    update_norm_bound,
+)  # fmt: skip
 from eco_llm.optim.rule import Rule
 from eco_llm.optim.storage import STORAGES
 
@@ -52,18 +59,18 @@ def adversarial(kind: str, t: int, u: torch.Tensor | None, shape: torch.Size, ge
     radius=st.sampled_from([1e-3, 0.1, 3.0]),
     gain=st.sampled_from([0.0, 30.0]),
     drift=st.sampled_from([1e-6, 0.1]),
-    cautious=st.booleans(),
+    nesterov=st.booleans(),
     foreach=st.booleans(),
 )
 def test_bounds_hold_and_skips_are_right(
     seed: int, kinds: list[str], b1: float, b2: float, eps: float, lr: float, decay: float, radius: float,
-    gain: float, drift: float, cautious: bool, foreach: bool,
+    gain: float, drift: float, nesterov: bool, foreach: bool,
 ) -> None:  # fmt: skip
     gen = torch.Generator().manual_seed(seed)
     params = [nn.Parameter(torch.randn(s, generator=gen, dtype=torch.float64)) for s in ((6, 7), (4097,), ())]
     options = {
         "lr": lr, "betas": (b1, b2), "eps": eps, "weight_decay": decay, "trust_radius": radius, "credit_gain": gain,
-        "cautious": cautious, "state_dtype": torch.float64,
+        "nesterov": nesterov, "state_dtype": torch.float64,
     }  # fmt: skip
     optimizer = C3O(params, trust_norm_refresh_drift=drift, trust_norm_refresh_steps=4, foreach=foreach, **options)
     exact_params = [nn.Parameter(p.detach().clone()) for p in params]
@@ -171,6 +178,27 @@ def test_direction_bound_survives_moments_rounded_the_worst_way(stored: str) -> 
     assert float(moved) <= float(bound) <= float(moved) * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("b1", [0.0, 0.5, 0.99])
+def test_nesterov_bound_is_reached_in_a_first_step(b1: float) -> None:
+    """From zero moments every inequality of its proof is an equality: a term too few, or too many, would show."""
+    p = nn.Parameter(torch.zeros(100, dtype=torch.float64))
+    optimizer = C3O(
+        [p], lr=1.0, betas=(b1, 0.7), eps=1e-30, weight_decay=0.0, trust_radius=1e9, trust_norm_refresh_drift=0.1,
+        state_dtype=torch.float64,
+    )  # fmt: skip
+    p.grad = torch.linspace(-3, 4, 100, dtype=torch.float64)
+    optimizer.step()
+    one, sqrt_n = torch.ones((), dtype=torch.float64), torch.tensor(10.0, dtype=torch.float64)
+    rule = Rule.from_group(optimizer.param_groups[0])
+    slack = Slack.of(STORAGES["float64"], torch.float64, torch.float64)
+    bias = (1 - b1) * one, (1 - 0.7) * one
+    bound = update_norm_bound(0 * one, one, *bias, sqrt_n, rule, slack)
+    applied = applied_norm_bound(bound, *bias, sqrt_n, rule, slack)
+    moved = float(p.detach().norm())
+    assert moved * (1 - 1e-12) <= float(applied) <= moved * (1 + 1e-12)
+    assert moved == pytest.approx(10 * (1 + b1 / (1 + b1)))
+
+
 def test_turning_the_skip_on_later_starts_from_no_knowledge() -> None:
     params = parameters()
     optimizer = C3O(params, lr=1e-4, state_dtype=torch.float64)
@@ -211,7 +239,12 @@ def test_decision_and_weight_bound_are_sharp_in_the_worst_case(decay: float, gai
     moved = theta - 0.05 * (s_max * bound * along + decay * theta)
     for skip in (True, False):
         d_norm = (s_max * bound * along + decay * theta).norm()
-        new = next_cache(torch.tensor(skip), bound, cache, d_norm, theta.norm(), one, rule, slack)
+        # The weights move by the applied direction, whatever the plain one's bound is.
+        new = next_cache(
+            torch.tensor(skip), bound / 4, bound, cache, d_norm, theta.norm(), one, rule, slack, plain_norm=bound / 8
+        )
+        of_plain = float(bound / 4 if skip else bound / 8 / (0.5 if gain else 1.0))  # credit_min
+        assert of_plain <= float(new.update_norm) <= of_plain * (1 + 1e-12)
         assert float(moved.norm()) * (1 - 1e-12) <= float(new.param_norm) <= float(moved.norm())
         assert float(new.norm_age) == (2 if skip else 1)
 

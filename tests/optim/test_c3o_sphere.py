@@ -33,7 +33,8 @@ def test_equals_the_formula(foreach: bool) -> None:
         g = p.grad.numpy().copy()
         optimizer.step()
         m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
-        u = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
+        look = 0.8 * m / (1 - 0.8 ** (t + 1)) + 0.2 * g / (1 - 0.8**t)
+        u = look / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
         ahead = theta - 3.0 * 1e-2 * radius * u / np.linalg.norm(u)
         theta = radius * ahead / np.linalg.norm(ahead)
         np.testing.assert_allclose(p.detach().numpy(), theta, rtol=1e-12, atol=1e-13)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -220,15 +221,17 @@ def test_skip_equals_exact_bit_for_bit_and_bounds_hold(foreach: bool, state_dtyp
 
 
 @pytest.mark.parametrize("kind", ["noise", "spike", "sparse", "growing"])
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("state_dtype", CODED)
-def test_direction_bound_holds_for_what_is_stored(state_dtype: str, foreach: bool, kind: str) -> None:
+def test_direction_bound_holds_for_what_is_stored(state_dtype: str, foreach: bool, nesterov: bool, kind: str) -> None:
     """U >= |u_t| of each step's real direction, under gradients that try to cross it; and it is near enough to skip."""
     p = nn.Parameter(torch.ones(2 * BLOCK + 77))
     b1, b2, eps = 0.9, 0.95, 1e-8
     optimizer = C3O(
-        [p], lr=1e-4, weight_decay=0.0, trust_norm_refresh_drift=0.1, state_dtype=state_dtype, foreach=foreach
-    )
+        [p], lr=1e-4, weight_decay=0.0, trust_norm_refresh_drift=0.1, state_dtype=state_dtype, foreach=foreach,
+        nesterov=nesterov,
+    )  # fmt: skip
     gen = torch.Generator().manual_seed(0)
     for t in range(1, 25):
         g = torch.randn(p.shape, generator=gen)
@@ -246,7 +249,10 @@ def test_direction_bound_holds_for_what_is_stored(state_dtype: str, foreach: boo
         bias1, bias2 = 1 - b1**t, 1 - b2**t
         rho = (b2 * (1 - b2 ** (t - 1)) / bias2) ** 0.5
         alpha = b1 * (1 - b1 ** (t - 1)) / (bias1 * rho) if t > 1 else 0.0
-        bound = alpha * old + (1 - b1) / bias1 * (bias2 / (1 - b2)) ** 0.5 * p.numel() ** 0.5
+        beta = (1 - b1) / bias1 * (bias2 / (1 - b2)) ** 0.5 * p.numel() ** 0.5
+        bound = alpha * old + beta
+        if nesterov:
+            bound = b1 * bias1 / (1 - b1 ** (t + 1)) * bound + beta
         assert float(direction) <= bound * 1.01  # θ is float32: |Δ| / lr is known to about 1%
         m, v = (x.double() for x in stored_values(optimizer, p, state_dtype))
         u = (m / bias1) / ((v / bias2).sqrt() + eps)
@@ -285,6 +291,35 @@ def test_states_saved_before_weights_were_dithered_go_on_as_they_were() -> None:
         del group["weight_rounding"], group["error_bits"]
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["weight_rounding"] == "nearest"
+
+
+def test_states_saved_before_nesterov_go_on_without_it() -> None:
+    p = nn.Parameter(torch.ones(100))
+    saved = C3O([p]).state_dict()
+    for group in saved["param_groups"]:
+        del group["nesterov"]
+    optimizer = C3O([p])
+    assert optimizer.param_groups[0]["nesterov"] is True
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["nesterov"] is False
+
+
+def test_states_of_cautious_decay_are_refused_and_those_without_it_load() -> None:
+    p = nn.Parameter(torch.ones(100))
+    first = C3O([p], lr=0.5)
+    p.grad = torch.ones_like(p)
+    first.step()
+    saved = first.state_dict()
+    optimizer = C3O([p])
+    saved["param_groups"][0]["cautious"] = True
+    with pytest.raises(ValueError, match="cautious weight decay, which C3O no longer has"):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    assert optimizer.param_groups[0]["lr"] == 1e-3  # nothing was loaded
+    assert not optimizer.state
+    saved["param_groups"][0]["cautious"] = False
+    optimizer.load_state_dict(saved)
+    assert "cautious" not in optimizer.param_groups[0]
+    assert optimizer.state[p]["step"] == 1
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ RULES: dict[str, dict[str, Any]] = {
     "no-second": {"betas": (0.9, 0.0), "eps": 1e-3, "trust_norm_refresh_drift": 0.1},
     "sphere": {"sphere": 3.0, "lr": 1e-2, "grad_clip": 1.0},
     "sphere-no-cap": {"sphere": 3.0, "lr": 1e-2, "trust_radius": 0.0},
+    "plain": {"nesterov": False, "grad_clip": 1.0},
+    "plain-skip": {"nesterov": False, "trust_norm_refresh_drift": 0.05, "trust_norm_refresh_steps": 3, "lr": 3e-3},
+    "plain-sphere": {"nesterov": False, "sphere": 3.0, "lr": 1e-2},
 }
 TYPES: tuple[tuple[torch.dtype, torch.dtype | str], ...] = (
     (torch.float32, torch.float32),
@@ -122,11 +125,15 @@ def test_groups_keep_their_own_settings_and_types() -> None:
             parameters(shapes=((40, 50), (9,))),
             parameters(torch.bfloat16, ((70,), ())),
             parameters(shapes=((5,),)),
+            parameters(shapes=((60, 70), (11,))),
+            parameters(shapes=((50, 70), (12,))),
         ]
         groups = [
             {"params": sets[0], "lr": 1e-2, "weight_decay": 0.3},
             {"params": sets[1], "betas": (0.5, 0.9), "trust_radius": 1e-3},
             {"params": sets[2], "trust_radius": 0.0, "state_dtype": torch.bfloat16},
+            {"params": sets[3], "lr": 3e-3, "nesterov": False, "trust_norm_refresh_drift": 0.05},
+            {"params": sets[4], "lr": 3e-3, "trust_norm_refresh_drift": 0.05},
         ]
         return [p for s in sets for p in s], C3O(groups, grad_clip=0.1, foreach=foreach)
 
@@ -134,11 +141,14 @@ def test_groups_keep_their_own_settings_and_types() -> None:
     run(a, ours, 4)
     run(b, theirs, 4)
     assert served_whole(a)
-    strict = {id(p) for p in ours[:2]} | {id(v) for p in ours[:2] for v in a.state[p].values()}
+    exact = [p for group in (0, 3, 4) for p in a.param_groups[group]["params"]]
+    strict = {x.data_ptr() for p in exact for x in (p, *a.state[p].values())}
     for x, y in zip(tensors_of(a), tensors_of(b), strict=True):
-        rel = 2e-5 if id(x) in strict else 2**-6
+        rel = 2e-5 if x.data_ptr() in strict else 2**-6
         torch.testing.assert_close(x, y, rtol=rel, atol=rel * float(y.abs().max()) if y.numel() else 0.0)
-    assert a.metrics()["c3o_trust_capped"] == b.metrics()["c3o_trust_capped"] > 0
+    left, right = a.metrics(), b.metrics()
+    assert left["c3o_trust_capped"] == right["c3o_trust_capped"] > 0
+    assert left["c3o_trust_norm_skipped"] == right["c3o_trust_norm_skipped"] == 4  # of both groups, but for the zeros
 
 
 def test_parameters_without_gradients_are_left_alone_and_join_later() -> None:
@@ -184,10 +194,11 @@ def test_refused_steps_change_no_bit(dtype: torch.dtype, state: torch.dtype | st
 
 
 @pytest.mark.parametrize(("dtype", "state"), TYPES, ids=str)
-def test_skip_equals_exact_bit_for_bit(dtype: torch.dtype, state: torch.dtype | str) -> None:
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_skip_equals_exact_bit_for_bit(nesterov: bool, dtype: torch.dtype, state: torch.dtype | str) -> None:
     exact, skipping = parameters(dtype), parameters(dtype)
-    a = C3O(exact, lr=1e-3, state_dtype=state, grad_clip=1.0)
-    b = C3O(skipping, lr=1e-3, state_dtype=state, grad_clip=1.0, trust_norm_refresh_drift=0.02)
+    rule: dict[str, Any] = {"lr": 1e-3, "state_dtype": state, "grad_clip": 1.0, "nesterov": nesterov}
+    a, b = C3O(exact, **rule), C3O(skipping, trust_norm_refresh_drift=0.02, **rule)
     total = 0.0
     for i in range(6):
         run(a, exact, 1, start=i)
@@ -290,6 +301,21 @@ def test_sphere_without_a_direction_or_a_learning_rate_keeps_to_the_cap() -> Non
     optimizer.param_groups[0]["lr"] = 0.1
     optimizer.step()
     assert float(p.detach().double().norm()) == pytest.approx(float(start.double().norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.05])
+def test_nesterov_may_change_between_steps(drift: float) -> None:
+    """It is compiled in, so another plan must take over; the bounds of the norm skip are those of both."""
+    ours, theirs = parameters(), parameters()
+    a = C3O(ours, lr=3e-3, trust_norm_refresh_drift=drift)
+    b = C3O(theirs, lr=3e-3, trust_norm_refresh_drift=drift, foreach=False)
+    for i, nesterov in enumerate((True, False, False, True, True)):
+        for params, optimizer in ((ours, a), (theirs, b)):
+            optimizer.param_groups[0]["nesterov"] = nesterov
+            run(optimizer, params, 1, start=i)
+        assert served_whole(a)
+        assert a.metrics()["c3o_trust_norm_skipped"] == b.metrics()["c3o_trust_norm_skipped"]
+    check_close(tensors_of(a), tensors_of(b), torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
@@ -553,8 +579,12 @@ def test_launches_do_not_depend_on_the_number_of_tensors(sphere: float) -> None:
 
 @on_gpu_only
 @pytest.mark.parametrize(
-    "kind", ["c3o", "c3o-skip", "c3o-bf16", "c3o-int8-skip", "c3o-int4", "c3o-sphere", "c3o-int8-sphere", "adamw"]
-)
+    "kind",
+    [
+        "c3o", "c3o-skip", "c3o-bf16", "c3o-bf16-skip", "c3o-int8-skip", "c3o-int4", "c3o-sphere", "c3o-int8-sphere",
+        "c3o-plain", "adamw",
+    ],
+)  # fmt: skip
 def test_captured_and_replayed_equals_eager_bit_for_bit(kind: str) -> None:
     """Gradients come from a real backward inside the graph; one parameter has none; the learning rate changes."""
 
@@ -567,6 +597,7 @@ def test_captured_and_replayed_equals_eager_bit_for_bit(kind: str) -> None:
             return model, Update(torch.optim.AdamW(params, lr=1e-3, fused=True), config)
         rule: dict[str, Any] = {"trust_norm_refresh_drift": 0.05 if "skip" in kind else 0.0}
         rule["sphere"] = 3.0 if "sphere" in kind else 0.0
+        rule["nesterov"] = "plain" not in kind
         names = {"bf16": "bfloat16", "int8": "int8", "int4": "int4"}
         rule["state_dtype"] = next((name for key, name in names.items() if key in kind), "float32")
         return model, Update(C3O(params, grad_clip=0.05, **rule), config)
@@ -621,12 +652,12 @@ def test_captured_and_replayed_equals_eager_bit_for_bit(kind: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("sphere", [False, True])
+@pytest.mark.parametrize(("nesterov", "sphere"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
     ("name", "error"), [("float32", False), ("bfloat16", True), ("int8", True), ("int4", False), ("int4", True)]
 )
 def test_passes_compile_for_every_card_and_need_little_shared_memory(
-    name: str, error: bool, sphere: bool, capability: int
+    name: str, error: bool, nesterov: bool, sphere: bool, capability: int
 ) -> None:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -643,7 +674,8 @@ def test_passes_compile_for_every_card_and_need_little_shared_memory(
         "R": storage.ratio.mantissa if storage.ratio else 0, "V": storage.second.mantissa if storage.second else 0,
         "R_SPAN": storage.ratio.span if storage.ratio else 1.0,
         "V_SPAN": storage.second.span if storage.second else 1.0,
-        "WATCH": storage.bits > 0, "CLAMP": True, "SPHERE": sphere, "ADVANCE": name == "float32", "REVERSE": True,
+        "WATCH": storage.bits > 0, "CLAMP": True, "SPHERE": sphere, "NESTEROV": nesterov,
+        "PLAIN": nesterov and not sphere, "ADVANCE": name == "float32" and not nesterov, "REVERSE": True,
         "ALIGN": 16, "CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "COLUMNS": len(_T), "PLAN": _PLAN,
         "BLOCK": 4096, "ARENA_COLUMNS": len(_A), "SLACK": 1e-6, "LANES": 128,
     }  # fmt: skip

@@ -229,7 +229,7 @@ def test_factory_passes_every_setting_of_c3o() -> None:
     )
     c3o = C3OConfig(
         c3o_trust_radius=0.5, c3o_trust_norm_refresh_drift=0.25, c3o_trust_norm_refresh_steps=5, c3o_credit_gain=2.0,
-        c3o_state_dtype="bf16", c3o_error_bits=8, c3o_sphere=3.0, c3o_nesterov=False, c3o_cautious=True,
+        c3o_state_dtype="bf16", c3o_error_bits=8, c3o_sphere=3.0, c3o_nesterov=False,
     )  # fmt: skip
     groups = [{"params": [nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))], "name": "matrix"}]
     optimizer = build_optimizer(groups, config, c3o, torch.device("cpu"))
@@ -238,12 +238,12 @@ def test_factory_passes_every_setting_of_c3o() -> None:
         "lr": 0.3, "weight_decay": 0.2, "betas": (0.8, 0.7), "eps": 1e-5, "grad_clip": 3.0, "grad_clip_mode": "value",
         "trust_radius": 0.5, "trust_norm_refresh_drift": 0.25, "trust_norm_refresh_steps": 5, "credit_gain": 2.0,
         "state_dtype": "bfloat16", "error_bits": 8, "name": "matrix",
-        "sphere": 3.0, "nesterov": False, "cautious": True,
+        "sphere": 3.0, "nesterov": False,
     }  # fmt: skip
     assert {k: optimizer.param_groups[0][k] for k in wanted} == wanted
     assert set(groups[0]) == {"params", "name"}  # the caller's groups are not modified
     # Every C3O flag is one of those, so a new flag cannot be forgotten here.
-    assert len(dataclasses.fields(C3OConfig)) == 9
+    assert len(dataclasses.fields(C3OConfig)) == 8
     looking = build_optimizer(groups, config, C3OConfig(c3o_nesterov=True), "cpu")
     assert looking.param_groups[0]["nesterov"] is True
 

@@ -95,8 +95,7 @@ def test_equal_tokens_may_be_accumulated_differently() -> None:
         {"schedule": "constant"},
         {"grad_clip": 0.0},
         {"c3o_sphere": 2.0},
-        {"c3o_nesterov": True},
-        {"c3o_cautious": True},
+        {"c3o_nesterov": False},
     ],
 )
 def test_sides_that_learn_differently_by_intention_are_refused(own: dict[str, Any]) -> None:
@@ -106,12 +105,14 @@ def test_sides_that_learn_differently_by_intention_are_refused(own: dict[str, An
     check_same_learning(settings(), settings(c3o_trust_norm_refresh_drift=0.02, instant_mode="recompute"), 10)
 
 
-def test_a_side_of_an_earlier_version_has_the_defaults_of_what_it_lacks() -> None:
+def test_a_side_of_an_earlier_version_has_what_it_did_of_what_it_lacks() -> None:
     earlier = settings()
-    del earlier["c3o_sphere"]
-    check_same_learning(earlier, settings(), 10)
+    del earlier["c3o_sphere"], earlier["c3o_nesterov"]
+    check_same_learning(earlier, settings(c3o_nesterov=False), 10)
     with pytest.raises(UserError, match="--c3o-sphere"):
-        check_same_learning(settings(c3o_sphere=2.0), earlier, 10)
+        check_same_learning(settings(c3o_sphere=2.0, c3o_nesterov=False), earlier, 10)
+    with pytest.raises(UserError, match="--c3o-nesterov is True in A and False in B"):
+        check_same_learning(settings(), earlier, 10)
 
 
 # -- training --------------------------------------------------------------------------------------------------

@@ -30,10 +30,6 @@ def job_of(config: TrainConfig) -> Job:
         raise UserError("--optimizer muon: the memory of its step is not foretold; c3o and adamw are")
     if o.optimizer == "c3o" and config.c3o.c3o_credit_gain > 0:
         raise UserError("--c3o-credit-gain: its step is not C3O's kernels, and its memory is not foretold")
-    if o.optimizer == "c3o" and config.c3o.c3o_nesterov:
-        raise UserError("--c3o-nesterov: its step is not C3O's kernels, and its memory is not foretold")
-    if o.optimizer == "c3o" and config.c3o.c3o_cautious:
-        raise UserError("--c3o-cautious: its step is not C3O's kernels, and its memory is not foretold")
     instant = config.instant
     return Job(
         model=config.model,

@@ -3,11 +3,11 @@
 # mypy: disable-error-code="assignment, no-untyped-def, var-annotated"
 """Residual sum and RMSNorm as Triton kernels. Maths and bytes: README.md beside this file.
 
-A program owns `ROWS` rows (tokens) at a time, in at most six chunks of `CHUNK` channels that stay in registers between
-the statistics and their use, so that everything is read once. A chunk gives a thread four channels of one row, whatever
-the type: 16 bytes of float32, and no exchange between threads where float32 meets bfloat16. Up to 768 channels a row
-lies in one warp, whose sums are shuffles. Backward is a persistent grid: a program keeps its share of dWeight in
-registers over all its rows.
+What a program has of a row stays in registers, in chunks of four channels a thread whatever the type, so that
+everything is read once and nothing changes threads where float32 meets bfloat16. Forward takes `ROWS` rows at a time,
+up to 768 channels each in one warp, whose sums are shuffles. Backward takes one row in all its warps: a thread then has
+the same channels of every row, and its share of dWeight needs no exchange, in a persistent grid that leaves one sum a
+program.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from eco_llm.ops.add_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.partials import sum_partials
 from eco_llm.ops.rows import programs_for
 
-_CHUNKS = 6  # at most: 24 channels a thread, which backward holds five times
-_CHANNELS_OF_A_WARP = 128  # in a chunk
-_FORWARD_WARPS, _BACKWARD_WARPS = 4, 8
-# Programs of backward on a multiprocessor, by its registers: 123 kB being loaded at 768 channels, where 25 are enough.
-# By ptxas for compute capability 9.0 it takes at most 128 of its own accord, and spills nothing.
-_RESIDENT, _REGISTERS = 2, 128
+_CHUNKS = 6  # of a row at most, in forward
+_CHANNELS_OF_A_WARP = 128  # in a chunk: four a thread, 16 bytes of float32
+_FORWARD_WARPS, _BACKWARD_WARPS = 4, 4
+_RESIDENT_WARPS = 32  # of backward on a multiprocessor: more would leave more partial sums, fewer would wait longer
 
 
 @triton.jit
@@ -83,69 +81,87 @@ def add_norm_forward_kernel(
         _store(normed, now[k] * inverse * _load_weight(weight, k, C, CHUNK, ROWS), k, live, C, CHUNK, ROWS)
 
 
+@triton.jit
+def _sums(a, b, more_a, more_b):
+    return a + more_a, b + more_b
+
+
 @triton.jit(do_not_specialize=["rows"])
 def add_norm_backward_kernel(
     d_total, d_normed, x, delta, weight, dx, narrowed, partials, eps, rows,
-    C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr,
     HAS_D_TOTAL: tl.constexpr, HAS_DELTA: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """HAS_DELTA: x + delta is the sum, else x is. NARROW: dx is written a second time, in the type of `narrowed`."""
     program = tl.program_id(0)
+    columns = tl.arange(0, CHUNK)
     d_scale = ()
     for _ in tl.static_range(N):
-        d_scale = d_scale + (tl.zeros((ROWS, CHUNK), tl.float32),)
-    for turn in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        first = tl.cast(turn, tl.int64) * ROWS
-        live = (first + tl.arange(0, ROWS) < rows)[:, None]
-        at = first * C
+        d_scale = d_scale + (tl.zeros((CHUNK,), tl.float32),)
+    for row in range(program, rows, tl.num_programs(0)):
+        at = tl.cast(row, tl.int64) * C
         now = ()
         gradient = ()
         passing = ()
-        for k in tl.static_range(N):
-            gradient = gradient + (_load(d_normed + at, k, live, C, CHUNK, ROWS),)
-            value = _load(x + at, k, live, C, CHUNK, ROWS)
+        for k in tl.static_range(N):  # all reads first: they wait for memory together
+            here = at + k * CHUNK + columns
+            inside = k * CHUNK + columns < C
+            gradient = gradient + (tl.load(d_normed + here, mask=inside, other=0.0),)
+            value = tl.load(x + here, mask=inside, other=0.0)
             if HAS_DELTA:
-                value += _load(delta + at, k, live, C, CHUNK, ROWS).to(tl.float32)
+                value += tl.load(delta + here, mask=inside, other=0.0).to(tl.float32)
             now = now + (value,)
-        if HAS_D_TOTAL:
-            for k in tl.static_range(N):
-                passing = passing + (_load(d_total + at, k, live, C, CHUNK, ROWS),)
-        squares = tl.zeros((ROWS, CHUNK), tl.float32)
-        products = tl.zeros((ROWS, CHUNK), tl.float32)
+            if HAS_D_TOTAL:
+                passing = passing + (tl.load(d_total + here, mask=inside, other=0.0),)
+        squares = tl.zeros((CHUNK,), tl.float32)
+        products = tl.zeros((CHUNK,), tl.float32)
         for k in tl.static_range(N):
+            scale = tl.load(weight + k * CHUNK + columns, mask=k * CHUNK + columns < C, other=0.0)
             squares += now[k] * now[k]
-            products += now[k] * (_load_weight(weight, k, C, CHUNK, ROWS) * gradient[k].to(tl.float32))
+            products += now[k] * (scale * gradient[k].to(tl.float32))
+        square, product = tl.reduce((squares, products), 0, _sums)  # in one exchange between the warps
         # ds = inverse (w dn − n mean(n w dn)) with n = s · inverse
-        inverse = (1.0 / tl.sqrt(tl.sum(squares, axis=1) / C + eps))[:, None]
-        mean = tl.sum(products, axis=1)[:, None] / C * inverse
+        inverse = 1.0 / tl.sqrt(square / C + eps)
+        mean = product / C * inverse
         summed = ()
         for k in tl.static_range(N):
+            here = at + k * CHUNK + columns
+            inside = k * CHUNK + columns < C
+            # Read again: the weight lies in the fastest cache, and registers limit the programs.
+            scale = tl.load(weight + k * CHUNK + columns, mask=inside, other=0.0)
             normal = now[k] * inverse
             received = gradient[k].to(tl.float32)
-            # Read again: the weight lies in the fastest cache, and registers are what limits the programs.
-            ds = inverse * (_load_weight(weight, k, C, CHUNK, ROWS) * received - normal * mean)
+            ds = inverse * (scale * received - normal * mean)
             if HAS_D_TOTAL:
                 ds += passing[k]
-            _store(dx + at, ds, k, live, C, CHUNK, ROWS)
+            tl.store(dx + here, ds, mask=inside)
             if NARROW:
-                _store(narrowed + at, ds, k, live, C, CHUNK, ROWS)
+                tl.store(narrowed + here, ds.to(narrowed.dtype.element_ty), mask=inside)
             summed = summed + (d_scale[k] + received * normal,)
         d_scale = summed
     partials += program.to(tl.int64) * C
     for k in tl.static_range(N):
-        columns = k * CHUNK + tl.arange(0, CHUNK)
-        tl.store(partials + columns, tl.sum(d_scale[k], axis=0), mask=columns < C)
+        tl.store(partials + k * CHUNK + columns, d_scale[k], mask=k * CHUNK + columns < C)
 
 
-def _shape(channels: int, warps: int) -> dict[str, int]:
-    """How a program of so many warps, or as many as a row needs, cuts rows of so many channels."""
+def _forward_shape(channels: int) -> dict[str, int]:
+    """How a program cuts rows of so many channels: of `_FORWARD_WARPS` warps, or as many as a row needs."""
     chunk = max(_CHANNELS_OF_A_WARP, triton.next_power_of_2(triton.cdiv(channels, _CHUNKS)))
     of_a_row = chunk // _CHANNELS_OF_A_WARP
-    warps = max(warps, of_a_row)
+    warps = max(_FORWARD_WARPS, of_a_row)
     return {
         "C": channels, "CHUNK": chunk, "N": triton.cdiv(channels, chunk), "ROWS": warps // of_a_row,
         "num_warps": warps, "num_stages": 1,
     }  # fmt: skip
+
+
+def _backward_shape(channels: int) -> dict[str, int]:
+    """A row lies in four warps, or in as many more as leave a thread at most 16 of its channels."""
+    warps = _BACKWARD_WARPS
+    while channels > 4 * _CHANNELS_OF_A_WARP * warps:
+        warps *= 2
+    chunk = _CHANNELS_OF_A_WARP * warps
+    return {"C": channels, "CHUNK": chunk, "N": triton.cdiv(channels, chunk), "num_warps": warps, "num_stages": 1}
 
 
 def _check(x: Tensor, weight: Tensor, **others: Tensor | None) -> None:
@@ -182,7 +198,7 @@ def add_norm_forward(
     _check(x, weight, delta=delta)
     total, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
     if x.numel():
-        rows, shape = x.shape[0] * x.shape[1], _shape(x.shape[2], _FORWARD_WARPS)
+        rows, shape = x.shape[0] * x.shape[1], _forward_shape(x.shape[2])
         add_norm_forward_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
             x, x if delta is None else delta, weight, total, normed, eps, rows, HAS_DELTA=delta is not None, **shape
         )
@@ -215,14 +231,12 @@ def add_norm_backward(
     narrowed = None if narrow == x.dtype else torch.empty_like(x, dtype=narrow)
     if x.numel() == 0:
         return dx, narrowed, torch.zeros_like(weight)
-    rows, shape = x.shape[0] * x.shape[1], _shape(channels, _BACKWARD_WARPS)
-    turns, warps = triton.cdiv(rows, shape["ROWS"]), shape["num_warps"]
-    programs = programs_for(turns, warps, _RESIDENT * warps, x.device)
+    rows, shape = x.shape[0] * x.shape[1], _backward_shape(channels)
+    programs = programs_for(rows, shape["num_warps"], _RESIDENT_WARPS, x.device)
     partials = torch.empty((programs, channels), dtype=torch.float32, device=x.device)
     add_norm_backward_kernel[(programs,)](
         x if d_total is None else d_total, d_normed, x, x if delta is None else delta, weight,
         dx, dx if narrowed is None else narrowed, partials, eps, rows,
-        HAS_D_TOTAL=d_total is not None, HAS_DELTA=delta is not None, NARROW=narrowed is not None, maxnreg=_REGISTERS,
-        **shape,
+        HAS_D_TOTAL=d_total is not None, HAS_DELTA=delta is not None, NARROW=narrowed is not None, **shape,
     )  # fmt: skip
     return dx, narrowed, sum_partials(partials)[0]

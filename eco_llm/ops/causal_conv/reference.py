@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,5 +20,26 @@ def causal_conv_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, past: Te
         # channels first). On a CPU faster either way.
         time = x.shape[1]
         before = before.to(wide)  # once: the taps' gradients are then summed before they are rounded
-        pre = bias.to(wide) + sum(before[:, k : k + time] * weight[:, k].to(wide) for k in range(taps))
+        by_tap = _taps_first(weight.to(wide)).unbind()
+        pre = bias.to(wide) + sum(before[:, k : k + time] * by_tap[k] for k in range(taps))
         return F.silu(pre).to(x.dtype)
+
+
+# An operator, which a compiler must run as it is. It would move a plain transposition into whatever reads the taps, and
+# code that gathers its factors W numbers apart is not vectorised: 4.5 ms for what takes 1.8.
+@torch.library.custom_op("eco_llm::taps_first", mutates_args=())
+def _taps_first(weight: Tensor) -> Tensor:
+    """[C, W] -> [W, C] in memory."""
+    return weight.t().clone(memory_format=torch.contiguous_format)
+
+
+@_taps_first.register_fake
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[1], weight.shape[0])
+
+
+def _channels_first(ctx: Any, grad: Tensor) -> Tensor:
+    return grad.t()
+
+
+_taps_first.register_autograd(_channels_first)

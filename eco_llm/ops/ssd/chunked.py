@@ -54,15 +54,18 @@ def ssd_chunked(
         u, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (u, B, C))
         dt = F.pad(dt, (0, 0, 0, pad))
 
+    # Tokens last in memory, so that code for the decays below, L·L a head and chunk, is vectorised along them.
     dt = dt.view(batch, chunks, length, groups, per_group)
-    cum = (dt * A.to(wide).view(groups, per_group)).cumsum(2)  # b c l g r, inside each chunk
+    by_head = (dt * A.to(wide).view(groups, per_group)).permute(0, 1, 3, 4, 2).contiguous()
+    cum_by_head = by_head.cumsum(-1)  # b c g r l, inside each chunk
+    cum = cum_by_head.permute(0, 1, 4, 2, 3)  # b c l g r
     u = u.reshape(batch, chunks, length, groups, per_group, width)
     B = B.reshape(batch, chunks, length, groups, state_size).transpose(2, 3)  # b c g l n
     C = C.reshape(batch, chunks, length, groups, state_size).transpose(2, 3)
 
     # 1. Inside a chunk (the diagonal blocks): attention with scores C·B weighted by the decay.
     scores = (C @ B.mT).unsqueeze(3)  # b c g 1 l s
-    weights = (scores * _decay_between(cum.permute(0, 1, 3, 4, 2))).to(x.dtype)  # b c g r l s
+    weights = (scores * _decay_between(cum_by_head)).to(x.dtype)  # b c g r l s
     du = (u * dt.unsqueeze(-1)).to(x.dtype)
     y = (weights @ du.permute(0, 1, 3, 4, 2, 5)).permute(0, 1, 4, 2, 3, 5)  # b c l g r p
 

@@ -8,8 +8,6 @@ that may change from run to run.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,19 +18,15 @@ from torch import Tensor
 from eco_llm.ops.ssd import triton_kernels as kernels
 from eco_llm.ops.ssd.operator import tile_and_chunk
 
-# (warps, stages) of each kernel, the most heads of a program, which share the scores C·B (output) or a share of dB and
-# dC (gradient), and the programs that the registers of a multiprocessor hold. Chosen by measurement on an H200:
-# docs/LOG.md.
+# (warps, stages) of each kernel; the most heads of a program, which share the scores C·B (output) or a share of dB and
+# dC (gradient), and how many programs must be left for that. Chosen by measurement on an H200, which has 132
+# multiprocessors: docs/LOG.md. The plan of memory knows the gradient's: instant/plan/sizes.py.
 WALK, OUTPUT, GRADIENT = (4, 3), (4, 2), (4, 2)
 MOST_HEADS_OUTPUT, MOST_HEADS_GRADIENT = 8, 12
-RESIDENT_OUTPUT, RESIDENT_GRADIENT = 3, 2
-
-# To measure, then to remove: None follows the rules.
-ROLES = 4
-ROLE_FIRST = True
-WALK_TILE: tuple[int, int] | None = None
-OUTPUT_HEADS: int | None = None
-GRADIENT_HEADS: int | None = None
+PROGRAMS_OUTPUT, PROGRAMS_GRADIENT = 264, 132
+PROGRAMS_WALK, PROGRAMS_NARROW_WALK = 330, 165
+"""Of parts that have 64 rows of the state or fewer, and of those that have fewer columns too."""
+OUTPUT_REGISTERS = 168  # three programs a multiprocessor; the compiler would take 196, and spills nothing with these
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,36 +60,30 @@ class Shape:
     def heads_per_group(self) -> int:
         return self.heads // self.groups
 
-    def heads_per_program(self, roles: int, most: int, slots: int) -> int:
-        """The divisor of a group's heads, up to `most`, with which `slots` programs at a time are done first.
-
-        A program of h heads takes as long as h + 1: the loads, the scores and the sums that they share are one more.
-        """
-
-        def time(heads: int) -> tuple[float, int]:
-            waves = roles * self.batch * self.tiles * (self.heads // heads) / slots
-            return (math.ceil(waves) if waves < 4 else waves) * (heads + 1), -heads
-
-        return min((h for h in range(1, most + 1) if self.heads_per_group % h == 0), key=time)
+    def heads_per_program(self, roles: int, most: int, programs: int) -> int:
+        """The largest divisor of a group's heads, up to `most`, that leaves so many programs."""
+        best = 1
+        for count in range(2, min(most, self.heads_per_group) + 1):
+            left = roles * self.batch * self.tiles * (self.heads // count)
+            if self.heads_per_group % count == 0 and left >= programs:
+                best = count
+        return best
 
     def walk_tile(self, directions: int) -> tuple[int, int]:
-        """(rows, columns) of the state [N, P] that a program walks: two programs a multiprocessor of a large GPU, where
-        it can be. Near-square parts read least: a part reads its rows of B and its columns of x.
+        """(rows, columns) of the state [N, P] that a program walks: as large as leaves enough programs.
+
+        Parts of 64 rows come first: near-square parts read least, for a part reads its rows of B and columns of x.
         """
         rows, columns = self.state, self.width
-        while columns > 16 and self.batch * self.heads * directions * self.state * self.width < 264 * rows * columns:
-            if rows > 64 and rows >= columns:  # products of fewer rows would leave warps idle
-                rows //= 2
-            else:
-                columns //= 2
+
+        def programs() -> int:
+            return self.batch * self.heads * directions * (self.state // rows) * (self.width // columns)
+
+        while rows > 64 and programs() < PROGRAMS_WALK:  # products of fewer rows would leave warps idle
+            rows //= 2
+        while columns > 16 and programs() < PROGRAMS_NARROW_WALK:
+            columns //= 2
         return rows, columns
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # the interpreter
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def shape_of(x: Tensor, B: Tensor, chunk_size: int) -> Shape:
@@ -125,7 +113,7 @@ def _rows(x: Tensor) -> tuple[int, int]:
 
 def decays(raw: Tensor, bias: Tensor | None, A: Tensor, s: Shape, *, of_logs: bool = False) -> Tensor:
     """[2, B, H, Tp] float32, Tp being T rounded up to whole chunks: dt = softplus(raw + bias), or raw itself where
-    `bias` is None, and the sums of dt·A·log2(e) from the start of each chunk. With `of_logs` A is given as log(−A).
+    `bias` is None, and the sums of dt·A from the start of each chunk. With `of_logs` A is given as log(−A).
     """
     heads = s.heads // s.split
     both = torch.empty(2, s.batch, heads, s.padded, dtype=torch.float32, device=raw.device)
@@ -145,7 +133,7 @@ def _walk(
     states = torch.empty(s.batch, s.chunks, s.heads, s.state, s.width, dtype=x.dtype, device=x.device)
     d_states = None if dy is None else torch.empty_like(states)
     directions = 1 if dy is None else 2
-    rows, columns = WALK_TILE or s.walk_tile(directions)
+    rows, columns = s.walk_tile(directions)
     kernels.walk_kernel[(s.width // columns * (s.state // rows), s.batch * s.heads, directions)](
         x, B, x if dy is None else dy, B if C is None else C, *d.unbind(), states,
         states if d_states is None else d_states, initial, final, d_final, d_initial,
@@ -169,14 +157,13 @@ def forward(
         last = torch.empty(public, dtype=torch.float32, device=x.device)
     states, _ = _walk(s, x, B, d, initial=initial, final=last)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    slots = RESIDENT_OUTPUT * _processors(x.device)
-    per_program = OUTPUT_HEADS or s.heads_per_program(1, MOST_HEADS_OUTPUT, slots)
+    per_program = s.heads_per_program(1, MOST_HEADS_OUTPUT, PROGRAMS_OUTPUT)
     kernels.output_kernel[(s.tiles, s.heads // per_program, s.batch)](
         x, B, C, *d.unbind(), states, D, y, s.time, s.padded, s.heads, s.tiles,
         *_rows(x), *_rows(B), *_rows(C), *_rows(y),
         P=s.width, N=s.state, BLOCK=s.block, SUB=s.chunk // s.block, SPLIT=s.split, HEADS=per_program,
         HEADS_PER_GROUP=s.heads_per_group, HAS_D=D is not None, PRECISION=s.precision,
-        num_warps=OUTPUT[0], num_stages=OUTPUT[1],
+        num_warps=OUTPUT[0], num_stages=OUTPUT[1], maxnreg=OUTPUT_REGISTERS,
     )  # fmt: skip
     return y, last
 
@@ -219,8 +206,7 @@ def backward(
     if initial is not None:
         d_initial = torch.empty(initial.shape, dtype=torch.float32, device=x.device)
     states, d_states = _walk(s, x, B, d, initial=initial, dy=dy, C=C, d_final=d_final, d_initial=d_initial)
-    slots = RESIDENT_GRADIENT * _processors(x.device)
-    per_program = GRADIENT_HEADS or s.heads_per_program(3, MOST_HEADS_GRADIENT, slots)  # ⟨H, G⟩ takes hardly any time
+    per_program = s.heads_per_program(3, MOST_HEADS_GRADIENT, PROGRAMS_GRADIENT)
     shares = s.heads_per_group // per_program
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -230,14 +216,12 @@ def backward(
     d_bc = empty(shares, s.batch, s.time, 2 * s.groups * s.state)
     vectors = empty(3, s.batch, s.heads, s.padded)
     carry, skip = empty(s.batch, s.tiles, s.heads), empty(s.batch, s.tiles, s.heads)
-    first, last = (ROLES, 1) if ROLE_FIRST else (1, ROLES)
-    kernels.gradient_kernel[(first * s.tiles, s.heads // per_program, last * s.batch)](
+    kernels.gradient_kernel[(3 * s.tiles, s.heads // per_program, s.batch)](
         x, B, C, dy, *d.unbind(), states, d_states, D, dx, d_bc, *vectors.unbind(), carry, skip,
         s.time, s.padded, s.heads, s.tiles, s.batch, s.groups,
         *_rows(x), *_rows(B), *_rows(C), *_rows(dy), *_rows(dx),
         P=s.width, N=s.state, BLOCK=s.block, SPLIT=s.split, HEADS=per_program,
         HEADS_PER_GROUP=s.heads_per_group, HAS_D=D is not None, PRECISION=s.precision,
-        ROLES=ROLES, ROLE_FIRST=ROLE_FIRST,
         num_warps=GRADIENT[0], num_stages=GRADIENT[1],
     )  # fmt: skip
     partial = empty(s.batch * s.chunks, 3, heads)

@@ -2,10 +2,10 @@
 
 Shape legend: L = BLOCK tokens (one tile), a chunk is SUB tiles (in backward one); P channels of a head, N state size;
 all sums float32. "Heads" here are slices of P ≤ 64 channels: a wider head is SPLIT of them, which share dt, A and D.
-Scratch: dt and cum [B, H, Tp], the step sizes and the inclusive sums of dt·A·log2(e) from the start of their chunk (Tp
-is T rounded up to whole chunks; dt = 0 past T); states [B, chunks, heads, N, P], the state that enters each chunk.
-Offsets that grow with B·T are 64-bit. Decays are powers of two because `exp2` is one instruction, where `exp` is five:
-it scales its argument, and again where the result is under the smallest normal number.
+Scratch: dt and cum [B, H, Tp], the step sizes and the inclusive sums of dt·A from the start of their chunk (Tp is T
+rounded up to whole chunks; dt = 0 past T); states [B, chunks, heads, N, P], the state that enters each chunk.
+Offsets that grow with B·T are 64-bit. Decays are made by `_power`: `exp` takes five instructions, for it scales its
+argument, and again where the result is under the smallest normal number.
 """
 
 import triton
@@ -21,6 +21,14 @@ def _softplus(v):
     one_plus = 1.0 + small
     log1p = tl.where(one_plus == 1.0, small, tl.log(one_plus) * (small / (one_plus - 1.0)))
     return tl.maximum(v, 0.0) + log1p
+
+
+@triton.jit
+def _power(x):
+    """e^x in two instructions. x, a difference of large sums, is scaled after they were subtracted, or the rounding of
+    each would show.
+    """
+    return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit
@@ -46,7 +54,7 @@ def decay_kernel(
     if SOFTPLUS:
         v = _softplus(v + tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :])
     v = tl.where(inside, v, 0.0)
-    cum = tl.cumsum(v * (_rates(A, h, H, OF_LOGS) * _LOG2_E)[None, :], 0)
+    cum = tl.cumsum(v * _rates(A, h, H, OF_LOGS)[None, :], 0)
     to = (b * H + h.to(tl.int64))[None, :] * Tp + t[:, None]
     real = (h < H)[None, :] & (t < Tp)[:, None]
     tl.store(dt_out + to, v, mask=real)
@@ -89,11 +97,11 @@ def _walk(
         if SUB > 1:
             before = tl.load(cum + start - 1, mask=tile % SUB != 0, other=0.0)
         if REVERSE:
-            weight = tl.exp2(c - before)
+            weight = _power(c - before)
         else:
-            weight = tl.load(dt + start + row) * tl.exp2(end - c)
+            weight = tl.load(dt + start + row) * _power(end - c)
         weighted = (v.to(tl.float32) * weight[:, None]).to(k.dtype)
-        state = tl.dot(tl.trans(k), weighted, state * tl.exp2(end - before), input_precision=PRECISION)
+        state = tl.dot(tl.trans(k), weighted, state * _power(end - before), input_precision=PRECISION)
         tile += -1 if REVERSE else 1
     if HAS_LAST:
         tl.store(last + base + public, state)
@@ -154,8 +162,8 @@ def output_kernel(
             states + ((b * (tiles // SUB) + tile // SUB) * heads + head) * N * P + n[:, None] * P + p[None, :]
         )
         x_tile = tl.load(x + (start + row)[:, None] * x_st + head * P, mask=inside, other=0.0)
-        out = tl.dot(c_tile, entering, input_precision=PRECISION) * tl.exp2(cum_t)[:, None]
-        decay = tl.exp2(tl.where(causal, cum_t[:, None] - cum_t[None, :], float("-inf")))
+        out = tl.dot(c_tile, entering, input_precision=PRECISION) * _power(cum_t)[:, None]
+        decay = _power(tl.where(causal, cum_t[:, None] - cum_t[None, :], float("-inf")))
         weights = (scores * decay * dt_t[None, :]).to(x_tile.dtype)
         out = tl.dot(weights, x_tile, out, input_precision=PRECISION)
         if SUB > 1:
@@ -164,7 +172,7 @@ def output_kernel(
                 real = (first + row < T)[:, None]
                 b_j = tl.load(B + (first + row)[:, None] * B_st, mask=real, other=0.0)
                 x_j = tl.load(x + (first + row)[:, None] * x_st + head * P, mask=real, other=0.0)
-                decay_j = tl.exp2(cum_t[:, None] - tl.load(cum + of_head + first + row)[None, :])
+                decay_j = _power(cum_t[:, None] - tl.load(cum + of_head + first + row)[None, :])
                 decay_j *= tl.load(dt + of_head + first + row)[None, :]
                 weights_j = tl.dot(c_tile, tl.trans(b_j), input_precision=PRECISION) * decay_j
                 out = tl.dot(weights_j.to(x_j.dtype), x_j, out, input_precision=PRECISION)
@@ -180,9 +188,10 @@ def _source_gradients(
     x, B, C, dy, dt, cum, states, d_states, D, dx, d_b_out, col_out, state_out, carry_out, d_skip, tile, b, head,
     T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, dx_st, width,
     P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
-    HAS_D: tl.constexpr, PRECISION: tl.constexpr, WANT_X: tl.constexpr, WANT_CARRY: tl.constexpr,
+    HAS_D: tl.constexpr, PRECISION: tl.constexpr, WANT_X: tl.constexpr,
 ):  # fmt: skip
-    """The tile's tokens as sources s of later outputs t: dx or dB, and a sum a token each. Matrices are [s, t].
+    """The tile's tokens as sources s of later outputs t: dx or dB, and a sum a token each; beside dx exp(c_end) ⟨H, G⟩.
+    Matrices are [s, t].
 
     Here and below, what is wide (64 bits) is added to the pointer, and what differs by lane is narrow: registers are
     what these kernels lack.
@@ -201,18 +210,17 @@ def _source_gradients(
         cum_s = tl.load((cum + of_head) + row)
         dt_s = tl.load((dt + of_head) + row)
         end = tl.load(cum + of_head + BLOCK - 1)
-        to_end = tl.exp2(end - cum_s)
+        to_end = _power(end - cum_s)
         x_tile = tl.load((x + start * x_st + head * P) + (row[:, None] * x_st + p[None, :]), mask=inside, other=0.0)
         dy_tile = tl.load((dy + start * dy_st + head * P) + (row[:, None] * dy_st + p[None, :]), mask=inside, other=0.0)
         at = ((b * tiles + tile) * heads + head) * N * P
         d_leaving = tl.load((d_states + at) + (n[:, None] * P + p[None, :]))
         vector = (b * heads + head) * Tp + start + row
-        decay = tl.exp2(tl.where(causal, cum_s[None, :] - cum_s[:, None], float("-inf")))
-        if WANT_CARRY:
-            entering = tl.load((states + at) + (n[:, None] * P + p[None, :])).to(tl.float32)
-            carry = tl.sum(entering * d_leaving.to(tl.float32)) * tl.exp2(end)
-            tl.store(carry_out + (b * tiles + tile) * heads + head, carry)
+        decay = _power(tl.where(causal, cum_s[None, :] - cum_s[:, None], float("-inf")))
         if WANT_X:
+            entering = tl.load((states + at) + (n[:, None] * P + p[None, :])).to(tl.float32)
+            carry = tl.sum(entering * d_leaving.to(tl.float32)) * _power(end)
+            tl.store(carry_out + (b * tiles + tile) * heads + head, carry)
             # Outputs after this tile, through the state that leaves it, then those of the tile.
             d_x = tl.dot(b_tile, d_leaving, input_precision=PRECISION) * to_end[:, None]
             x_wide = x_tile.to(tl.float32)
@@ -262,12 +270,12 @@ def _output_gradients(
         entering = tl.load((states + chunk_head * N * P) + (n[:, None] * P + p[None, :]))
 
         # Sources of the same tile, then those before it, through the state that enters it.
-        decay = tl.exp2(tl.where(causal, cum_t[:, None] - cum_t[None, :], float("-inf"))) * dt_t[None, :]
+        decay = _power(tl.where(causal, cum_t[:, None] - cum_t[None, :], float("-inf"))) * dt_t[None, :]
         products = tl.dot(dy_tile, tl.trans(x_tile), input_precision=PRECISION) * decay
         # Of the very numbers whose sums over t are `col`: what both count twice must cancel (`finish_kernel`).
         row_sum = tl.sum(products * scores, 1)
         d_c = tl.dot(products.to(x_tile.dtype), b_tile, d_c, input_precision=PRECISION)
-        dy_wide = dy_tile.to(tl.float32) * tl.exp2(cum_t)[:, None]
+        dy_wide = dy_tile.to(tl.float32) * _power(cum_t)[:, None]
         row_sum += tl.sum(tl.dot(c_tile, entering, input_precision=PRECISION) * dy_wide, 1)
         d_c = tl.dot(dy_wide.to(dy_tile.dtype), tl.trans(entering), d_c, input_precision=PRECISION)
         tl.store(row_out + (b * heads + head) * Tp + start + row, row_sum)
@@ -276,41 +284,20 @@ def _output_gradients(
 
 
 @triton.jit
-def _state_products(
-    cum, states, d_states, carry_out, tile, b, head, Tp, heads, tiles,
-    P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """exp(c_end) ⟨H, G⟩ of the tile."""
-    inside_state = tl.arange(0, N)[:, None] * P + tl.arange(0, P)[None, :]
-    for _ in range(HEADS):
-        chunk_head = (b * tiles + tile) * heads + head
-        at = chunk_head * N * P
-        entering = tl.load((states + at) + inside_state).to(tl.float32)
-        d_leaving = tl.load((d_states + at) + inside_state).to(tl.float32)
-        end = tl.load(cum + (b * (heads // SPLIT) + head // SPLIT) * Tp + tile.to(tl.int64) * BLOCK + BLOCK - 1)
-        tl.store(carry_out + chunk_head, tl.sum(entering * d_leaving) * tl.exp2(end))
-        head += 1
-
-
-@triton.jit
 def gradient_kernel(
     x, B, C, dy, dt, cum, states, d_states, D, dx, d_bc, row_out, col_out, state_out, carry_out, d_skip,
     T, Tp, heads, tiles, batch, groups, x_sb, x_st, B_sb, B_st, C_sb, C_st, dy_sb, dy_st, dx_sb, dx_st,
     P: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
-    HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr, ROLES: tl.constexpr,
-    ROLE_FIRST: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile, which is a chunk, for HEADS heads. dx, dB, dC and ⟨H, G⟩ are for four programs: the
-    registers of one hold no more. Grid: role and tile, heads / HEADS, batch.
+    """Gradients of one tile, which is a chunk, for HEADS heads. dx, dB and dC are for three programs: the registers of
+    one hold no more. They are neighbours, for most of what they read is the same. Grid: tile · 3, heads / HEADS, batch.
 
     Writes dx; this program's share of dB or dC into d_bc [shares, batch, T, 2·groups·N]; and what the gradient of the
     log-decays is made of (see `finish_kernel`): row_out, col_out, state_out [B, heads, Tp], carry_out and d_skip
     [B, tiles, heads].
     """
-    if ROLE_FIRST:  # the programs of a tile are neighbours: what they all read comes from memory once
-        tile, role, b = tl.program_id(0) // ROLES, tl.program_id(0) % ROLES, tl.program_id(2).to(tl.int64)
-    else:
-        tile, b, role = tl.program_id(0), (tl.program_id(2) // ROLES).to(tl.int64), tl.program_id(2) % ROLES
+    tile, role, b = tl.program_id(0) // 3, tl.program_id(0) % 3, tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) * HEADS
     group = head // HEADS_PER_GROUP
     share = (head % HEADS_PER_GROUP) // HEADS
@@ -325,22 +312,18 @@ def gradient_kernel(
         _source_gradients(
             x, B, C, dy, dt, cum, states, d_states, D, dx, d_bc, col_out, state_out, carry_out, d_skip, tile, b, head,
             T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, dx_st, width,
-            P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, True, ROLES == 3,
+            P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, True,
         )  # fmt: skip
     elif role == 1:
         _source_gradients(
             x, B, C, dy, dt, cum, states, d_states, D, dx, d_bc, col_out, state_out, carry_out, d_skip, tile, b, head,
             T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, dx_st, width,
-            P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, False, False,
+            P, N, BLOCK, SPLIT, HEADS, HAS_D, PRECISION, False,
         )  # fmt: skip
-    elif role == 2:
+    else:
         _output_gradients(
             x, B, C, dy, dt, cum, states, d_bc + groups * N, row_out, tile, b, head,
             T, Tp, heads, tiles, x_st, B_st, C_st, dy_st, width, P, N, BLOCK, SPLIT, HEADS, PRECISION,
-        )  # fmt: skip
-    else:
-        _state_products(
-            cum, states, d_states, carry_out, tile, b, head, Tp, heads, tiles, P, N, BLOCK, SPLIT, HEADS
         )  # fmt: skip
 
 
