@@ -15,7 +15,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 STAGES = tl.constexpr(3)
 """Tiles whose loads are under way while one is computed: with codes, whose arithmetic is long, a tenth of the time."""
 

@@ -90,7 +90,7 @@ def test_compress_has_the_bits_of_the_long_way(
     bits: str, build: Build, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = loss_and_gradients(build("compress", instant_bits=bits), batch, bf16=True)
-    monkeypatch.setattr(Block, "mixing", property(lambda block: Twice.alike(block.mix)))
+    monkeypatch.setattr(Block, "_attention", property(lambda block: Twice.alike(block.mixer)))
     expected = loss_and_gradients(build("compress", instant_bits=bits), batch, bf16=True)
     assert [name for name, want in expected.items() if not torch.equal(ours[name], want)] == []
 
