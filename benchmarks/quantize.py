@@ -90,13 +90,13 @@ def main() -> None:
         require(torch.equal(y, conv_silu_forward(x, weight, bias)), f"{bits} bits: the convolution is another")
 
     def graph_of(works: list[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, list[object]]:
-        """All of them, one after the other, and their results: kept, so that each writes to memory of its own."""
+        """All of them, one after the other, with what they read and write: kept, for replays go to the same memory."""
         for work in works[:2]:
             work()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             results = [work() for work in works]
-        return graph, results
+        return graph, [*works, *results]
 
     samples: list[dict[str, Any]] = []
     rows: list[list[Any]] = []

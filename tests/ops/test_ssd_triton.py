@@ -206,7 +206,9 @@ def test_every_kernel_fits_the_shared_memory_of_a_consumer_card(
             self.kernel = kernel
 
         def __getitem__(self, grid: object) -> object:
-            def launch(*args: object, num_warps: int, num_stages: int = 3, **constants: object) -> None:
+            def launch(
+                *args: object, num_warps: int, num_stages: int = 3, maxnreg: int | None = None, **constants: object
+            ) -> None:
                 names = self.kernel.arg_names
                 signature, constexprs, attributes = {}, dict(constants), {}
                 for i, (name, value) in enumerate(zip(names, args, strict=False)):
@@ -221,7 +223,7 @@ def test_every_kernel_fits_the_shared_memory_of_a_consumer_card(
                             attributes[(i,)] = [["tt.divisibility", 16]]
                 signature |= dict.fromkeys(constants, "constexpr")
                 source = ASTSource(self.kernel, signature, constexprs, attributes)
-                options = {"num_warps": num_warps, "num_stages": num_stages}
+                options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
                 compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
                 sizes[self.kernel.__name__] = compiled.metadata.shared
 

@@ -695,4 +695,6 @@ def test_passes_compile_for_every_card_and_need_little_shared_memory(
                     attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constexprs, attributes)
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
-        assert compiled.metadata.shared <= 16 * 1024
+        # In the 99 KB of a consumer card's multiprocessor four programs fit, with three tiles each under way, or with 4
+        # bits three, for which its registers have room.
+        assert compiled.metadata.shared <= (32 if storage.bits == 4 else 24) * 1024
