@@ -114,6 +114,21 @@ def compare_steps(shape: str, rounds: int, runtime: Runtime) -> tuple[dict[str, 
     return {f"{key}_{k}": v for k, v in result.summary().items()}, [{"of": key, **s} for s in result.samples()]
 
 
+def table_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """A row for each op and step that was compared; times in ms."""
+    header = ["what", "compiled, ms", "the op, ms", "compiled / op", "95% interval", "floor of bytes, ms"]
+    rows: list[list[Any]] = []
+    for key in (k.removesuffix("_median_a") for k in summary if k.endswith("_median_a")):
+        what = key.replace("rows", "op, rows ").replace("_sum_kept", ", the sum kept")
+        what = what.replace("_parts_kept", ", x and delta kept").replace("step_", "step, ")
+        a, b = (f"{1e3 * summary[f'{key}_median_{side}']:.4f}" for side in "ab")
+        interval = f"{summary[f'{key}_ratio_low']:.3f} – {summary[f'{key}_ratio_high']:.3f}"
+        floor = summary.get(f"{key}_floor")
+        rows.append([what, a, b, f"{summary[f'{key}_ratio']:.3f}", interval,
+                     None if floor is None else f"{1e3 * floor:.4f}"])  # fmt: skip
+    return {"header": header, "rows": rows}
+
+
 def main() -> None:
     """Measure, print, write the evidence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,8 +153,13 @@ def main() -> None:
         summary |= found
         samples += taken
         clean(runtime.device)
-    payload = {"what": "residual sum and RMSNorm: compiled (A), as an op (B)", "how": "CUDA graphs", "d_model": WIDTH}
-    print(write_evidence("add_norm", payload | {"summary": summary, "samples": samples}, device=str(runtime.device)))
+    payload: dict[str, Any] = {
+        "what": "residual sum and RMSNorm: compiled (A), as an op (B)",
+        "how": "CUDA graphs",
+        "d_model": WIDTH,
+    }
+    payload |= {"summary": summary, "table": table_of(summary), "samples": samples}
+    print(write_evidence("add_norm", payload, device=str(runtime.device)))
 
 
 if __name__ == "__main__":
