@@ -6,8 +6,6 @@ and 2i + 1 ("interleaved"); the two differ by a fixed permutation of the R rows 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -27,7 +25,19 @@ def _made(start: int, length: int, dim: int, theta: float, device: torch.device)
     return torch.stack((angles.cos(), angles.sin()))
 
 
-_kept = functools.lru_cache(maxsize=4)(_made)
+_MOST_KEPT = 4
+_Key = tuple[int, int, float, torch.device]
+_kept: dict[_Key, Tensor] = {}
+_read_by_graphs: dict[_Key, Tensor] = {}
+"""Those that a CUDA graph reads in every replay: they live as long as the process."""
+
+
+def _from_memory(key: _Key) -> Tensor:
+    if key not in _kept:
+        if len(_kept) == _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = _made(0, *key)
+    return _kept[key]
 
 
 # An operator, for torch.compile writes what it sees into the kernels that rotate: power, cosine and sine once for every
@@ -35,14 +45,23 @@ _kept = functools.lru_cache(maxsize=4)(_made)
 # results must be their own; a model keeps no table, which would fix its longest sequence.
 @torch.library.custom_op("eco_llm::rotary_table", mutates_args=())
 def _from_zero(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _made(0, length, dim, theta, device)  # what is made in a graph's memory outlives no replay
-    return _kept(0, length, dim, theta, device).clone()
+    key = (length, dim, theta, device)
+    if not _capturing(device):
+        return _from_memory(key).clone()
+    if key not in _read_by_graphs:
+        if key not in _kept:  # what is made in a graph's memory is there after a replay only: not for others
+            return _made(0, *key)
+        _read_by_graphs[key] = _kept[key]
+    return _read_by_graphs[key].clone()
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @_from_zero.register_fake
 def _(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
-    return torch.empty(2, length, dim // 2, device=device)
+    return torch.empty(2, length, dim // 2, dtype=torch.float32, device=device)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -230,9 +230,10 @@ class C3O(Optimizer):
         Raises:
             ValueError: a group was stepped with cautious weight decay, which is gone; nothing was changed.
         """
+        if any(group.get("cautious", False) for group in state["param_groups"]):
+            raise ValueError("C3O: this state was stepped with cautious weight decay, which C3O no longer has")
         for group in state["param_groups"]:
-            if group.pop("cautious", False):
-                raise ValueError("C3O: this state was stepped with cautious weight decay, which C3O no longer has")
+            group.pop("cautious", None)
         super().__setstate__(state)
         for group in self.param_groups:  # states saved before these settings were: as it was then
             group.setdefault("weight_rounding", "nearest")

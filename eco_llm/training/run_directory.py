@@ -110,11 +110,11 @@ class RunDirectory:
         if changed and next(self.checkpoints.glob("step_*"), None) is None:
             return "set aside"  # it died before it had saved anything: out of memory, say, and is tried again smaller
         if changed:
-            shown = ", ".join(f"--{k.replace('_', '-')} {old} → {new}" for k, (old, new) in list(changed.items())[:3])
+            shown = ", ".join(_change(k, old, new) for k, (old, new) in list(changed.items())[:3])
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError(
                 f"{self.path} holds a run with other settings ({shown}{more});"
-                " use --no-resume to set it aside, or another --output-dir"
+                " give its settings to go on, use --no-resume to set it aside, or another --output-dir"
             )
         return "resume"
 
@@ -218,6 +218,14 @@ class RunDirectory:
             with replacing(self.metrics_file) as temporary:
                 temporary.write_bytes(kept)
         return len(move)
+
+
+def _change(name: str, old: Any, new: Any) -> str:
+    """A setting's two values as flags are typed."""
+    flag = name.replace("_", "-")
+    if isinstance(old, bool) and isinstance(new, bool):
+        return " → ".join(f"--{'' if value else 'no-'}{flag}" for value in (old, new))
+    return f"--{flag} {old} → {new}"
 
 
 def _whole_lines(lines: list[bytes]) -> bytes:

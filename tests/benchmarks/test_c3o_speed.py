@@ -47,6 +47,13 @@ def test_gate_passes_every_side_and_bites(speed: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(foreach_module, "bias_correction", lambda beta, t: 0.9 * right(beta, t))
     with pytest.raises(speed.GateError, match="no speed is reported"):
         speed.check(speed.SIDES[2], device)
+    by_adam = foreach_module._direction_by_adam
+
+    def longer(*arguments: Any) -> Any:
+        u, views = by_adam(*arguments)
+        return u.mul_(1.1), views
+
+    monkeypatch.setattr(foreach_module, "_direction_by_adam", longer)
     with pytest.raises(speed.GateError, match="from AdamW"):
         speed.check_against_adamw(device)
 

@@ -167,6 +167,44 @@ def test_kept_tables_are_what_they_were_and_nobodys() -> None:
     assert torch.isfinite(q.grad).all()
 
 
+def test_a_graph_reads_a_table_that_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As capture sees it: a kept table is held for good, one that is made meanwhile is nobody else's."""
+    from eco_llm.model import rotary
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(rotary, "_kept", {})
+    monkeypatch.setattr(rotary, "_read_by_graphs", {})
+    wanted = rotary_table(0, 31, ROPE, 5.0, cpu)
+    monkeypatch.setattr(rotary, "_capturing", lambda device: True)
+    key = (31, ROPE, 5.0, cpu)
+    for got, want in zip(rotary_table(0, 31, ROPE, 5.0, cpu), wanted, strict=True):
+        assert torch.equal(got, want)
+    assert rotary._read_by_graphs[key] is rotary._kept[key]
+    rotary_table(0, 32, ROPE, 5.0, cpu)
+    assert list(rotary._read_by_graphs) == list(rotary._kept) == [key]
+    monkeypatch.setattr(rotary, "_capturing", lambda device: False)
+    for length in range(40, 46):
+        rotary_table(0, length, ROPE, 5.0, cpu)
+    assert len(rotary._kept) == 4
+    assert key not in rotary._kept
+    assert torch.equal(rotary._read_by_graphs[key][0], wanted[0])
+
+
+def test_traced_tables_have_the_shape_and_type_of_real_ones() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    cpu = torch.device("cpu")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        real = rotary_table(0, 7, ROPE, 9.0, cpu)
+        with FakeTensorMode():
+            traced = rotary_table(0, 7, ROPE, 9.0, cpu)
+    finally:
+        torch.set_default_dtype(before)
+    assert [(t.shape, t.dtype) for t in traced] == [(t.shape, t.dtype) for t in real]
+
+
 @pytest.mark.parametrize("q_latent_dim", [0, 3])
 def test_gradients_by_finite_differences(q_latent_dim: int) -> None:
     torch.manual_seed(0)

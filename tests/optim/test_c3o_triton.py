@@ -127,6 +127,7 @@ def test_groups_keep_their_own_settings_and_types() -> None:
             parameters(shapes=((5,),)),
             parameters(shapes=((60, 70), (11,))),
             parameters(shapes=((50, 70), (12,))),
+            parameters(shapes=((30, 80),)),
         ]
         groups = [
             {"params": sets[0], "lr": 1e-2, "weight_decay": 0.3},
@@ -134,6 +135,7 @@ def test_groups_keep_their_own_settings_and_types() -> None:
             {"params": sets[2], "trust_radius": 0.0, "state_dtype": torch.bfloat16},
             {"params": sets[3], "lr": 3e-3, "nesterov": False, "trust_norm_refresh_drift": 0.05},
             {"params": sets[4], "lr": 3e-3, "trust_norm_refresh_drift": 0.05},
+            {"params": sets[5], "lr": 3e-3, "trust_norm_refresh_drift": 0.05, "sphere": 2.0},  # beside a skip: one kind
         ]
         return [p for s in sets for p in s], C3O(groups, grad_clip=0.1, foreach=foreach)
 
@@ -141,7 +143,7 @@ def test_groups_keep_their_own_settings_and_types() -> None:
     run(a, ours, 4)
     run(b, theirs, 4)
     assert served_whole(a)
-    exact = [p for group in (0, 3, 4) for p in a.param_groups[group]["params"]]
+    exact = [p for group in (0, 3, 4, 5) for p in a.param_groups[group]["params"]]
     strict = {x.data_ptr() for p in exact for x in (p, *a.state[p].values())}
     for x, y in zip(tensors_of(a), tensors_of(b), strict=True):
         rel = 2e-5 if x.data_ptr() in strict else 2**-6
@@ -652,12 +654,15 @@ def test_captured_and_replayed_equals_eager_bit_for_bit(kind: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("nesterov", "sphere"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("nesterov", "sphere", "plain"),
+    [(False, False, False), (True, False, True), (True, True, False), (True, True, True)],  # the last: the GPU profile
+)
 @pytest.mark.parametrize(
     ("name", "error"), [("float32", False), ("bfloat16", True), ("int8", True), ("int4", False), ("int4", True)]
 )
 def test_passes_compile_for_every_card_and_need_little_shared_memory(
-    name: str, error: bool, nesterov: bool, sphere: bool, capability: int
+    name: str, error: bool, nesterov: bool, sphere: bool, plain: bool, capability: int
 ) -> None:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -675,7 +680,7 @@ def test_passes_compile_for_every_card_and_need_little_shared_memory(
         "R_SPAN": storage.ratio.span if storage.ratio else 1.0,
         "V_SPAN": storage.second.span if storage.second else 1.0,
         "WATCH": storage.bits > 0, "CLAMP": True, "SPHERE": sphere, "NESTEROV": nesterov,
-        "PLAIN": nesterov and not sphere, "ADVANCE": name == "float32" and not nesterov, "REVERSE": True,
+        "PLAIN": plain, "ADVANCE": name == "float32" and not nesterov, "REVERSE": True,
         "ALIGN": 16, "CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "COLUMNS": len(_T), "PLAN": _PLAN,
         "BLOCK": 4096, "ARENA_COLUMNS": len(_A), "SLACK": 1e-6, "LANES": 128,
     }  # fmt: skip

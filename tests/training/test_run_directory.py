@@ -157,6 +157,17 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert "and 2 more" in message
 
 
+def test_a_run_from_before_a_default_goes_on_with_what_it_had(tmp_path: Path) -> None:
+    run = run_at(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    del saved["config"]["c3o"]["c3o_nesterov"]  # as a version without it wrote
+    (tmp_path / "config.json").write_text(json.dumps(saved), encoding="utf-8")
+    assert "(--no-c3o-nesterov → --c3o-nesterov)" in refusal(run, config())
+    without = config()
+    without = dataclasses.replace(without, c3o=dataclasses.replace(without.c3o, c3o_nesterov=False))
+    assert run.check(without) == "resume"
+
+
 def test_other_settings_after_a_run_that_saved_nothing(tmp_path: Path) -> None:
     """Out of memory in step 1, and the advice is a smaller --batch-size: nothing would be lost."""
     run = run_at(tmp_path)

@@ -18,8 +18,8 @@ WARM_UPS = 2
 INVERSIONS = 3
 """Iterations of `fixed-point`, which the run chooses by itself: assumed."""
 FORWARDS = {"none": 0.0, "compress": 0.0, "recompute": 0.82, "coupled": 1.0, "fixed-point": INVERSIONS + 1.0}
-"""Extra forward work of a block in backward. Recomputed blocks leave out the MLP's last product, 18% of the default
-profile's."""
+"""Extra forward work of a block in backward, roughly. Recomputed blocks leave out the MLP's last product: 18% of the
+default profile's. `compress` runs only its MLA mixers again."""
 
 
 @dataclass(frozen=True)

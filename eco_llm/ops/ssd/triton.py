@@ -26,7 +26,9 @@ MOST_HEADS_OUTPUT, MOST_HEADS_GRADIENT = 8, 12
 PROGRAMS_OUTPUT, PROGRAMS_GRADIENT = 264, 132
 PROGRAMS_WALK, PROGRAMS_NARROW_WALK = 330, 165
 """Of parts that have 64 rows of the state or fewer, and of those that have fewer columns too."""
-OUTPUT_REGISTERS = 168  # three programs a multiprocessor; the compiler would take 196, and spills nothing with these
+OUTPUT_REGISTERS = 168
+"""Of a thread of the output kernel, bf16 and chunks of one tile: three programs a multiprocessor. For the default
+profile the compiler would take 196 (sm_90), and spills nothing with these; it would with longer chunks or float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,8 @@ def forward(
         *_rows(x), *_rows(B), *_rows(C), *_rows(y),
         P=s.width, N=s.state, BLOCK=s.block, SUB=s.chunk // s.block, SPLIT=s.split, HEADS=per_program,
         HEADS_PER_GROUP=s.heads_per_group, HAS_D=D is not None, PRECISION=s.precision,
-        num_warps=OUTPUT[0], num_stages=OUTPUT[1], maxnreg=OUTPUT_REGISTERS,
+        num_warps=OUTPUT[0], num_stages=OUTPUT[1],
+        maxnreg=OUTPUT_REGISTERS if x.dtype == torch.bfloat16 and s.chunk == s.block else None,
     )  # fmt: skip
     return y, last
 
