@@ -400,7 +400,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weight-decays", help="the search's grid")
     parser.add_argument("--sphere-learning-rates", help="the grid of C3O on a sphere")
     parser.add_argument("--spheres", help="the grid of C3O on a sphere; learning rate × sphere < 1")
-    parser.add_argument("--c3o", action="append", default=[], metavar="NAME=VALUE", help="of every C3O: trust_radius=0")
+    parser.add_argument(
+        "--c3o",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of every C3O: trust_radius=0; Nesterov is off unless nesterov=True is given, as before it was the default",
+    )
     parser.add_argument("--best", action="append", default=[], metavar="OPTIMIZER=LR:WD",
                         help="instead of a search; 'c3o sphere=LR:SPHERE'")  # fmt: skip
     return parser
