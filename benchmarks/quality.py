@@ -405,7 +405,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="of every C3O: trust_radius=0; Nesterov is off unless nesterov=True is given, as before it was the default",
+        help="of every C3O: trust_radius=0; Nesterov is off unless it says nesterov=True",
     )
     parser.add_argument("--best", action="append", default=[], metavar="OPTIMIZER=LR:WD",
                         help="instead of a search; 'c3o sphere=LR:SPHERE'")  # fmt: skip
