@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from eco_llm.errors import UserError
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """A field's name as the flag that is typed."""
     return "--" + name.replace("_", "-")
 
 
@@ -23,7 +24,7 @@ def _check_range(config: object, **limits: tuple[float, float]) -> None:
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if not (low <= value <= high):  # also refuses NaN
-            raise UserError(f"{_flag(name)} must be between {_number(low)} and {_number(high)}, got {_number(value)}")
+            raise UserError(f"{flag_of(name)} must be between {_number(low)} and {_number(high)}, got {_number(value)}")
 
 
 def _number(value: float) -> str:
@@ -39,7 +40,7 @@ def _check_text(config: object, *names: str) -> None:
         try:
             getattr(config, name).encode()
         except UnicodeEncodeError:
-            raise UserError(f"{_flag(name)} {getattr(config, name)!a} is not valid UTF-8 text") from None
+            raise UserError(f"{flag_of(name)} {getattr(config, name)!a} is not valid UTF-8 text") from None
 
 
 @dataclass(frozen=True)

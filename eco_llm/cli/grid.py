@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Collection, Sequence
 from typing import Any, get_type_hints
 
-from eco_llm.config import TrainConfig
+from eco_llm.config import TrainConfig, flag_of
 from eco_llm.errors import UserError
 
 # Flags whose value is free text or several words (these are _SEVERAL), in which a comma is a comma.
@@ -32,7 +32,7 @@ def split(words: Sequence[str], fixed: Sequence[str] = ()) -> tuple[list[str], d
     axes = {field: _values(field, v, hints[field]) for field, v in last.items() if "," in v and field not in _TEXT}
     for field in axes:
         if field in fixed:
-            raise UserError(f"{_flag(field)} cannot be a list: each point sets it itself")
+            raise UserError(f"{flag_of(field)} cannot be a list: each point sets it itself")
     if not axes:
         raise UserError("nothing to sweep: give one or more flags a comma list, say --batch-size 2,4,6,8")
     return [word for i, word in enumerate(words) if place.get(i) not in axes], axes
@@ -76,25 +76,25 @@ def flags(point: dict[str, str]) -> list[str]:
     words = []
     for field, value in point.items():
         if hints[field] is bool:
-            words.append(_flag(field) if _SWITCH[value] else _flag(f"no_{field}"))
+            words.append(flag_of(field) if _SWITCH[value] else flag_of(f"no_{field}"))
         else:
-            words += [f"{_flag(field)}={value}"]
+            words += [f"{flag_of(field)}={value}"]
     return words
 
 
 def _values(field: str, text: str, hint: Any) -> list[str]:
     values = [value.strip() for value in text.split(",")]
     if "" in values:
-        raise UserError(f"{_flag(field)} {text}: a value of the list is empty")
+        raise UserError(f"{flag_of(field)} {text}: a value of the list is empty")
     seen: dict[Any, str] = {}
     for value in values:
         parsed = _parsed(value, hint)
         if parsed in seen:
             same = "" if seen[parsed] == value else f", as {seen[parsed]}"
-            raise UserError(f"{_flag(field)} {text}: {value} is there twice{same}")
+            raise UserError(f"{flag_of(field)} {text}: {value} is there twice{same}")
         seen[parsed] = value
     if hint is bool and (wrong := [v for v in values if v not in _SWITCH]):
-        raise UserError(f"{_flag(field)} {wrong[0]!r} is not one of on, off")
+        raise UserError(f"{flag_of(field)} {wrong[0]!r} is not one of on, off")
     return values
 
 
@@ -114,7 +114,3 @@ def _fields() -> dict[str, Any]:
         for group in dataclasses.fields(TrainConfig)
         for f in dataclasses.fields(groups[group.name])
     }
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")

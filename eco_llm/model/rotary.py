@@ -12,10 +12,9 @@ from torch import Tensor
 
 def rotary_table(start: int, length: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, each [length, dim / 2] float32, for positions start … start + length − 1."""
-    if start == 0 and not isinstance(length, torch.SymInt):
-        cos, sin = _from_zero(length, dim, theta, device).unbind()
-        return cos, sin
-    cos, sin = _made(start, length, dim, theta, device).unbind()
+    from_zero = start == 0 and not isinstance(length, torch.SymInt)
+    table = _from_zero(length, dim, theta, device) if from_zero else _made(start, length, dim, theta, device)
+    cos, sin = table.unbind()
     return cos, sin
 
 

@@ -255,26 +255,20 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
     factor = _credit_factors(bucket, grads, rule, skip_step) if rule.has_credit else None
 
     ratio = plain_norm = None
-    # s (m/bias1) / (sqrt(v/bias2) + eps) = m / (sqrt(v) · gain + shift): one broadcast for correction and credit.
-    gain, shift = (bias1 / bias2.sqrt())[bucket.owner], (rule.eps * bias1)[bucket.owner]
-    if factor is not None:
-        gain, shift = gain / factor, shift / factor
-    root: Tensor | None = None
+    watches_plain = rule.nesterov and rule.may_skip_norms
     if _adam_serves(bucket, grads, rule):
         d, d_views = _direction_by_adam(bucket, grads, rule, t, skip_step)
         if factor is not None:
             d.mul_(factor[:, None])
         m = bucket.exp_avg
+        if watches_plain:
+            root = torch.sqrt(bucket.exp_avg_sq, out=bucket.work("plain")[0])
+            plain_norm = _plain_norm(bucket, m, _corrected(root, bucket, bias1, bias2, factor, rule))
     else:
         m, root, d_views, ratio = _update_moments(bucket, grads, rule, t, skip_step)
-        torch.addcmul(shift[:, None], root, gain[:, None], out=root)
-    if rule.nesterov and rule.may_skip_norms and ratio is None:
-        plain, plain_views = bucket.work("plain")
-        if root is None:
-            torch.addcmul(shift[:, None], torch.sqrt(bucket.exp_avg_sq, out=plain), gain[:, None], out=plain)
-        torch.div(m, plain if root is None else root, out=plain)
-        plain_norm = tensor_norms(plain_views, dtype)
-    if root is not None:
+        _corrected(root, bucket, bias1, bias2, factor, rule)
+        if watches_plain and ratio is None:
+            plain_norm = _plain_norm(bucket, m, root)
         if rule.nesterov:
             m = _ahead(bucket, m, grads, bias1, rule)
         d = torch.div(m, root, out=root)
@@ -364,11 +358,11 @@ def _direction_by_adam(
     for age in dict.fromkeys(ages):  # one, unless tensors had their first gradients in different steps
         beta1, rate = rule.beta1, 1.0
         if rule.nesterov:
-            first = bias_correction(rule.beta1, torch.tensor(age, dtype=torch.float64))
+            exact_age = torch.tensor(age, dtype=torch.float64)
+            first = bias_correction(rule.beta1, exact_age)
             ahead = float(look_ahead(first, rule))
             beta1 = ahead * rule.beta1 / (ahead + 1 - rule.beta1)
-            second = bias_correction(beta1, torch.tensor(age, dtype=torch.float64))
-            rate = (ahead + 1 - rule.beta1) * float(second / first)
+            rate = (ahead + 1 - rule.beta1) * float(bias_correction(beta1, exact_age) / first)
         us, gs, ms, vs = ([x for x, a in zip(stream, ages, strict=True) if a == age] for stream in streams)
         torch._fused_adam_(
             us, gs, ms, vs, [], [x for x, a in zip(steps, ages, strict=True) if a == age], lr=-rate, beta1=beta1,
@@ -430,6 +424,23 @@ def _update_moments(
         start = bucket.arena.first[first]
         ratio = tensor_norms([bucket.arena.view(r, i, start) for i in range(first, last)], bucket.arena.dtype)
     return wide, root.sqrt_(), root_views, ratio
+
+
+def _corrected(root: Tensor, bucket: Bucket, bias1: Tensor, bias2: Tensor, factor: Tensor | None, rule: Rule) -> Tensor:
+    """sqrt(v) becomes sqrt(v) · gain + shift, in place: s (m/bias1) / (sqrt(v/bias2) + eps) is m over that, one
+    broadcast for correction and credit.
+    """
+    gain, shift = (bias1 / bias2.sqrt())[bucket.owner], (rule.eps * bias1)[bucket.owner]
+    if factor is not None:
+        gain, shift = gain / factor, shift / factor
+    return torch.addcmul(shift[:, None], root, gain[:, None], out=root)
+
+
+def _plain_norm(bucket: Bucket, m: Tensor, root: Tensor) -> Tensor:
+    """[tensors], norms of m / root: of the direction without Nesterov's look ahead."""
+    plain, views = bucket.work("plain")
+    torch.div(m, root, out=plain)
+    return tensor_norms(views, bucket.arena.dtype)
 
 
 def _ahead(bucket: Bucket, m: Tensor, grads: list[Tensor], bias1: Tensor, rule: Rule) -> Tensor:

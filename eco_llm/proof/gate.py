@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eco_llm.config import BEFORE_THEM, TrainConfig, flatten
+from eco_llm.config import BEFORE_THEM, TrainConfig, flag_of, flatten
 from eco_llm.errors import UserError
 
 Records = Sequence[dict[str, Any]]
@@ -67,8 +67,8 @@ def check_same_tokens(a: dict[str, Any], b: dict[str, Any]) -> None:
     for name in _SAME_TOKENS:
         if a.get(name) != b.get(name):
             raise UserError(
-                f"{_flag(name)} is {_shown(a.get(name))} in A and {_shown(b.get(name))} in B: their steps would not see"
-                " the same tokens"
+                f"{flag_of(name)} is {_shown(a.get(name))} in A and {_shown(b.get(name))} in B: their steps would not"
+                " see the same tokens"
             )
     tokens = [int(s["batch_size"] * s["seq_len"] * s["grad_accum"]) for s in (a, b)]
     if tokens[0] != tokens[1]:
@@ -90,14 +90,10 @@ def check_same_learning(a: dict[str, Any], b: dict[str, Any], steps: int) -> Non
     if differing and steps > 1:
         name = differing[0]
         raise UserError(
-            f"{_flag(name)} is {_shown(a[name])} in A and {_shown(b[name])} in B: they would learn differently,"
+            f"{flag_of(name)} is {_shown(a[name])} in A and {_shown(b[name])} in B: they would learn differently,"
             " which a comparison of speed cannot judge; --gate-steps 1 compares speed alone, with the gate not applied"
             " to the optimizer"
         )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _shown(value: Any) -> str:

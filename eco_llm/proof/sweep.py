@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eco_llm.config import TrainConfig, flatten
+from eco_llm.config import TrainConfig, flag_of, flatten
 from eco_llm.errors import UserError
 from eco_llm.files import strict, write_json
 from eco_llm.locks import lock_folder
@@ -177,10 +177,10 @@ class Sweep:
             raise UserError(f"{self.file} cannot be read; {anew}") from None
         now = strict(self._settings())
         if axes != list(self.points[0].values):
-            changed = f"it swept {', '.join('--' + a.replace('_', '-') for a in axes)}"
+            changed = f"it swept {', '.join(map(flag_of, axes))}"
         elif differing := [k for k in now if before.get(k) != now[k]]:
             k = differing[0]
-            changed = f"--{k.replace('_', '-')} {before.get(k)} → {now[k]}"
+            changed = f"{flag_of(k)} {before.get(k)} → {now[k]}"
         elif digest != environment.source_digest():
             changed = "eco-llm's code has changed since"
         else:

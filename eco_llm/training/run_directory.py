@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from eco_llm.config import TrainConfig, differences, from_dict
+from eco_llm.config import TrainConfig, differences, flag_of, from_dict
 from eco_llm.errors import UserError
 from eco_llm.files import fsync_dir, replacing, write_json
 from eco_llm.locks import lock_folder
@@ -222,10 +222,9 @@ class RunDirectory:
 
 def _change(name: str, old: Any, new: Any) -> str:
     """A setting's two values as flags are typed."""
-    flag = name.replace("_", "-")
     if isinstance(old, bool) and isinstance(new, bool):
-        return " → ".join(f"--{'' if value else 'no-'}{flag}" for value in (old, new))
-    return f"--{flag} {old} → {new}"
+        return " → ".join(flag_of(name if value else f"no_{name}") for value in (old, new))
+    return f"{flag_of(name)} {old} → {new}"
 
 
 def _whole_lines(lines: list[bytes]) -> bytes:

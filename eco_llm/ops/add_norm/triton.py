@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eco_llm.ops.add_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.partials import sum_partials
-from eco_llm.ops.rows import programs_for
+from eco_llm.ops.rows import load_row, programs_for, store_chunk
 
 _CHUNKS = 6  # of a row at most, in forward
 _CHANNELS_OF_A_WARP = 128  # in a chunk: four a thread, 16 bytes of float32
@@ -100,19 +100,17 @@ def add_norm_backward_kernel(
         d_scale = d_scale + (tl.zeros((CHUNK,), tl.float32),)
     for row in range(program, rows, tl.num_programs(0)):
         at = tl.cast(row, tl.int64) * C
-        now = ()
-        gradient = ()
-        passing = ()
-        for k in tl.static_range(N):  # all reads first: they wait for memory together
-            here = at + k * CHUNK + columns
-            inside = k * CHUNK + columns < C
-            gradient = gradient + (tl.load(d_normed + here, mask=inside, other=0.0),)
-            value = tl.load(x + here, mask=inside, other=0.0)
-            if HAS_DELTA:
-                value += tl.load(delta + here, mask=inside, other=0.0).to(tl.float32)
-            now = now + (value,)
-            if HAS_D_TOTAL:
-                passing = passing + (tl.load(d_total + here, mask=inside, other=0.0),)
+        # All reads first: they wait for memory together.
+        gradient = load_row(d_normed + at, C, CHUNK, N)
+        now = load_row(x + at, C, CHUNK, N)
+        if HAS_DELTA:
+            added = load_row(delta + at, C, CHUNK, N)
+            total = ()
+            for k in tl.static_range(N):
+                total = total + (now[k] + added[k].to(tl.float32),)
+            now = total
+        if HAS_D_TOTAL:
+            passing = load_row(d_total + at, C, CHUNK, N)
         squares = tl.zeros((CHUNK,), tl.float32)
         products = tl.zeros((CHUNK,), tl.float32)
         for k in tl.static_range(N):
@@ -125,23 +123,21 @@ def add_norm_backward_kernel(
         mean = product / C * inverse
         summed = ()
         for k in tl.static_range(N):
-            here = at + k * CHUNK + columns
-            inside = k * CHUNK + columns < C
             # Read again: the weight lies in the fastest cache, and registers limit the programs.
-            scale = tl.load(weight + k * CHUNK + columns, mask=inside, other=0.0)
+            scale = tl.load(weight + k * CHUNK + columns, mask=k * CHUNK + columns < C, other=0.0)
             normal = now[k] * inverse
             received = gradient[k].to(tl.float32)
             ds = inverse * (scale * received - normal * mean)
             if HAS_D_TOTAL:
                 ds += passing[k]
-            tl.store(dx + here, ds, mask=inside)
+            store_chunk(dx + at, ds, k, C, CHUNK)
             if NARROW:
-                tl.store(narrowed + here, ds.to(narrowed.dtype.element_ty), mask=inside)
+                store_chunk(narrowed + at, ds, k, C, CHUNK)
             summed = summed + (d_scale[k] + received * normal,)
         d_scale = summed
     partials += program.to(tl.int64) * C
     for k in tl.static_range(N):
-        tl.store(partials + k * CHUNK + columns, d_scale[k], mask=k * CHUNK + columns < C)
+        store_chunk(partials, d_scale[k], k, C, CHUNK)
 
 
 def _forward_shape(channels: int) -> dict[str, int]:

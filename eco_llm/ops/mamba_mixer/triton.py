@@ -95,15 +95,9 @@ def mixer_forward(
 
 
 def _scan(
-    convolved: Tensor,
-    dt: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    inner: int,
-    state_dim: int,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+    convolved: Tensor, dt: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+    inner: int, state_dim: int, chunk_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [B, T, H·P], decays)."""
     x, B, C = _unpack(convolved, inner, dt_bias.shape[0], state_dim)
     s = ssd.shape_of(x, B, chunk_size)
