@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import statistics
@@ -26,6 +27,14 @@ from eco_llm.files import write_json
 from eco_llm.perf import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def _load() -> float | None:
+    """Processes that ran or wanted to, a minute's mean; None on Windows, which does not count them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+_LOAD_BEFORE = _load()
 
 
 class GateError(Exception):
@@ -182,7 +191,7 @@ def write_evidence(
         raise ValueError(f"claim {claim!r} has no raw samples: evidence without them proves nothing")
     if not isinstance(payload.get("summary"), dict) or not payload["summary"]:
         raise ValueError(f"claim {claim!r} has no summary")
-    if reserved := {"claim", "environment", "command", "hardware"} & set(payload):
+    if reserved := {"claim", "environment", "command", "hardware", "processor_load"} & set(payload):
         raise ValueError(f"claim {claim!r}: {sorted(reserved)} are filled in here")
     if recorded is None and device.startswith("cuda"):
         import torch
@@ -192,6 +201,8 @@ def write_evidence(
     hardware = hardware_slug(env)
     path = results / hardware / f"{claim}.json"
     head = {"claim": claim, "hardware": hardware, "command": env["command"], "environment": env}
+    if recorded is None:
+        head["processor_load"] = {"before": _LOAD_BEFORE, "after": _load()}
     write_json(path, head | payload)
     return path
 

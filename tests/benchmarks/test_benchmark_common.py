@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,9 @@ def test_evidence_is_complete(tmp_path: Path) -> None:
     assert evidence["claim"] == "a_claim"
     assert evidence["summary"] == payload["summary"]
     assert evidence["samples"] == payload["samples"]
+    assert set(evidence["processor_load"]) == {"before", "after"}
+    if hasattr(os, "getloadavg"):
+        assert all(0 <= load < 10_000 for load in evidence["processor_load"].values())
     assert {"date", "command", "commit", "dirty", "source_sha256", "versions", "cpu", "gpu"} <= set(
         evidence["environment"]
     )
@@ -114,6 +118,7 @@ def test_evidence_is_complete(tmp_path: Path) -> None:
         ("x", {"summary": {"a": 1}, "samples": "many"}, "no raw samples"),
         ("x", {"samples": [1]}, "no summary"),
         ("x", {"summary": {"a": 1}, "samples": [1], "environment": {}}, "filled in here"),
+        ("x", {"summary": {"a": 1}, "samples": [1], "processor_load": {}}, "filled in here"),
         ("x", {"summary": {"a": float("nan")}, "samples": [1]}, "JSON"),
         ("../x", {"summary": {"a": 1}, "samples": [1]}, "lower-case"),
     ],
