@@ -6,7 +6,7 @@
 PATH is a checkout of nanoGPT; its model as it is, compiled, fused AdamW, bf16 autocast, clipping. `recompute` wraps
 each of its blocks in torch.utils.checkpoint; `chunked loss` makes its logits some thousand tokens at a time (peers.py):
 what a careful user of it would write, and the stronger baseline where memory is short. Ours: the step that `eco_train`
-runs, compiled blocks, C3O.
+runs in its default GPU profile: compiled blocks, C3O on a sphere, weights and its state in bf16.
 
 A row is a memory mode as `--instant-mode` takes it (`recompute`, `recompute*8,none*10`), perhaps followed by ` 4 bits`;
 or `auto`, what `--instant-mode auto --vram-gib CAP` comes to; or a peer. `@16x1024,32x1024` behind it: at these shapes
@@ -44,7 +44,7 @@ from typing import Any
 from common import RESULTS, GateError, hardware_slug, require_close, write_evidence
 from render import SPOILED_GIB
 
-from eco_llm.config import InstantConfig, RuntimeConfig, SigmaConfig, TrainConfig
+from eco_llm.config import C3OConfig, InstantConfig, RuntimeConfig, SigmaConfig, TrainConfig
 from eco_llm.errors import UserError
 from eco_llm.instant.plan.search import choose
 from eco_llm.perf import environment
@@ -53,6 +53,9 @@ from eco_llm.runtime import set_cache_dirs
 MODES = ("none", "recompute", "compress", "compress 4 bits", "fixed-point", "coupled")
 PEERS = ("nanoGPT", "nanoGPT recompute", "nanoGPT chunked loss", "nanoGPT chunked loss recompute")
 FOUR_BITS = " 4 bits"
+C3O = C3OConfig(c3o_sphere=1.0, c3o_state_dtype="bf16", c3o_trust_norm_refresh_drift=0.02)
+"""As the default GPU profile has it; its weights are bf16, too."""
+STORAGE = {"weights": "bf16", "c3o_state": C3O.c3o_state_dtype}
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,11 @@ def planned(shape: SigmaConfig, row: Row, cap_gib: float, *, graph: bool) -> Ins
     Raises:
         UserError: nothing fits.
     """
-    config = TrainConfig(model=shape, instant=InstantConfig(instant_mode="auto", vram_gib=cap_gib))
+    config = TrainConfig(model=shape, instant=InstantConfig(instant_mode="auto", vram_gib=cap_gib), c3o=C3O)
     config = dataclasses.replace(
         config,
         training=dataclasses.replace(config.training, batch_size=row.batch, seq_len=row.length),
-        runtime=dataclasses.replace(config.runtime, cuda_graph="auto" if graph else "off"),
+        runtime=dataclasses.replace(config.runtime, cuda_graph="auto" if graph else "off", weights_dtype="bf16"),
     )
     return dataclasses.replace(choose(config).instant, instant_bits="8")
 
@@ -303,7 +306,7 @@ def main() -> None:
         return step, {}
 
     def ours(instant: InstantConfig, batches: Batches) -> Any:
-        model = Ours(shape, batches.cycle(), runtime, graph=graph, instant=instant)
+        model = Ours(shape, batches.cycle(), runtime, graph=graph, instant=instant, c3o=C3O, bf16_weights=True)
         notes: dict[str, Any] = {"how": model.how}
         if instant.instant_mode == "fixed-point":
             for _ in range(60):  # at initialisation hardly a block contracts
@@ -384,13 +387,14 @@ def main() -> None:
         return found | {"seconds": time.perf_counter() - start, "commit": env["commit"]}
 
     model = {"layers": layers, "width": width, "vocab": vocab, "mlp_hidden_dim": shape.mlp_hidden_dim}
+    same = {"cap_gib": cap, "graph": graph, "model": model, "storage": STORAGE}
     measured: list[dict[str, Any]] = []
     before: list[dict[str, Any]] = []
     not_run_before: list[str] = []
     if arguments.add:
         try:
             path = RESULTS / hardware_slug(env) / f"{claim}.json"
-            before, not_run_before = kept_rows(path, rows, {"cap_gib": cap, "graph": graph, "model": model})
+            before, not_run_before = kept_rows(path, rows, same)
         except UserError as error:
             sys.exit(_refused(error))
     for sample in before:
@@ -411,11 +415,11 @@ def main() -> None:
             if (found["shape"], found["row"]) == pair
         }
         payload = {
-            "what": "tokens a second and peak memory of each memory mode", "unit": "tokens/s", "cap_gib": cap,
-            "graph": graph, "peer": describe(arguments.peer, ["model.py"]), "parameters": parameters,
+            "what": "tokens a second and peak memory of each memory mode", "unit": "tokens/s", **same,
+            "peer": describe(arguments.peer, ["model.py"]), "parameters": parameters,
             "dtype": str(runtime.compute_dtype),
             "allocator": {k: os.environ.get(k) for k in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")},
-            "model": model, "table": table(before + measured, cap), "not_run": [*not_run_before, *missed],
+            "table": table(before + measured, cap), "not_run": [*not_run_before, *missed],
             "seconds": time.perf_counter() - began, "summary": {"rows": len(before + measured), **best},
             "samples": before + measured,
         }  # fmt: skip
@@ -442,7 +446,7 @@ def kept_rows(path: Path, rows: Sequence[Row], same: dict[str, Any]) -> tuple[li
     if not path.is_file():
         raise UserError(f"--add: there is no {path.name} to add to")
     found = json.loads(path.read_text(encoding="utf-8"))
-    if other := [name for name, value in same.items() if found[name] != value]:
+    if other := [name for name, value in same.items() if found.get(name) != value]:
         raise UserError(f"--add: {path.name} was measured with another {' and '.join(other)}")
     again = {(row.shape, row.name) for row in rows}
     not_run = [name for name in found["not_run"] if name not in {f"{row.name} {row.shape}" for row in rows}]
