@@ -88,9 +88,10 @@ def store_chunk(pointer, value, k: tl.constexpr, C: tl.constexpr, CHUNK: tl.cons
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def multiprocessors(device: torch.device, interpreted: int) -> int:
+    """How many `device` has; `interpreted` where kernels are not run on a GPU."""
     if device.type != "cuda":
-        return 2  # the interpreter: few, so that a program meets several rows
+        return interpreted
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -111,5 +112,6 @@ def programs_for(rows: int, warps: int, resident: int, device: torch.device) -> 
         warps: of a program.
         resident: warps on a multiprocessor at a time.
     """
-    fitting = max(1, resident // warps) * _processors(device)
+    processors = multiprocessors(device, interpreted=2)  # few, so that a program meets several rows
+    fitting = max(1, resident // warps) * processors
     return math.ceil(rows / math.ceil(rows / fitting))

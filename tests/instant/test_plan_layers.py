@@ -213,10 +213,10 @@ def planned_peak(parts: Parts, work: Callable[[], Any]) -> int:
 def test_temporaries_inside_operators(model: SigmaConfig, batch: int, time: int, no_launches: None) -> None:
     from eco_llm.ops.mamba_mixer.coded import STREAMS
     from eco_llm.ops.mamba_mixer.triton import Kept, mixer_backward, mixer_forward, mixer_forward_to_codes
-    from eco_llm.ops.ssd.triton import MOST_HEADS_GRADIENT, PROGRAMS_GRADIENT
+    from eco_llm.ops.ssd.triton import MOST_HEADS_GRADIENT, OF_AN_H200, PROGRAMS_GRADIENT
     from eco_llm.ops.swiglu.triton import mlp_backward, mlp_forward
 
-    assert (MOST_HEADS, PROGRAMS) == (MOST_HEADS_GRADIENT, PROGRAMS_GRADIENT)
+    assert (MOST_HEADS, PROGRAMS) == (MOST_HEADS_GRADIENT, PROGRAMS_GRADIENT * OF_AN_H200)
     assert plan_layers.GROUP == quantize.GROUP
     inputs = mixer_inputs(model, batch, time, torch.float32)
     parts = parts_of(model, batch, time)

@@ -5,6 +5,7 @@ They need a GPU (`-m gpu`), or Triton's interpreter (slow, small shapes only): T
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 from pathlib import Path
 
@@ -192,8 +193,9 @@ def test_auto_is_triton_inside_and_outside_torch_compile() -> None:
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("chunk", [64, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("processors", [132, 24])  # an H200; a small consumer card, whose tiles are the largest
 def test_every_kernel_fits_the_shared_memory_of_a_consumer_card(
-    dtype: torch.dtype, chunk: int, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    dtype: torch.dtype, chunk: int, capability: int, processors: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Compiled for each card, not run: what the launchers ask for at the default profile's shape. Where they limit the
     registers nothing is spilled.
@@ -246,7 +248,7 @@ def test_every_kernel_fits_the_shared_memory_of_a_consumer_card(
         monkeypatch.setattr(kernels, name, Spy(getattr(kernels, name)))
     x, B = torch.empty(4, 512, 24, 64, dtype=dtype), torch.empty(4, 512, 1, 128, dtype=dtype)
     raw, bias, A, D = torch.empty(4, 512, 24, dtype=dtype), torch.empty(24), torch.empty(24), torch.empty(24)
-    s = launchers.shape_of(x, B, chunk)
+    s = dataclasses.replace(launchers.shape_of(x, B, chunk), processors=processors)
     launchers.forward(x, launchers.decays(raw, bias, A, s), B, B, D, s, initial=None, final=False)
     launchers.backward(x, x, raw, bias, A, B, B, D, s, initial=None, d_final=None, d_raw=raw)
     assert len(sizes) == 5

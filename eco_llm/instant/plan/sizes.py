@@ -17,7 +17,7 @@ STATE_BYTES = {"fp32": 8.0, "bf16": 4.0, "int8": 2.0625, "int4": 1.0625}
 """C3O's two moments, bytes a parameter, scales included."""
 STATE_ROW = 4096
 """Numbers of a tensor's moments are whole rows of so many."""
-MOST_HEADS, PROGRAMS = 12, 132  # as ops.ssd.triton.MOST_HEADS_GRADIENT and PROGRAMS_GRADIENT
+MOST_HEADS, PROGRAMS = 12, 132  # as ops.ssd.triton.MOST_HEADS_GRADIENT, and PROGRAMS_GRADIENT of an H200
 TILE = 4096
 """Numbers of a coupled state that have one checksum: as ops.grid.TILE, which a test compares too."""
 MAX_CHANNELS = 8192  # as ops.gated_norm.MAX_TRITON_CHANNELS; a test compares, for that module imports torch

@@ -21,7 +21,6 @@ always the same one, and results from codes would not have the bits of results f
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -33,6 +32,7 @@ from torch import Tensor
 from eco_llm.ops.partials import sum_partials
 from eco_llm.ops.quantize import reference as numbers
 from eco_llm.ops.quantize.triton import GROUP, from_codes, signed_keys, step_keys, to_codes
+from eco_llm.ops.rows import multiprocessors
 from eco_llm.ops.sigmoid import sigmoid
 
 _WARPS = 4
@@ -367,13 +367,6 @@ def conv_silu_backward_kernel(
         )  # fmt: skip
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # the interpreter: few, so that strips are long
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _columns(taps: int, tuning: _Tuning) -> int:
     """Channels a program; fewer a thread where the registers for the taps would not suffice."""
     return 32 * min(tuning.channels, 4 if taps <= 4 else 2 if taps <= 8 else 1)
@@ -384,9 +377,13 @@ def _strip_tokens(batch: int, tokens: int, blocks: int, tuning: _Tuning, device:
     for every strip reads its neighbours' tokens too.
     """
 
+    few = 1  # interpreted, so that strips are long
+
     def time(strip: int) -> float:
         programs = batch * math.ceil(tokens / (_STRIPS * strip)) * blocks
-        share = math.ceil(programs / _processors(device)) / tuning.resident  # of a multiprocessor, by the busiest
+        share = (
+            math.ceil(programs / multiprocessors(device, few)) / tuning.resident
+        )  # of a multiprocessor, by the busiest
         return max(share, 1.0) * (strip + _STRIP_OVERHEAD)
 
     return min(reversed(_STRIP_TOKENS), key=time)

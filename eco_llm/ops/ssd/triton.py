@@ -15,17 +15,20 @@ import torch
 import triton
 from torch import Tensor
 
+from eco_llm.ops.rows import multiprocessors
 from eco_llm.ops.ssd import triton_kernels as kernels
 from eco_llm.ops.ssd.operator import tile_and_chunk
 
 # (warps, stages) of each kernel; the most heads of a program, which share the scores C·B (output) or a share of dB and
-# dC (gradient), and how many programs must be left for that. Chosen by measurement on an H200, which has 132
-# multiprocessors: docs/LOG.md. The plan of memory knows the gradient's: instant/plan/sizes.py.
+# dC (gradient), and how many programs a multiprocessor must be left for that. Chosen by measurement on an H200:
+# docs/LOG.md. The plan of memory knows the gradient's, for an H200: instant/plan/sizes.py.
 WALK, OUTPUT, GRADIENT = (4, 3), (4, 2), (4, 2)
 MOST_HEADS_OUTPUT, MOST_HEADS_GRADIENT = 8, 12
-PROGRAMS_OUTPUT, PROGRAMS_GRADIENT = 264, 132
-PROGRAMS_WALK, PROGRAMS_NARROW_WALK = 330, 165
+PROGRAMS_OUTPUT, PROGRAMS_GRADIENT = 2.0, 1.0
+PROGRAMS_WALK, PROGRAMS_NARROW_WALK = 2.5, 1.25
 """Of parts that have 64 rows of the state or fewer, and of those that have fewer columns too."""
+OF_AN_H200 = 132
+"""Its multiprocessors, which stand for those of no GPU: interpreted kernels are cut as they were measured."""
 OUTPUT_REGISTERS = 168
 """Of a thread of the output kernel, bf16 and chunks of one tile: three programs a multiprocessor. For the default
 profile the compiler would take 196 (sm_90), and spills nothing with these; it would with longer chunks or float32."""
@@ -45,6 +48,8 @@ class Shape:
     block: int
     chunk: int
     precision: str
+    processors: int
+    """Multiprocessors of the device."""
 
     @property
     def chunks(self) -> int:
@@ -62,12 +67,12 @@ class Shape:
     def heads_per_group(self) -> int:
         return self.heads // self.groups
 
-    def heads_per_program(self, roles: int, most: int, programs: int) -> int:
-        """The largest divisor of a group's heads, up to `most`, that leaves so many programs."""
+    def heads_per_program(self, roles: int, most: int, programs: float) -> int:
+        """The largest divisor of a group's heads, up to `most`, that leaves so many programs a multiprocessor."""
         best = 1
         for count in range(2, min(most, self.heads_per_group) + 1):
             left = roles * self.batch * self.tiles * (self.heads // count)
-            if self.heads_per_group % count == 0 and left >= programs:
+            if self.heads_per_group % count == 0 and left >= programs * self.processors:
                 best = count
         return best
 
@@ -78,8 +83,9 @@ class Shape:
         """
         rows, columns = self.state, self.width
 
-        def programs() -> int:
-            return self.batch * self.heads * directions * (self.state // rows) * (self.width // columns)
+        def programs() -> float:
+            parts = (self.state // rows) * (self.width // columns)
+            return self.batch * self.heads * directions * parts / self.processors
 
         while rows > 64 and programs() < PROGRAMS_WALK:  # products of fewer rows would leave warps idle
             rows //= 2
@@ -100,7 +106,8 @@ def shape_of(x: Tensor, B: Tensor, chunk_size: int) -> Shape:
     part = 32 if wide else 64
     split = width // part
     precision = "tf32x3" if wide else "tf32"  # three TF32 products are a float32 one; bf16 operands ignore it
-    return Shape(batch, time, heads * split, part, split, groups, state, block, chunk, precision)
+    processors = multiprocessors(x.device, OF_AN_H200)
+    return Shape(batch, time, heads * split, part, split, groups, state, block, chunk, precision, processors)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
