@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from eco_llm.ops.quantize.triton import GROUP, from_codes, to_codes
+from eco_llm.ops.quantize.triton import GROUP, from_codes, store_scales, to_codes
 
 CHUNKS = 3  # at most; more of them would not fit the registers in the norms' backward
 
@@ -75,7 +75,7 @@ def store_codes(
     packed, scale_bits = to_codes(values, quads, key0, key1, GROUPS, BITS, SLOPE)
     inside = group < C // GROUP
     tl.store(codes + first * BYTES + group * BYTES + tl.arange(0, BYTES)[None, :], packed, mask=inside)
-    tl.store(scales + first + group, scale_bits, mask=inside)
+    store_scales(scales + first, group, scale_bits, inside, GROUP // 8)
 
 
 @triton.jit

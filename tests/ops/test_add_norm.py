@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import INTERPRETED, KERNEL_DEVICE, assert_close, normal
+from kernel_cases import INTERPRETED, KERNEL_DEVICE, assert_close, compile_instead_of_running, normal
 from torch import Tensor
 
 from eco_llm.ops.add_norm import add_rms_norm
@@ -227,47 +227,20 @@ def test_no_program_waits_or_changes_threads_but_where_it_must(
     channels: int, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled for each card, not run: wide accesses only, and in rows of one warp no barrier in forward."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from eco_llm.ops.add_norm import triton as launchers
 
-    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-    built: dict[str, tuple[int, str]] = {}
-
-    class Spy:
-        def __init__(self, kernel: object) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: object) -> object:
-            def launch(
-                *args: object, num_warps: int, num_stages: int, maxnreg: int | None = None, **constants: object
-            ) -> None:
-                signature, attributes = {}, {}
-                for i, (name, value) in enumerate(zip(self.kernel.arg_names, args, strict=False)):
-                    if isinstance(value, Tensor):
-                        signature[name] = names[value.dtype]
-                        attributes[(i,)] = [["tt.divisibility", 16]]
-                    else:
-                        signature[name] = "fp32" if isinstance(value, float) else "i32"
-                signature |= dict.fromkeys(constants, "constexpr")
-                source = ASTSource(self.kernel, signature, dict(constants), attributes)
-                options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
-                compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-                built[self.kernel.__name__] = compiled.metadata.shared, compiled.asm["ptx"]
-
-            return launch
-
-    for name in ("add_norm_forward_kernel", "add_norm_backward_kernel"):
-        monkeypatch.setattr(launchers, name, Spy(getattr(launchers, name)))
+    kernels = ("add_norm_forward_kernel", "add_norm_backward_kernel")
+    compiled = compile_instead_of_running(monkeypatch, launchers, *kernels, capability=capability)
     monkeypatch.setattr(launchers, "sum_partials", lambda partials: [partials[0]])
     x, delta, weight = torch.empty(1, 64, channels), torch.empty(1, 64, channels).bfloat16(), torch.empty(channels)
     launchers.add_norm_forward(x, delta, weight, EPS, torch.bfloat16)
     launchers.add_norm_backward(x, delta, x, delta, weight, EPS, torch.bfloat16)
-    assert len(built) == 2
-    for shared, ptx in built.values():
-        assert shared <= 8192
+    assert len(compiled) == 2
+    built = {name: one.asm["ptx"] for name, one in compiled}
+    for _, one in compiled:
+        assert one.metadata.shared <= 8192
+    for ptx in built.values():
         loads = re.findall(r"ld\.global\S*", ptx)
         assert loads
         assert all(".v2.b32" in load or ".v4.b32" in load for load in loads)  # four channels of a thread
-    assert ("bar.sync" in built["add_norm_forward_kernel"][1]) == (channels > 768)
+    assert ("bar.sync" in built["add_norm_forward_kernel"]) == (channels > 768)

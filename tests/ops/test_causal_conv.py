@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, assert_close, normal
+from kernel_cases import INTERPRETED, assert_close, compile_instead_of_running, normal
 from torch import Tensor
 
 from eco_llm.ops.causal_conv import causal_conv_silu
@@ -300,38 +300,15 @@ def test_codes_are_written_without_a_detour(
     """Compiled for each card, not run: little shared memory, and no thread waits for others on behalf of codes."""
     if INTERPRETED:
         pytest.skip("needs Triton's compiler")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from eco_llm.ops.causal_conv import triton as conv
 
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16",
-             torch.int64: "i64"}  # fmt: skip
-    kernel, built = conv.conv_silu_forward_kernel, []
-
-    class Spy:
-        def __getitem__(self, grid: object) -> object:
-            def launch(*args: object, num_warps: int, num_stages: int, **constants: object) -> None:
-                signature, attributes = {}, {}
-                for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-                    tensor = isinstance(value, Tensor)
-                    signature[name] = f"*{names[value.dtype]}" if tensor else "i32"
-                    if tensor or name == "C":
-                        attributes[(i,)] = [["tt.divisibility", 16]]
-                signature |= dict.fromkeys(constants, "constexpr")
-                source = ASTSource(kernel, signature, dict(constants), attributes)
-                options = {"num_warps": num_warps, "num_stages": num_stages}
-                built.append(compile(source, target=GPUTarget("cuda", capability, 32), options=options))
-
-            return launch
-
-    monkeypatch.setattr(conv, "conv_silu_forward_kernel", Spy())
+    built = compile_instead_of_running(monkeypatch, conv, "conv_silu_forward_kernel", capability=capability)
     x = torch.empty(4, 128, 3352, dtype=dtype)[..., 1536:3328]  # the mixer's at its default widths
     weight, bias, step = torch.empty(1792, 4), torch.empty(1792), torch.tensor(0)
     conv.conv_silu_forward(x, weight, bias)
     for bits in (8, 4):
         conv.conv_silu_forward_to_codes(x, weight, bias, bits, step, 0)
-    plain, *to_codes = built
+    plain, *to_codes = (compiled for _, compiled in built)
     assert len(to_codes) == 2
     for one in to_codes:
         assert one.metadata.shared <= plain.metadata.shared <= 4096

@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from kernel_cases import INTERPRETED, KERNEL_DEVICE, normal
+from kernel_cases import INTERPRETED, KERNEL_DEVICE, compile_instead_of_running, normal
 from torch import Tensor
 
 from eco_llm.ops import quantize as quantizers
@@ -562,6 +562,23 @@ def test_offsets_beyond_32_bits(bits: int) -> None:
     torch.testing.assert_close(squares.double(), x[-4 * last :].double().square().sum(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_every_code_is_read_as_what_it_is(backend: str, device: str, dtype: torch.dtype, bits: int) -> None:
+    """All bytes at once, beside scales from the smallest to what overflows: code · scale, rounded once."""
+    tiny = 2.0**-112
+    for scale in (tiny, 2.0**-20 * 1.5, 1.0, 129 / 128, 3.0e4, 2.0**120 * 1.9921875, math.nan):
+        every = torch.arange(256, device=device).to(torch.uint8)
+        codes = every.view(torch.int8) if bits == 8 else every
+        signed_codes = codes.double() if bits == 8 else torch.stack((every % 16, every // 16), dim=1).flatten() - 8.0
+        scales = torch.full((codes.numel() * 8 // bits // 64,), scale, dtype=torch.bfloat16, device=device)
+        q = Quantized(codes, scales, (signed_codes.numel(),), dtype, bits)
+        largest = torch.finfo(dtype).max
+        expected = (signed_codes.double() * scales[0].double()).clamp(-largest, largest).to(dtype)
+        assert same(dequantize(q, backend=backend), expected)
+
+
 @pytest.mark.gpu
 @only_gpu
 @pytest.mark.parametrize("capability", [80, 89, 90])
@@ -570,45 +587,19 @@ def test_every_kernel_fits_a_consumer_card_and_moves_16_bytes_at_a_time(
     dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled for each card, not run: shared memory, and the width of loads of x at the mixer's shape."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from eco_llm.ops.quantize import triton as launchers
 
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8",
-             torch.uint8: "u8", torch.int16: "i16", torch.int64: "i64"}  # fmt: skip
-    built: list[tuple[str, int, str]] = []
-
-    class Spy:
-        def __init__(self, kernel: object) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: object) -> object:
-            def launch(*args: object, num_warps: int, enable_fp_fusion: bool, **constants: object) -> None:
-                signature, attributes = {}, {}
-                for i, (name, value) in enumerate(zip(self.kernel.arg_names, args, strict=False)):
-                    tensor = isinstance(value, Tensor)
-                    signature[name] = f"*{names[value.dtype]}" if tensor else "i32"
-                    if tensor:
-                        attributes[(i,)] = [["tt.divisibility", 16]]
-                signature |= dict.fromkeys(constants, "constexpr")
-                source = ASTSource(self.kernel, signature, dict(constants), attributes)
-                options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
-                compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-                built.append((self.kernel.__name__, compiled.metadata.shared, compiled.asm["ptx"]))
-
-            return launch
-
-    for name in ("quantize_kernel", "dequantize_kernel", "error_kernel"):
-        monkeypatch.setattr(launchers, name, Spy(getattr(launchers, name)))
+    kernels = ("quantize_kernel", "dequantize_kernel", "error_kernel")
+    built = compile_instead_of_running(monkeypatch, launchers, *kernels, capability=capability)
     x, step = torch.empty(4, 512, 3352, dtype=dtype), torch.tensor(0)
     for bits in (8, 4):
         codes, scales = launchers.quantize_triton(x, bits, step, 0)
         launchers.dequantize_triton(codes, scales, x.shape, dtype, bits)
         launchers.error_triton(x, bits, step, 0)
     assert len(built) == 6
-    for name, shared, ptx in built:
-        assert shared <= SHARED_MEMORY_OF_CONSUMER_CARDS
+    for name, compiled in built:
+        ptx = compiled.asm["ptx"]
+        assert compiled.metadata.shared <= SHARED_MEMORY_OF_CONSUMER_CARDS
         # What the source asks for (an exact inverse) is inline; the compiler itself may contract nothing.
         assert "fma.rn.f32" not in re.sub(r"// begin inline asm.*?// end inline asm", "", ptx, flags=re.S)
         wide = "st.global.v4.b32" if name == "dequantize_kernel" else "ld.global.v4.b32"

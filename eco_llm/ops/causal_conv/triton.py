@@ -11,9 +11,9 @@ Loads are issued `STEP` tokens ahead of their use (the compiler may not move the
 kernels divided by their common power of two, `UNIT`, and are multiplied by it there: that tells the compiler the
 alignment, and so the safe vector width, also where strides are no multiples of 16 (the only hint Triton has itself).
 
-Where x is given as codes (`ops.quantize`) a block of channels is one group, so that a tile, one token a strip, is
-`STRIPS` groups with a scale each. Where forward writes codes of x, a block is one group or two, and a strip's own
-tokens are coded by it alone: those of its neighbours that it reads too are not.
+Where codes of x (`ops.quantize`) are read or written a block of channels is one group or two, so that a tile, one token
+a strip, is whole groups with a scale each. They are read as words, one a thread: bytes would be taken apart and put
+together again. A strip's own tokens are coded by it alone: those of its neighbours that it reads too are not.
 
 Sums of two products are written as fused multiply-adds: left to itself the compiler rounds one of the two first, not
 always the same one, and results from codes would not have the bits of results from what they stand for.
@@ -31,12 +31,13 @@ from torch import Tensor
 
 from eco_llm.ops.partials import sum_partials
 from eco_llm.ops.quantize import reference as numbers
-from eco_llm.ops.quantize.triton import GROUP, from_codes, signed_keys, step_keys, to_codes
+from eco_llm.ops.quantize.triton import GROUP, from_words, signed_keys, step_keys, to_codes
 from eco_llm.ops.rows import multiprocessors
 from eco_llm.ops.sigmoid import sigmoid
 
 _WARPS = 4
 _STRIPS = 4
+WORDS = tl.constexpr(32)  # of codes in a block of a row: one a thread
 _STRIP_TOKENS = (8, 16, 24, 32, 48, 64)  # to choose from; multiples of every step
 _STRIP_OVERHEAD = 8  # tokens that would take as long as what a strip costs besides its tokens: taps, neighbours, sums
 
@@ -54,8 +55,9 @@ class _Tuning(NamedTuple):
 # 35 backward. Four channels a thread would be the cheaper backward, but take 162 registers.
 _FORWARD = _Tuning(channels=4, step=4, resident=7)
 _BACKWARD = _Tuning(channels=2, step=8, resident=5)
-_FORWARD_CODED = _Tuning(channels=2, step=8, resident=7)  # codes are fewer bytes: more tokens ahead
-_FORWARD_TO_CODES = _Tuning(channels=4, step=4, resident=6)  # 80 registers; 32 instructions a channel and token
+_FORWARD_CODED = _Tuning(channels=4, step=4, resident=6)
+# 32 instructions a channel and token; 8 tokens ahead of 4 bits, whose stores are narrower, gain nothing.
+_FORWARD_TO_CODES = {8: _Tuning(channels=4, step=8, resident=5), 4: _Tuning(channels=4, step=4, resident=6)}
 
 
 @triton.jit
@@ -91,34 +93,37 @@ def _load_rows(pointers, row_stride, inside, left, first, ROWS: tl.constexpr, sl
 
 
 @triton.jit
-def _load_scales(pointers, row_stride, left, first, ROWS: tl.constexpr, BITS: tl.constexpr):
-    """Scales of `_load_rows` of codes, [STRIPS, 1] each; without BITS nothing."""
-    rows = ()
+def _load_scales(pointers, row_stride, inside, left, first, ROWS: tl.constexpr, BITS: tl.constexpr):
+    """Scales of `_load_rows` of codes, [groups, 1] each; without BITS nothing."""
     if BITS:
-        for u in tl.static_range(ROWS):
-            rows = rows + (tl.load(pointers + (first + u) * row_stride, mask=u < left, other=0),)
-    return rows
+        return _load_rows(pointers, row_stride, inside, left, first, ROWS, 0, 1)
+    else:
+        return ()
 
 
 @triton.jit
-def _input(tiles, scales, u: tl.constexpr, STRIPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _input(
+    tiles, scales, u: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
+):
     """Tile u of `_load_rows`, float32; of codes what `dequantize` makes of them in DTYPE."""
     if BITS:
-        return _decoded(tiles[u], scales[u], STRIPS, BITS, DTYPE)
+        return _decoded(tiles[u], scales[u], STRIPS, COLUMNS, BITS, DTYPE)
     else:
         return tiles[u].to(tl.float32)
 
 
 @triton.jit
-def _decoded(packed, scale_bits, STRIPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _decoded(words, scale_bits, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     LARGEST: tl.constexpr = 3.4028234663852886e38 if tl.float32 == DTYPE else 3.3895313892515355e38
-    return from_codes(packed, scale_bits, STRIPS, BITS, DTYPE, LARGEST).to(tl.float32)
+    GROUPS: tl.constexpr = STRIPS * COLUMNS // GROUP
+    tile = from_words(words, scale_bits, GROUPS, BITS, COLUMNS // WORDS, DTYPE, LARGEST).to(tl.float32)
+    return tl.reshape(tile, (STRIPS, COLUMNS))
 
 
 @triton.jit
 def _load_window(
     pointers, row_stride, scales, scale_stride, inside, start, T,
-    W: tl.constexpr, STRIPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    W: tl.constexpr, STRIPS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The W − 1 tokens before the strip, float32; 0 before the first."""
     window = ()
@@ -127,11 +132,29 @@ def _load_window(
         there = (t >= 0) & (t < T)
         tile = tl.load(pointers + (u + 1 - W) * row_stride, mask=inside & there, other=0)
         if BITS:
-            scale = tl.load(scales + (u + 1 - W) * scale_stride, mask=there, other=0)
-            window = window + (_decoded(tile, scale, STRIPS, BITS, DTYPE),)
+            scale = tl.load(scales + (u + 1 - W) * scale_stride, mask=inside & there, other=0)
+            window = window + (_decoded(tile, scale, STRIPS, COLUMNS, BITS, DTYPE),)
         else:
             window = window + (tile.to(tl.float32),)
     return window
+
+
+@triton.jit
+def _groups_of(block, first_strip, strip, STRIPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(group, first token), [STRIPS · COLUMNS / GROUP, 1], of the groups that a tile of a block of channels has."""
+    OF_STRIP: tl.constexpr = COLUMNS // GROUP
+    each = tl.arange(0, STRIPS * OF_STRIP)[:, None]
+    return block * OF_STRIP + each % OF_STRIP, (first_strip + each // OF_STRIP) * strip
+
+
+@triton.jit
+def _word_pointers(codes, scales, row, group, C, COLUMNS: tl.constexpr):
+    """(codes, scales) of group `group` [n, 1] of rows [n, 1] of a [rows, C]; codes in words, as many as a thread has
+    channels.
+    """
+    COUNT: tl.constexpr = COLUMNS // WORDS
+    of_group = group * (GROUP // COUNT) + tl.arange(0, GROUP // COUNT)[None, :]
+    return codes + row * (C // COUNT) + of_group, scales + row * (C // GROUP) + group
 
 
 @triton.jit
@@ -163,11 +186,13 @@ def conv_silu_forward_kernel(
     start = ((pid // blocks % programs) * STRIPS + tl.arange(0, STRIPS)[:, None]) * strip
     inside = (columns < C)[None, :]
     known = inside
+    begin = start  # of what is read of x
     scale_row = C // GROUP
     if BITS:
-        x_pointers, s_pointers = _code_pointers(x, scales, batch * T + start.to(tl.int64), pid % blocks, C, BITS)
-        x_row = scale_row * (GROUP * BITS // 8)
-        known = start >= 0  # blocks are whole groups
+        group, begin = _groups_of(pid % blocks, pid // blocks % programs * STRIPS, strip, STRIPS, COLUMNS)
+        x_pointers, s_pointers = _word_pointers(x, scales, batch * T + begin.to(tl.int64), group, C, COLUMNS)
+        x_row = C // (COLUMNS // WORDS)
+        known = group < scale_row
     else:
         x_row = x_row * UNIT
         x_pointers = x + batch * x_batch * UNIT + start.to(tl.int64) * x_row + columns[None, :]
@@ -175,11 +200,9 @@ def conv_silu_forward_kernel(
     y_pointers = y + (batch * T + start.to(tl.int64)) * C + columns[None, :]
     if KEEP:
         key0, key1 = step_keys(step, key0, key1)
-        OF_STRIP: tl.constexpr = COLUMNS // GROUP
-        each = tl.arange(0, STRIPS * OF_STRIP)[:, None]  # groups of a tile
+        GROUPS: tl.constexpr = STRIPS * COLUMNS // GROUP
         lane = tl.arange(0, GROUP // 4)[None, :]
-        group = pid % blocks * OF_STRIP + each % OF_STRIP
-        first = (pid // blocks % programs * STRIPS + each // OF_STRIP) * strip
+        group, first = _groups_of(pid % blocks, pid // blocks % programs * STRIPS, strip, STRIPS, COLUMNS)
         row = batch * T + first.to(tl.int64)
         code_pointers, code_scales = _code_pointers(x_codes, x_scales, row, group, C, KEEP)
         quads = ((row * scale_row + group) * (GROUP // 4)).to(tl.uint32) + lane.to(tl.uint32)
@@ -188,25 +211,27 @@ def conv_silu_forward_kernel(
         # for every token.
         code_scales += lane
 
-    left = tl.minimum(T - start, strip)  # tokens still to load, then to compute
-    ahead = _load_rows(x_pointers, x_row, known, left, 0, STEP, 0, 1)
-    s_ahead = _load_scales(s_pointers, scale_row, left, 0, STEP, BITS)
-    window = _load_window(x_pointers, x_row, s_pointers, scale_row, known, start, T, W, STRIPS, BITS, DTYPE)
+    left = tl.minimum(T - start, strip)  # tokens still to compute
+    unread = tl.minimum(T - begin, strip)
+    ahead = _load_rows(x_pointers, x_row, known, unread, 0, STEP, 0, 1)
+    s_ahead = _load_scales(s_pointers, scale_row, known, unread, 0, STEP, BITS)
+    window = _load_window(x_pointers, x_row, s_pointers, scale_row, known, begin, T, W, STRIPS, COLUMNS, BITS, DTYPE)
     weights, offset = _load_taps(weight, bias, columns, C, W, STRIPS, COLUMNS)
     for i in range(0, strip, STEP):
         now, s_now = ahead, s_ahead
-        ahead = _load_rows(x_pointers, x_row, known, left - STEP, i + STEP, STEP, 0, 1)
-        s_ahead = _load_scales(s_pointers, scale_row, left - STEP, i + STEP, STEP, BITS)
+        unread -= STEP
+        ahead = _load_rows(x_pointers, x_row, known, unread, i + STEP, STEP, 0, 1)
+        s_ahead = _load_scales(s_pointers, scale_row, known, unread, i + STEP, STEP, BITS)
         for u in tl.static_range(STEP):
-            x_t = _input(now, s_now, u, STRIPS, BITS, DTYPE)
+            x_t = _input(now, s_now, u, STRIPS, COLUMNS, BITS, DTYPE)
             pre = _silu_input(window, x_t, weights, offset, W)
             tl.store(y_pointers + (i + u) * C, (pre * sigmoid(pre)).to(y.dtype.element_ty), mask=inside & (u < left))
             if KEEP:
                 of_token = quads + ((i + u) * (C // 4)).to(tl.uint32)
-                tile = tl.reshape(x_t, (STRIPS * OF_STRIP, GROUP))
-                packed, scale_bits = to_codes(tile, of_token, key0, key1, STRIPS * OF_STRIP, KEEP, SLOPE)
+                tile = tl.reshape(x_t, (GROUPS, GROUP))
+                packed, scale_bits = to_codes(tile, of_token, key0, key1, GROUPS, KEEP, SLOPE)
                 tl.store(code_pointers + (i + u) * (C * KEEP // 8), packed, mask=i + u < coded)
-                repeated = tl.broadcast_to(scale_bits, (STRIPS * OF_STRIP, GROUP // 4))
+                repeated = tl.broadcast_to(scale_bits, (GROUPS, GROUP // 4))
                 tl.store(code_scales + (i + u) * scale_row, repeated, mask=(i + u < coded) & (lane == 0))
             window = window[1:] + (x_t,)
         left -= STEP
@@ -250,9 +275,9 @@ def _backward_columns(
     left = tl.minimum(T - start, strip + (W - 1))  # tokens still to read
     unwritten = tl.minimum(T - start, strip)
     x_ahead = _load_rows(x_pointers, x_row, known, left, 0, STEP, 0, 1)
-    s_ahead = _load_scales(s_pointers, scale_row, left, 0, STEP, BITS)
+    s_ahead = _load_scales(s_pointers, scale_row, known, left, 0, STEP, BITS)
     dy_ahead = _load_rows(dy_pointers, dy_row, inside, left, 0, STEP, dy_slice, SLICES)
-    window = _load_window(x_pointers, x_row, s_pointers, scale_row, known, start, T, W, STRIPS, BITS, DTYPE)
+    window = _load_window(x_pointers, x_row, s_pointers, scale_row, known, start, T, W, STRIPS, COLUMNS, BITS, DTYPE)
     weights, offset = _load_taps(weight, bias, columns, end_column, W, STRIPS, COLUMNS)
     zero = tl.zeros((STRIPS, COLUMNS), tl.float32)
     d_window = ()  # gradients of the pre-activation at the W − 1 tokens before t
@@ -267,10 +292,10 @@ def _backward_columns(
         x_now, s_now, dy_now = x_ahead, s_ahead, dy_ahead
         left -= STEP
         x_ahead = _load_rows(x_pointers, x_row, known, left, i + STEP, STEP, 0, 1)
-        s_ahead = _load_scales(s_pointers, scale_row, left, i + STEP, STEP, BITS)
+        s_ahead = _load_scales(s_pointers, scale_row, known, left, i + STEP, STEP, BITS)
         dy_ahead = _load_rows(dy_pointers, dy_row, inside, left, i + STEP, STEP, dy_slice, SLICES)
         for u in tl.static_range(STEP):
-            x_t = _input(x_now, s_now, u, STRIPS, BITS, DTYPE)
+            x_t = _input(x_now, s_now, u, STRIPS, COLUMNS, BITS, DTYPE)
             d_pre, dx = _backward_step(x_t, _add_slices(dy_now, u, SLICES), window, d_window, weights, offset, W)
             kept = inside & (u - (W - 1) < unwritten)
             if u < W - 1:
@@ -289,12 +314,12 @@ def _backward_columns(
     # The W − 1 tokens after the strip add to dx only: dWeight and dBias get them from the next strip.
     if W - 1 > STEP:
         x_ahead = x_ahead + _load_rows(x_pointers, x_row, known, left - STEP, strip + STEP, W - 1 - STEP, 0, 1)
-        s_ahead = s_ahead + _load_scales(s_pointers, scale_row, left - STEP, strip + STEP, W - 1 - STEP, BITS)
+        s_ahead = s_ahead + _load_scales(s_pointers, scale_row, known, left - STEP, strip + STEP, W - 1 - STEP, BITS)
         dy_ahead = dy_ahead + _load_rows(
             dy_pointers, dy_row, inside, left - STEP, strip + STEP, W - 1 - STEP, dy_slice, SLICES
         )
     for u in tl.static_range(W - 1):
-        x_t = _input(x_ahead, s_ahead, u, STRIPS, BITS, DTYPE)
+        x_t = _input(x_ahead, s_ahead, u, STRIPS, COLUMNS, BITS, DTYPE)
         d_pre, dx = _backward_step(x_t, _add_slices(dy_ahead, u, SLICES), window, d_window, weights, offset, W)
         kept = inside & (u - (W - 1) < unwritten) & (strip + u >= W - 1)
         tl.store(dx_pointers + (strip + u - (W - 1)) * dx_row, dx.to(dx_pointers.dtype.element_ty), mask=kept)
@@ -333,8 +358,8 @@ def conv_silu_backward_kernel(
     partial = partials + row.to(tl.int64) * (C * (W + 1))
     if BITS:
         # The groups of head and tail follow each other, as their blocks do.
-        x_pointers, s_pointers = _code_pointers(x, scales, batch * T + far, block, C, BITS)
-        x_row = scale_row * (GROUP * BITS // 8)
+        x_pointers, s_pointers = _word_pointers(x, scales, batch * T + far, block, C, COLUMNS)
+        x_row = C // (COLUMNS // WORDS)
     else:
         x_row = x_row * UNIT
         channels = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -415,6 +440,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError("need weight and bias contiguous")
 
 
+_WORDS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+
+
 class Codes(NamedTuple):
     """x [B, T, C], C a multiple of 64, as `quantize` makes it."""
 
@@ -428,13 +456,20 @@ def takes_codes(channels: int, taps: int) -> bool:
     return channels % numbers.GROUP == 0 and taps <= 8
 
 
-def _coded(x: Tensor, codes: Codes | None, taps: int, head: int = 0) -> tuple[Tensor, Tensor, int]:
-    """(x or codes, scales, bits or 0), as kernels take them; `head` channels come in blocks of their own."""
+def _coded(x: Tensor, codes: Codes | None, columns: int, taps: int, head: int = 0) -> tuple[Tensor, Tensor, int]:
+    """(x or words of codes, scales, bits or 0), as kernels with blocks of `columns` take them; `head` channels come in
+    blocks of their own.
+    """
     if codes is None:
         return x, x, 0
+    _check_groups(x, taps, head)
+    word = _WORDS[columns // WORDS.value * codes.bits]
+    return codes.codes.view(word), codes.scales.view(torch.int16), codes.bits
+
+
+def _check_groups(x: Tensor, taps: int, head: int = 0) -> None:
     if not takes_codes(x.shape[-1], taps) or head % numbers.GROUP:
         raise ValueError(f"need whole groups of {numbers.GROUP} channels and at most 8 taps for codes, got {x.shape}")
-    return codes.codes, codes.scales.view(torch.int16), codes.bits
 
 
 def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, codes: Codes | None = None) -> Tensor:
@@ -453,9 +488,9 @@ def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, codes: Codes | No
         ValueError: shapes, types or strides that do not fit.
     """
     _check(x, weight, bias)
-    source, scales, bits = _coded(x, codes, weight.shape[1])
+    taps, tuning = weight.shape[1], _FORWARD_CODED if codes else _FORWARD
+    source, scales, bits = _coded(x, codes, _columns(taps, tuning), taps)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tuning = _FORWARD_CODED if bits else _FORWARD
     _launch_forward(x, source, scales, weight, bias, y, tuning, *[y] * 3, 0, 0, BITS=bits, KEEP=0, SLOPE=0.0)
     return y
 
@@ -474,11 +509,11 @@ def conv_silu_forward_to_codes(
     """
     _check(x, weight, bias)
     codes = Codes(*numbers.empty_codes(x.numel(), bits, x), bits)
-    x_codes, x_scales, _ = _coded(x, codes, weight.shape[1])
+    _check_groups(x, weight.shape[1])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch_forward(
-        x, x, x, weight, bias, y, _FORWARD_TO_CODES, x_codes, x_scales, step, *signed_keys(stream),
-        BITS=0, KEEP=bits, SLOPE=numbers.slope(bits),
+        x, x, x, weight, bias, y, _FORWARD_TO_CODES[bits], codes.codes, codes.scales.view(torch.int16), step,
+        *signed_keys(stream), BITS=0, KEEP=bits, SLOPE=numbers.slope(bits),
     )  # fmt: skip
     return y, codes
 
@@ -540,8 +575,8 @@ def conv_silu_backward_partials(
             )
         tail_strides = _strides(dy_tail)
 
-    source, scales, bits = _coded(x, codes, taps, head)
     columns = _columns(taps, _BACKWARD)
+    source, scales, bits = _coded(x, codes, columns, taps, head)
     head_blocks = triton.cdiv(head, columns)
     blocks = head_blocks + triton.cdiv(channels - head, columns)
     strip = _strip_tokens(batch, tokens, blocks, _BACKWARD, x.device)

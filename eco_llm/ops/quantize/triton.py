@@ -262,28 +262,244 @@ def to_codes(x, quads, key0, key1, GROUPS: tl.constexpr, BITS: tl.constexpr, SLO
 
 
 @triton.jit
+def store_scales(scales, groups, scale_bits, inside, LANES: tl.constexpr):
+    """Store what `to_codes` returned as scales of `groups`, all but the first argument [GROUPS, 1].
+
+    As rows of which the first number counts, one for each of the LANES threads that share a group: a column of them
+    would change hands through shared memory, and so would rows that seem to follow each other in memory.
+    """
+    lane = tl.arange(0, LANES)[None, :]
+    repeated = tl.broadcast_to(scale_bits, (scale_bits.shape[0], LANES))
+    first = tl.max_contiguous(scales + groups, [1, 1])
+    tl.store(first + lane, repeated, mask=inside & (lane == 0))
+
+
+@triton.jit
 def from_codes(
     packed, scale_bits, GROUPS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, LARGEST: tl.constexpr
 ):
     """What `to_codes` returned, as DTYPE [GROUPS, GROUP]; LARGEST is the largest number of that type."""
     scale = (scale_bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     if BITS == 8:
-        code = packed.to(tl.float32)
+        code = _numbers_of_bytes(packed)
+    else:
+        even, odd = _numbers_of_nibbles(packed)
+        code = tl.reshape(tl.join(even, odd), (GROUPS, GROUP))
+    return rounded(code * scale, DTYPE, LARGEST)
+
+
+@triton.jit
+def _numbers_of_bytes(packed):
+    """float32 of int8. A byte becomes the lower bits of 2²³ + code + 128, from which the rest is subtracted: `cvt`
+    runs in the unit of exponentials and reciprocals, of which kernels that read codes have enough.
+    """
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 v, a;
+            xor.b32 v, $4, 0x80808080;
+            prmt.b32 a, v, 0x4B000000, 0x7440;
+            sub.rn.f32 $0, a, 0f4B000080;
+            prmt.b32 a, v, 0x4B000000, 0x7441;
+            sub.rn.f32 $1, a, 0f4B000080;
+            prmt.b32 a, v, 0x4B000000, 0x7442;
+            sub.rn.f32 $2, a, 0f4B000080;
+            prmt.b32 a, v, 0x4B000000, 0x7443;
+            sub.rn.f32 $3, a, 0f4B000080;
+            }""",
+            "=f,=f,=f,=f,r",
+            [packed],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return packed.to(tl.float32)
+
+
+@triton.jit
+def _numbers_of_nibbles(packed):
+    """float32 of the lower and of the upper nibbles of uint8, less 8; as `_numbers_of_bytes`."""
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 v, w, a;
+            and.b32 v, $8, 0x0F0F0F0F;
+            shr.b32 w, $8, 4;
+            and.b32 w, w, 0x0F0F0F0F;
+            prmt.b32 a, v, 0x4B000000, 0x7440;
+            sub.rn.f32 $0, a, 0f4B000008;
+            prmt.b32 a, v, 0x4B000000, 0x7441;
+            sub.rn.f32 $1, a, 0f4B000008;
+            prmt.b32 a, v, 0x4B000000, 0x7442;
+            sub.rn.f32 $2, a, 0f4B000008;
+            prmt.b32 a, v, 0x4B000000, 0x7443;
+            sub.rn.f32 $3, a, 0f4B000008;
+            prmt.b32 a, w, 0x4B000000, 0x7440;
+            sub.rn.f32 $4, a, 0f4B000008;
+            prmt.b32 a, w, 0x4B000000, 0x7441;
+            sub.rn.f32 $5, a, 0f4B000008;
+            prmt.b32 a, w, 0x4B000000, 0x7442;
+            sub.rn.f32 $6, a, 0f4B000008;
+            prmt.b32 a, w, 0x4B000000, 0x7443;
+            sub.rn.f32 $7, a, 0f4B000008;
+            }""",
+            "=f,=f,=f,=f,=f,=f,=f,=f,r",
+            [packed],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
     else:
         pair = packed.to(tl.int32)
-        code = tl.reshape(tl.join((pair & 15) - ZERO_NIBBLE, (pair >> 4) - ZERO_NIBBLE), (GROUPS, GROUP)).to(tl.float32)
-    return rounded(code * scale, DTYPE, LARGEST)
+        return ((pair & 15) - ZERO_NIBBLE).to(tl.float32), ((pair >> 4) - ZERO_NIBBLE).to(tl.float32)
+
+
+@triton.jit
+def from_words(
+    words, scale_bits, GROUPS: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr,
+    LARGEST: tl.constexpr,
+):  # fmt: skip
+    """`from_codes` of codes that are read COUNT at once, for kernels whose threads own 2 or 4 neighbours of a row.
+
+    words: integers of COUNT · BITS bits, [GROUPS, GROUP / COUNT].
+    """
+    words = words.to(tl.int32)
+    scale = (scale_bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if COUNT == 2:
+        code0, code1 = _numbers_of_pair(words, BITS)
+        code = tl.join(code0, code1)
+    else:
+        tl.static_assert(COUNT == 4)
+        code0, code1, code2, code3 = _numbers_of_quad(words, BITS)
+        code = tl.join(tl.join(code0, code2), tl.join(code1, code3))
+    return rounded(tl.reshape(code, (GROUPS, GROUP)) * scale, DTYPE, LARGEST)
+
+
+@triton.jit
+def _numbers_of_pair(words, BITS: tl.constexpr):
+    """As `_numbers_of_bytes`, of the two lowest codes of an int32."""
+    if _PTX and BITS == 8:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 v, a;
+            xor.b32 v, $2, 0x80808080;
+            prmt.b32 a, v, 0x4B000000, 0x7440;
+            sub.rn.f32 $0, a, 0f4B000080;
+            prmt.b32 a, v, 0x4B000000, 0x7441;
+            sub.rn.f32 $1, a, 0f4B000080;
+            }""",
+            "=f,=f,r",
+            [words],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    elif _PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a;
+            and.b32 a, $2, 15;
+            or.b32 a, a, 0x4B000000;
+            sub.rn.f32 $0, a, 0f4B000008;
+            bfe.u32 a, $2, 4, 4;
+            or.b32 a, a, 0x4B000000;
+            sub.rn.f32 $1, a, 0f4B000008;
+            }""",
+            "=f,=f,r",
+            [words],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return _number_of(words, 0, BITS), _number_of(words, 1, BITS)
+
+
+@triton.jit
+def _numbers_of_quad(words, BITS: tl.constexpr):
+    """As `_numbers_of_bytes`, of the four lowest codes of an int32."""
+    if _PTX and BITS == 8:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 v, a;
+            xor.b32 v, $4, 0x80808080;
+            prmt.b32 a, v, 0x4B000000, 0x7440;
+            sub.rn.f32 $0, a, 0f4B000080;
+            prmt.b32 a, v, 0x4B000000, 0x7441;
+            sub.rn.f32 $1, a, 0f4B000080;
+            prmt.b32 a, v, 0x4B000000, 0x7442;
+            sub.rn.f32 $2, a, 0f4B000080;
+            prmt.b32 a, v, 0x4B000000, 0x7443;
+            sub.rn.f32 $3, a, 0f4B000080;
+            }""",
+            "=f,=f,=f,=f,r",
+            [words],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    elif _PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 v, w, a;
+            and.b32 v, $4, 0x0F0F0F0F;
+            shr.b32 w, $4, 4;
+            and.b32 w, w, 0x0F0F0F0F;
+            prmt.b32 a, v, 0x4B000000, 0x7440;
+            sub.rn.f32 $0, a, 0f4B000008;
+            prmt.b32 a, w, 0x4B000000, 0x7440;
+            sub.rn.f32 $1, a, 0f4B000008;
+            prmt.b32 a, v, 0x4B000000, 0x7441;
+            sub.rn.f32 $2, a, 0f4B000008;
+            prmt.b32 a, w, 0x4B000000, 0x7441;
+            sub.rn.f32 $3, a, 0f4B000008;
+            }""",
+            "=f,=f,=f,=f,r",
+            [words],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return (
+            _number_of(words, 0, BITS), _number_of(words, 1, BITS), _number_of(words, 2, BITS),
+            _number_of(words, 3, BITS),
+        )  # fmt: skip
+
+
+@triton.jit
+def _number_of(words, i: tl.constexpr, BITS: tl.constexpr):
+    """Code i of int32 words."""
+    if BITS == 8:
+        code = ((words >> 8 * i) & 255 ^ 128) - 128
+    else:
+        code = ((words >> 4 * i) & 15) - ZERO_NIBBLE
+    return code.to(tl.float32)
 
 
 @triton.jit
 def rounded(y, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
     """y in DTYPE, to nearest, ties to even; within ±LARGEST, but NaN stays."""
     y = tl.clamp(y, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    if _INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter truncates
+    return narrowed(y, DTYPE)
+
+
+@triton.jit
+def narrowed(y, DTYPE: tl.constexpr):
+    """float32 y in DTYPE, to nearest, ties to even."""
+    if tl.bfloat16 != DTYPE:
+        return y.to(DTYPE)
+    elif _PTX:  # two at once: one alone is rounded in the unit of exponentials
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [y], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    elif _INTERPRETED:  # which truncates
         b = y.to(tl.int32, bitcast=True)
         up = ((b + (0x7FFF + ((b >> 16) & 1))) & -65536).to(tl.float32, bitcast=True)
-        y = tl.where(y != y, y, up)
-    return y.to(DTYPE)
+        return tl.where(y != y, y, up).to(tl.bfloat16)
+    else:
+        return y.to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=["units", "key0", "key1", "gap"])

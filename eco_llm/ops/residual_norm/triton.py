@@ -19,7 +19,7 @@ from torch import Tensor
 from eco_llm.ops.add_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.partials import sum_partials
 from eco_llm.ops.quantize import reference as numbers
-from eco_llm.ops.quantize.triton import signed_keys, step_keys
+from eco_llm.ops.quantize.triton import narrowed, signed_keys, step_keys
 from eco_llm.ops.rows import load_row, load_row_of_codes, programs_for, row_shape, store_chunk, store_codes
 
 _FORWARD_CHANNELS, _BACKWARD_CHANNELS = 8, 4  # a thread and chunk, at most
@@ -51,7 +51,7 @@ def residual_norm_kernel(
     tl.store(inverses + row, inverse)
     key0, key1 = step_keys(step, key0, key1)
     for k in tl.static_range(N):
-        value = (now[k] * inverse * gain[k]).to(u.dtype.element_ty)
+        value = narrowed(now[k] * inverse * gain[k], u.dtype.element_ty)
         store_chunk(u + here, value, k, C, CHUNK)
         store_codes(codes, scales, value, row, k, key0, key1, C, CHUNK, BITS, SLOPE)
 
@@ -66,6 +66,7 @@ def residual_norm_backward_kernel(
     `d_added` too, in its type.
     """
     first = tl.program_id(0)
+    columns = tl.arange(0, CHUNK)
     gain = load_row(weight, C, CHUNK, N)
     over = ()
     d_gain = ()
@@ -89,7 +90,9 @@ def residual_norm_backward_kernel(
             before = value[k].to(tl.float32)
             d = gradient[k].to(tl.float32)
             store_chunk(d_u + here, value[k], k, C, CHUNK)
-            through = passing[k] + inverse * (gain[k] * d - before * over[k] * mean)
+            # Read again: the weight lies in the fastest cache, and registers limit the programs.
+            again = tl.load(weight + k * CHUNK + columns, mask=k * CHUNK + columns < C, other=0.0)
+            through = passing[k] + inverse * (again * d - before * over[k] * mean)
             store_chunk(d_sum + here, through, k, C, CHUNK)
             if ADDED:
                 store_chunk(d_added + here, through, k, C, CHUNK)

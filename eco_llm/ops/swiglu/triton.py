@@ -20,11 +20,12 @@ from torch import Tensor
 
 from eco_llm.ops.products import cast_weight, weight_gradient
 from eco_llm.ops.quantize import reference as numbers
-from eco_llm.ops.quantize.triton import GROUP, from_codes, signed_keys, step_keys, to_codes
+from eco_llm.ops.quantize.triton import GROUP, from_codes, signed_keys, step_keys, store_scales, to_codes
 from eco_llm.ops.sigmoid import sigmoid
 
 _BLOCK = 1024  # elements of h a program
-_TO_CODES, _FROM_CODES = 32, 16  # groups of h a program: hashing gains from many, as few registers as can be from few
+_TO_CODES = {8: 32, 4: 16}  # groups of h a program, by bits: a thread stores 16 codes of 8 bits in one access
+_FROM_CODES = 16
 _WARPS = 4
 
 
@@ -90,9 +91,11 @@ def _quads_of(first, groups, GROUPS: tl.constexpr):
 @triton.jit(do_not_specialize=["groups", "key0", "key1"])
 def silu_mul_to_codes_kernel(
     a, h, codes, scales, step, key0, key1, groups,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, SLOPE: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, SLOPE: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """`silu_mul_forward_kernel` and `quantize_kernel` of a at once; groups of h [rows, F / 64]."""
+    """`silu_mul_forward_kernel` and `quantize_kernel` of a at once; groups of h [rows, F / 64]. LANES: threads that
+    share a group.
+    """
     key0, key1 = step_keys(step, key0, key1)
     start, here, first, gates, inside = _group_tile(groups, WIDTH, GROUPS)
     ups = gates + WIDTH
@@ -107,10 +110,10 @@ def silu_mul_to_codes_kernel(
     scales += first
     packed, scale_bits = to_codes(gate, _quads_of(first, gates, GROUPS), key0, key1, GROUPS, BITS, SLOPE)
     tl.store(codes + gates * BYTES + bytes_of, packed, mask=inside)
-    tl.store(scales + gates, scale_bits, mask=inside)
+    store_scales(scales, gates, scale_bits, inside, LANES)
     packed, scale_bits = to_codes(up, _quads_of(first, ups, GROUPS), key0, key1, GROUPS, BITS, SLOPE)
     tl.store(codes + ups * BYTES + bytes_of, packed, mask=inside)
-    tl.store(scales + ups, scale_bits, mask=inside)
+    store_scales(scales, ups, scale_bits, inside, LANES)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -213,9 +216,11 @@ def silu_mul_to_codes(a: Tensor, bits: int, step: Tensor, stream: int) -> tuple[
     h = torch.empty((rows, width), dtype=a.dtype, device=a.device)
     codes, scales = numbers.empty_codes(a.numel(), bits, a)
     if groups := h.numel() // numbers.GROUP:
-        silu_mul_to_codes_kernel[(triton.cdiv(groups, _TO_CODES),)](
+        of_program = _TO_CODES[bits]
+        silu_mul_to_codes_kernel[(triton.cdiv(groups, of_program),)](
             a, h, codes, scales.view(torch.int16), step, *signed_keys(stream), groups, WIDTH=width // numbers.GROUP,
-            BITS=bits, SLOPE=numbers.slope(bits), GROUPS=_TO_CODES, num_warps=_WARPS, enable_fp_fusion=False,
+            BITS=bits, SLOPE=numbers.slope(bits), GROUPS=of_program, LANES=32 * _WARPS // of_program,
+            num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return h, Codes(codes, scales, bits)
 
