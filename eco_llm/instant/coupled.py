@@ -1,14 +1,19 @@
 """`coupled`: two streams from which every earlier state follows, bit for bit.
 
-    forward   (a, b) → (b, a + f(b))        for every sub-layer f in turn     (leapfrog; RevNet, arXiv 1707.04585)
-    inverse   (b, c) → (c − f(b), b)
+    forward   (a, b) → (b, a + Σ f(b))      for every step in turn            (leapfrog; RevNet, arXiv 1707.04585)
+    inverse   (b, c) → (c − Σ f(b), b)
 
-One evaluation of f in backward serves both the inverse and the vector-Jacobian product. States are int32 on a grid
+The f of a step are the sub-layers that read one state: the first mixer; then always a block's MLP and the next block's
+mixer; at last the last MLP. So either stream receives what mixers and what MLPs write. (With a step for each sub-layer
+one would receive all mixers and the other all MLPs, and loss is higher: docs/instant.md.)
+
+One evaluation of f in backward serves both the inverse and the vector-Jacobian product, one f after the other, so that
+no more than one sub-layer's activations are alive. States are int32 on a grid
 (`ops/grid`), where what was added can always be subtracted again, and f, which reads their values in floating point, is
 the same computation both times (`replay`), so the state that backward reconstructs is that of forward. Kept: the two
-last states, whatever the depth, and of every other state its checksums (8 bytes for 4096 numbers), compared before a
+last states, whatever the depth, and of every other sum its checksums (8 bytes for 4096 numbers), compared before a
 block's last gradient is made. While f runs, one value is alive, its input; backward has also made that of the state
-before by the time gradients are.
+before by the time the MLP's gradients are.
 
 What is not finite, or out of the grid's range, is NaN in a value: what reads it is NaN, so the loss is, and the step is
 refused. (Backward then rebuilds from other numbers, and the gate trips too; of a loss that is NaN that means nothing.)
@@ -18,8 +23,8 @@ Rounding to the grid, by half a step at most, has derivative 1 here (a straight-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +33,8 @@ from torch.autograd.function import once_differentiable
 from eco_llm.instant.replay import Setting, SubLayer, back_propagate
 from eco_llm.instant.verification import Gate
 from eco_llm.ops.grid import advance, retreat, snap, values
+
+T = TypeVar("T")
 
 
 class Layer(Protocol):
@@ -50,13 +57,21 @@ def _types(x: Tensor, setting: Setting) -> tuple[torch.dtype, torch.dtype]:
     return wide, torch.bfloat16 if narrow else wide
 
 
-def coupled_values(sub_layers: Iterable[SubLayer], x: Tensor) -> Tensor:
-    """The coupled stack, for inference: x [B, T, D] -> the sum of its two last states, at least float32."""
+def _by_step(sub_layers: Sequence[T]) -> list[Sequence[T]]:
+    """Sub-layers, mixer and MLP in turn as blocks have them, by the state that they read."""
+    return [sub_layers[max(at - 1, 0) : at + 1] for at in range(0, len(sub_layers) + 1, 2)]
+
+
+def coupled_values(sub_layers: Sequence[SubLayer], x: Tensor) -> Tensor:
+    """The coupled stack, for inference: x [B, T, D] -> the sum of its two last states, at least float32.
+
+    `sub_layers`: of all blocks, mixer and MLP in turn.
+    """
     wide, read = _types(x, Setting.now(x))
     b, x, _ = snap(x, read)
     a = b
-    for f in sub_layers:
-        c, x, _ = advance(a, f(x), read, checked=False)
+    for step in _by_step(sub_layers):
+        c, x, _ = advance(a, [f(x) for f in step], read, checked=False)
         a, b = b, c
     # x − x: NaN where x is. What is NaN in the state before has reached x by the last sub-layer.
     return values(a, wide).add_(values(b, wide)).add_(x - x)
@@ -67,16 +82,16 @@ class _Coupled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, blocks: Sequence[Layer], gate: Gate, setting: Setting) -> Tensor:
         ctx.blocks, ctx.gate, ctx.setting, ctx.type = blocks, gate, setting, x.dtype
         wide, ctx.read = _types(x, setting)
-        sub_layers = [f for block in blocks for f in block.sub_layers]
+        *steps, last = _by_step([f for block in blocks for f in block.sub_layers])
         b, x, seen = snap(x, ctx.read)
-        a, sums = b, [seen] * 2  # of every state, in order
-        for f in sub_layers[:-1]:
-            c, x, seen = advance(a, setting.value(f, x), ctx.read)
-            a, b = b, c
-            sums.append(seen)
-        c, x, _ = advance(a, setting.value(sub_layers[-1], x), wide)
-        del sums[-1:]  # of the states that are kept: the last has none
-        ctx.save_for_backward(*sums)
+        a, of_a, of_b = b, seen, seen
+        sums = []  # of what backward rebuilds, in the order of forward
+        for step in steps:
+            c, x, (*between, seen) = advance(a, [setting.value(f, x) for f in step], ctx.read)
+            sums += [of_a, *between]
+            a, b, of_a, of_b = b, c, of_b, seen
+        c, x, _ = advance(a, [setting.value(f, x) for f in last], wide)
+        ctx.save_for_backward(*sums, of_a)
         ctx.last = b, c  # not saved: autograd would hold them until backward returns
         return x.add_(values(b, wide))  # NaN in the value of b has reached x
 
@@ -89,17 +104,20 @@ class _Coupled(torch.autograd.Function):
         (b, c), ctx.last = ctx.last, None
         da = db = gradients[0]
         x = values(b, ctx.read)
-        for index in reversed(range(len(ctx.blocks))):
-            mix, feed = ctx.blocks[index].sub_layers
-            for f in (feed, mix):
+        steps = _by_step([(index, f) for index, block in enumerate(ctx.blocks) for f in block.sub_layers])
+        for step in reversed(steps):
+            dc = db.to(ctx.read)  # of what every f of the step gives
+            for index, f in reversed(step):
                 leaf, y = ctx.setting.record(f, x)
-                # The first state's value is made too, though nothing reads it: one write a step, against a kernel more.
-                a, x, rebuilt = retreat(c, y.detach(), ctx.read)
-                b, c = a, b
+                # Only what the step's first f leaves is a state. (The first state's value is made too, though nothing
+                # reads it: one write a backward, against a kernel more.)
+                c, before, rebuilt = retreat(c, y.detach(), ctx.read if f is step[0][1] else None)
                 # Before gradients are made: with a block's last one, gradient release applies the block's update.
                 ctx.gate.expect_equal(index, sums.pop(), rebuilt)
-                da, db = db, da + back_propagate(leaf, db, y)
+                da = da + back_propagate(leaf, dc, y)
                 del leaf, y
+            b, c, x = c, b, before
+            da, db = db, da
         return (da + db).to(ctx.type), None, None, None
 
 
@@ -109,20 +127,20 @@ def coupled(blocks: Sequence[Layer], x: Tensor, gate: Gate) -> Tensor:
 
 
 class _Advance(torch.autograd.Function):
-    """`advance` of a state (q, its value), with derivative 1 in the value and in y."""
+    """`advance` of a state (q, its value), with derivative 1 in the value and in every y."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.type = y.dtype
-        c, value, _ = advance(q, y, x.dtype)
+    def forward(ctx: Any, q: Tensor, x: Tensor, *ys: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.types = [y.dtype for y in ys]
+        c, value, _ = advance(q, ys, x.dtype)
         ctx.mark_non_differentiable(c)
         ctx.set_materialize_grads(False)  # else zeros would be made for c
         return c, value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
-        return None, gradients[1], gradients[1].to(ctx.type)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, gradients[1], *(gradients[1].to(dtype) for dtype in ctx.types)
 
 
 class _Snap(torch.autograd.Function):
@@ -153,9 +171,9 @@ def coupled_stored(blocks: Sequence[Layer], x: Tensor, keep: Callable[[SubLayer,
     read = _types(x, Setting.now(x))[1]
     q, x = cast(tuple[Tensor, Tensor], _Snap.apply(x))
     a, b = (q, x.view_as(x)), (q, x.view_as(x))
-    for block in blocks:
-        for f in block.sub_layers:
-            a, b = b, cast(tuple[Tensor, Tensor], _Advance.apply(*a, keep(_reading(f, read), b[1])))
+    for step in _by_step([f for block in blocks for f in block.sub_layers]):
+        ys = [keep(_reading(f, read), b[1]) for f in step]
+        a, b = b, cast(tuple[Tensor, Tensor], _Advance.apply(*a, *ys))
     return a[1] + b[1]
 
 

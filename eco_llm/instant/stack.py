@@ -151,7 +151,7 @@ class Stack:
         """x [B, T, D] -> (x, delta), whose sum the final norm reads; no delta is 0."""
         if not torch.is_grad_enabled():
             if self._config.coupled:
-                return coupled_values((f for block in blocks for f in block.sub_layers), x), None
+                return coupled_values([f for block in blocks for f in block.sub_layers], x), None
             return _plain(blocks, x)
         if not x.requires_grad:  # a frozen embedding: autograd would not enter a mode's backward
             x = x.detach().requires_grad_()

@@ -136,7 +136,7 @@ class SigmaLLM(nn.Module):
         if self.stack.coupled:
             layers = zip(self._blocks(), cache.layers, strict=True)
             halves = ((functools.partial(block.extend_mix, cache=layer), block.feed) for block, layer in layers)
-            x = coupled_values(itertools.chain.from_iterable(halves), x)
+            x = coupled_values(list(itertools.chain.from_iterable(halves)), x)
         else:
             for block, layer in zip(self._blocks(), cache.layers, strict=True):
                 x = block.extend(x, layer)

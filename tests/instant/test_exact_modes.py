@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -132,20 +133,23 @@ def test_states_come_back_wherever_they_are_in_the_range(scale: float, device: t
 
 
 class Poisoned:
-    """`advance`, with one number of y made bad at one of its calls."""
+    """`advance`, with one number of one y, at one of the places where y's are added, made bad."""
 
     def __init__(self, bad: float | str) -> None:
-        self.bad, self.at, self.calls = bad, -1, 0
+        self.bad, self.at, self.added = bad, -1, 0
 
-    def __call__(self, a: Tensor, y: Tensor, dtype: torch.dtype, **how: bool) -> tuple[Tensor, Tensor, Tensor]:
-        self.calls += 1
-        if self.calls - 1 == self.at:
-            y = y.clone()
+    def __call__(
+        self, a: Tensor, ys: Sequence[Tensor], dtype: torch.dtype, **how: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ys, at = list(ys), self.at - self.added
+        self.added += len(ys)
+        if 0 <= at < len(ys):
+            ys[at] = ys[at].clone()
             place = int(a[0, :60].argmax())
             # The sum alone overflows: 255 steps under the range, and a's number is larger.
-            y[0, :60].view(-1)[place] = RANGE - 255 * STEP if isinstance(self.bad, str) else self.bad
+            ys[at][0, :60].view(-1)[place] = RANGE - 255 * STEP if isinstance(self.bad, str) else self.bad
             assert a.flatten()[place] > 255
-        return advance(a, y, dtype, **how)
+        return advance(a, ys, dtype, **how)
 
 
 @pytest.mark.parametrize(
@@ -175,12 +179,12 @@ def test_no_bad_number_in_any_sub_layer_is_silent(
     monkeypatch.setattr("eco_llm.instant.coupled.advance", poisoned)
     before = [p.detach().clone() for p in model.parameters()]
     for poisoned.at in range(2 * SHAPE.n_layers):
-        poisoned.calls = 0
+        poisoned.added = 0
         found = loss_and_gradients(model, batch, bf16=bf16)
-        assert poisoned.calls == 2 * SHAPE.n_layers
+        assert poisoned.added == 2 * SHAPE.n_layers
         assert found["loss"].isnan(), poisoned.at
         assert not update.step(model.stack.guard(found["loss"])).applied
-        poisoned.calls = 0
+        poisoned.added = 0
         with torch.no_grad(), torch.autocast(batch[0].device.type, torch.bfloat16, enabled=bf16):
             assert model.loss(*batch).isnan(), poisoned.at
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
@@ -279,7 +283,7 @@ def test_kept_memory_does_not_grow_with_depth(build: Build, batch: tuple[Tensor,
         return kept_bytes(model, lambda: model.stack(model._blocks(), x))
 
     one = batch[0].numel() * SHAPE.d_model * 4
-    assert kept("coupled", 12) - kept("coupled", 3) == 9 * 2 * 2 * 8  # two checksums a state
+    assert kept("coupled", 12) - kept("coupled", 3) == 9 * 2 * 2 * 8  # two checksums a sum, two sums a block
     assert kept("recompute", 12) - kept("recompute", 3) == 9 * one
     assert kept("none", 12) - kept("none", 3) > 9 * 10 * one
 

@@ -117,9 +117,9 @@ def test_a_trip_is_counted_logged_and_not_applied(
         forwards += 1
         return genuine(blocks, x, gate)  # type: ignore[arg-type]
 
-    def wrong(c: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def wrong(c: Tensor, y: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
         back = honest(c, y, dtype)[0] + (1 if forwards in (3, 4) else 0)
-        return back, values(back, dtype), checksums(back)
+        return back, values(back, dtype or torch.float32), checksums(back)
 
     genuine = stack.coupled
     monkeypatch.setattr(stack, "coupled", counted)
@@ -158,9 +158,9 @@ def test_a_trip_stops_released_updates_before_they_are_made(
 
     honest = coupled.retreat
 
-    def wrong(c: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def wrong(c: Tensor, y: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
         back = honest(c, y, dtype)[0] + 1
-        return back, values(back, dtype), checksums(back)
+        return back, values(back, dtype or torch.float32), checksums(back)
 
     monkeypatch.setattr(coupled, "retreat", wrong)
     settings = "--steps 3 --save-interval 1 --keep-checkpoints 9 --lr 1e-2 --eval-interval 0 --grad-clip 0"

@@ -303,9 +303,9 @@ class Parts:
 
         Args:
             into: a [B, T, D] float32 buffer whose place the result takes, where blocks are compiled.
-            narrow: the input, and so its gradient, is in the compute type.
+            narrow: the input, and so its gradient, is in the compute type, and so is what comes from behind.
         """
-        dy = [] if self.c == F32 else [self.narrow()]
+        dy = [] if self.c == F32 or narrow else [self.narrow()]
         d_u = self.mlp_backward() if part == "mlp" else self.mixer_backward(part)
         self.tape.give(*dy, *kept)
         if narrow:
