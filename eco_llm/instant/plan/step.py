@@ -447,55 +447,51 @@ class _Step:
     # -- the coupled form --
 
     def _coupled(self, x: Buffer) -> Buffer:
-        """The whole stack: two streams forward, and the value of one, which a step's sub-layers read in the compute
-        type; backward from the two last states.
+        """The whole stack: two streams forward, and the value of one, which blocks read in the compute type; backward
+        from the two last states.
         """
         parts, tape = self.parts, self.tape
         checksums = 8 * -(-parts.M * parts.D // TILE)
         a = b = parts.wide("activations")  # on the grid; both streams at first
         value = parts.narrow("activations")
         sums = [tape.take(checksums, "activations")]
-        steps = [self.mixers[:1], *(("mlp", mixer) for mixer in self.mixers[1:]), ("mlp",)]
-        for at, step in enumerate(steps, 1):
-            changes = []
-            for part in step:
-                out, kept = parts.sub_forward(part, "temporaries", narrow=True)
-                tape.give(*kept)
-                changes.append(out)
+        for at, mixer in enumerate(self.mixers, 1):
+            mixed, first = parts.part_forward(mixer, "temporaries")
+            fed, second = parts.part_forward("mlp", "temporaries")
+            tape.give(*first, *second)
             new, older = parts.wide("activations"), value
-            value = parts.wide("activations") if at == len(steps) else parts.narrow("activations")
-            sums.append(tape.take(checksums * len(step), "activations"))
-            tape.give(older, *changes, *([a] if a is not b else []))
+            value = parts.wide("activations") if at == len(self.mixers) else parts.narrow("activations")
+            sums.append(tape.take(checksums, "activations"))
+            tape.give(mixed, fed, older, *([a] if a is not b else []))
             a, b = b, new
         total = parts.wide()  # the value of the state before the last is added to that of the last
-        tape.give(total, sums.pop())
+        tape.give(total, sums[-1])
         dy = self._head(value, owned=True)
         self._workspace("backward")
         tape.give(x)  # the caller of the stack held it
         da = db = dy  # which autograd holds until the whole is done
         b, c = a, b
         value = parts.narrow()
-        for step in reversed(steps):
-            narrow = [] if parts.c == F32 else [parts.narrow()]  # db, as sub-layers take it
-            before = value
-            for part in reversed(step):
-                out, kept = parts.sub_forward(part, "temporaries", narrow=True)
-                older, c = c, parts.wide()
-                if part == step[0]:
-                    before = parts.narrow()
-                rebuilt = tape.take(checksums)
-                tape.give(older)
-                grad = parts.sub_backward(part, kept, narrow=True)
-                total = parts.wide()
-                tape.give(grad, out, rebuilt, *([da] if da is not dy else []))
-                da = total
-                if part != "mlp":
-                    self._settle(part)
-            tape.give(*narrow, value)
-            b, c, value = c, b, before
-            da, db = db, da
+        for mixer in reversed(self.mixers):
+            mixed, first = parts.part_forward(mixer, "temporaries")
+            fed, second = parts.part_forward("mlp", "temporaries")
+            a, older = parts.wide(), parts.narrow()
+            rebuilt = tape.take(checksums)
+            tape.give(c)
+            b, c = a, b
+            received = [] if parts.c == F32 else [parts.narrow()]  # db in the type of what was added
+            d_v = parts.part_backward("mlp", [], second)
+            d_sum = parts.narrow()  # of x + mixed, and so of both
+            tape.give(d_v)
+            d_u = parts.part_backward(mixer, [parts.narrow()], first)
+            d_x = parts.narrow()
+            tape.give(d_u, d_sum)
+            total = parts.wide()
+            tape.give(d_x, *received, mixed, fed, rebuilt, value, *([da] if da is not dy else []))
+            da, db, value = db, total, older
+            self._settle(mixer)
         dx = parts.wide()
-        tape.give(b, c, value, *sums, *{id(x): x for x in (da, db) if x is not dy}.values(), dy)
+        tape.give(b, c, value, *sums[:-1], *{id(x): x for x in (da, db) if x is not dy}.values(), dy)
         return dx
 
     # -- between steps --

@@ -39,20 +39,17 @@ def snap(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, T
         x: the numbers.
         dtype: of the value, as for `advance`; default: that of x, at least float32.
     """
-    q, value, sums = _move(None, (x.contiguous(),), dtype or torch.promote_types(x.dtype, torch.float32), back=False)
-    return q, value, sums[0]
+    return _move(None, (x.contiguous(),), dtype or torch.promote_types(x.dtype, torch.float32), back=False)
 
 
 def advance(
-    a: Tensor, ys: Sequence[Tensor], dtype: torch.dtype = torch.float32, *, checked: bool = True
+    a: Tensor, *ys: Tensor, dtype: torch.dtype = torch.float32, checked: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """a plus every y in whole steps: (c, its value, `checksums` [ys, tiles] of a + y₀, a + y₀ + y₁, …, c).
-
-    Each y is rounded by itself, so that they can be taken off one by one; of the sums only the last must be in range.
+    """a plus the sum y of one or more tensors, in whole steps: (c, its value, its `checksums`).
 
     Args:
         a: stream, int32, contiguous.
-        ys: one or more of its shape, any floating-point types.
+        ys: of its shape, any floating-point types; added up, in order, in at least float32.
         dtype: of the value, bfloat16, float32 or float64. float64 holds every q · STEP; float32 rounds those from 1024
             on (2^24 steps) to 24 bits, to nearest even, the same everywhere; bfloat16 rounds what float32 gives.
         checked: without it the checksums may be left out (empty), which saves time where a kernel does not make them.
@@ -60,14 +57,12 @@ def advance(
     return _move(a, ys, dtype, back=False, checked=checked)
 
 
-def retreat(c: Tensor, y: Tensor, dtype: torch.dtype | None = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """c minus y in whole steps, the inverse of `advance`: from advance(a, [y])[0] back to a, bit for bit.
+def retreat(c: Tensor, *ys: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """c minus the sum of ys in whole steps, the inverse of `advance`: from advance(a, *ys)[0] back to a, bit for bit.
 
-    The value is that of a's number, never NaN: whether a belonged in a stream was told when it was made. With no dtype
-    none is made, and an empty tensor is in its place.
+    The value is that of a's number, never NaN: whether a belonged in a stream was told when it was made.
     """
-    q, value, sums = _move(c, (y,), dtype, back=True)
-    return q, value, sums[0]
+    return _move(c, ys, dtype, back=True)
 
 
 def values(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,14 +80,13 @@ def checksums(q: Tensor) -> Tensor:
 
 
 def _move(
-    a: Tensor | None, ys: Sequence[Tensor], dtype: torch.dtype | None, *, back: bool, checked: bool = True
+    a: Tensor | None, ys: Sequence[Tensor], dtype: torch.dtype, *, back: bool, checked: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    types = {y.dtype for y in ys} | ({dtype} if dtype else set())
-    known = types <= {torch.float32, torch.bfloat16} and len(ys) <= 2
+    known = {dtype, *(y.dtype for y in ys)} <= {torch.float32, torch.bfloat16} and len(ys) <= 2
     alike = all(t.is_contiguous() and t.shape == ys[0].shape for t in (ys if a is None else (a, *ys)))
     if known and alike and uses_triton(ys[0]):
         from eco_llm.ops.grid.triton import move
 
         return move(a, ys, STEP, TILE, dtype, back=back)
-    qs, x = move_reference(a, ys, STEP, dtype, back=back)
-    return qs[-1], x, torch.stack([checksums_reference(q if checked else q.new_empty(0), TILE) for q in qs])
+    q, x = move_reference(a, ys, STEP, dtype, back=back)
+    return q, x, checksums_reference(q if checked else q.new_empty(0), TILE)

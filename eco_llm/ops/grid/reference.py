@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,29 +14,23 @@ MOST = 2.0**31 - 128
 
 
 def move_reference(
-    a: Tensor | None, ys: Sequence[Tensor], step: float, dtype: torch.dtype | None, *, back: bool
-) -> tuple[list[Tensor], Tensor]:
-    """(a + y₀, a + y₀ + y₁, … in whole steps, or a − y₀ … with `back`, modulo 2^32; the value of the last in `dtype`,
-    empty if that is None). Without `a`, of 0.
+    a: Tensor | None, ys: Sequence[Tensor], step: float, dtype: torch.dtype, *, back: bool
+) -> tuple[Tensor, Tensor]:
+    """(a + y in whole steps, or a − y with `back`, modulo 2^32; the value of it in `dtype`). Without `a`, of 0. y is the
+    sum of ys, in order, in at least float32.
 
     Steps to nearest, ties to even. A y that is not finite or over MOST steps changes nothing; the value is NaN there,
-    and where the last sum did not fit in an int32. `back` gives no NaN.
+    and where the sum did not fit in an int32. `back` gives no NaN.
     """
-    exact = torch.zeros_like(ys[0], dtype=torch.int64) if a is None else a.to(torch.int64)
-    belongs = torch.ones_like(exact, dtype=torch.bool)
-    qs = []
-    for y in ys:
-        steps = torch.round(y.to(torch.promote_types(y.dtype, torch.float32)) * (1 / step))
-        fits = steps.abs() <= MOST  # not so for NaN
-        # Chosen before the conversion, which is not defined for what int32 does not hold, and differs between devices.
-        change = torch.where(fits, steps, 0.0).to(torch.int64)
-        exact = exact - change if back else exact + change
-        belongs = belongs & fits
-        qs.append(exact.to(torch.int32))  # modulo 2^32
-    if dtype is None:
-        return qs, torch.empty(0, device=exact.device)
-    x = values_reference(qs[-1], step, dtype)
-    return qs, x if back else torch.where(belongs & (qs[-1] == exact), x, float("nan"))
+    y = functools.reduce(torch.add, (y.to(torch.promote_types(y.dtype, torch.float32)) for y in ys))
+    steps = torch.round(y * (1 / step))
+    fits = steps.abs() <= MOST  # not so for NaN
+    # Chosen before the conversion, which is not defined for what int32 does not hold, and differs between devices.
+    change = torch.where(fits, steps, 0.0).to(torch.int64)
+    exact = change if a is None else a - change if back else a + change  # int64
+    q = exact.to(torch.int32)  # modulo 2^32
+    x = values_reference(q, step, dtype)
+    return q, x if back else torch.where(fits & (q == exact), x, float("nan"))
 
 
 def values_reference(q: Tensor, step: float, dtype: torch.dtype) -> Tensor:
