@@ -39,14 +39,9 @@ def add_rms_norm(
         ValueError: shapes or types that do not fit, an unknown backend, or `triton` asked for what it does not serve.
     """
     added = x if delta is None else delta
-    if x.ndim != 3 or added.shape != x.shape or weight.shape != x.shape[2:]:
-        raise ValueError(
-            f"need x and delta [B, T, D], weight [D], got {tuple(x.shape)}, {tuple(added.shape)}, {tuple(weight.shape)}"
-        )
+    _check(x, added, weight, backend)
     if x.dtype not in (torch.float32, torch.float64) or torch.promote_types(x.dtype, added.dtype) != x.dtype:
         raise ValueError(f"need x of at least float32 and delta no wider, got {x.dtype}, {added.dtype}")
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"unknown norm backend {backend!r}; known: auto, reference, triton")
     dtype = compute_dtype(x)
     kernels_know = (torch.float32, torch.bfloat16)
     served = x.dtype == torch.float32 and {added.dtype, dtype} <= {*kernels_know} and x.shape[2] <= MAX_TRITON_CHANNELS
@@ -84,12 +79,7 @@ def rms_norm_of_sum(
         ValueError: shapes that do not fit, an unknown backend, or `triton` asked for what it does not serve.
     """
     added = x if delta is None else delta
-    if x.ndim != 3 or added.shape != x.shape or weight.shape != x.shape[2:]:
-        raise ValueError(
-            f"need x and delta [B, T, D], weight [D], got {tuple(x.shape)}, {tuple(added.shape)}, {tuple(weight.shape)}"
-        )
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"unknown norm backend {backend!r}; known: auto, reference, triton")
+    _check(x, added, weight, backend)
     dtype = compute_dtype(x)
     served = {x.dtype, added.dtype, dtype} <= {torch.float32, torch.bfloat16} and x.shape[2] <= MAX_TRITON_CHANNELS
     if backend == "triton" and not served:
@@ -102,6 +92,15 @@ def rms_norm_of_sum(
             normed: Tensor = _norm_of_sum(x, delta, weight.float(), eps, dtype)
         return normed
     return rms_norm_of_sum_reference(x, delta, weight, eps, dtype)
+
+
+def _check(x: Tensor, added: Tensor, weight: Tensor, backend: str) -> None:
+    if x.ndim != 3 or added.shape != x.shape or weight.shape != x.shape[2:]:
+        raise ValueError(
+            f"need x and delta [B, T, D], weight [D], got {tuple(x.shape)}, {tuple(added.shape)}, {tuple(weight.shape)}"
+        )
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"unknown norm backend {backend!r}; known: auto, reference, triton")
 
 
 # Operators, so that torch.compile sees one opaque node with known shapes: it would otherwise trace into the launchers.
