@@ -48,7 +48,7 @@ def main() -> None:
             a = b
             for block in model._blocks():
                 found.append(x.abs().max())
-                c, x, _ = advance(a, *block.change(x), dtype=x.dtype)
+                c, x, _ = advance(a, *block.change(x, x), dtype=x.dtype)
                 a, b = b, c
             found.append(x.abs().max())
         return torch.stack(found).tolist()

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eco_llm.instant.replay import Setting, SubLayer, back_propagate
+from eco_llm.instant.replay import Setting, SubLayer
 from eco_llm.instant.verification import Gate
+from eco_llm.ops.add_up import add_up
 from eco_llm.ops.grid import advance, retreat, snap, values
 
-
-Change = Callable[[Tensor], tuple[Tensor, ...]]
-"""A pure function of x [B, T, D]: what is added to x, as summands of its shape."""
+Change = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""A pure function of x [B, T, D]: what is added to x, as summands of its shape. It is given x twice, for the MLP and
+for the mixer, so that what these send back comes apart, and is added to the stream's gradient in one pass."""
 
 
 class Changing(Protocol):
@@ -61,7 +62,7 @@ def coupled_values(changes: Iterable[Change], x: Tensor) -> Tensor:
     b, x, _ = snap(x, read)
     a = b
     for change in changes:
-        c, x, _ = advance(a, *change(x), dtype=read, checked=False)
+        c, x, _ = advance(a, *change(x, x), dtype=read, checked=False)
         a, b = b, c
     # x − x: NaN where x is. What is NaN in the state before has reached x by the last block.
     return values(a, wide).add_(values(b, wide)).add_(x - x)
@@ -92,22 +93,33 @@ class _Coupled(torch.autograd.Function):
             raise RuntimeError("coupled: backward ran before, and the states it started from are gone")
         (b, c), ctx.last = ctx.last, None
         da = db = gradients[0]
+        received = db.to(ctx.read)  # db as what made c takes it
         x = values(b, ctx.read)
         for index in reversed(range(len(ctx.blocks))):
-            leaf, ys = ctx.setting.record(ctx.blocks[index].change, x)
+            leaves, ys = _recorded(ctx.blocks[index], x, ctx.setting)
             # The first state's value is made too, though nothing reads it: one write a step, against a kernel more.
             a, x, rebuilt = retreat(c, *(y.detach() for y in ys), dtype=ctx.read)
             b, c = a, b
             # Before gradients are made: with a block's last one, gradient release applies the block's update.
             ctx.gate.expect_equal(index, sums.pop(), rebuilt)
-            da, db = db, da + back_propagate(leaf, db.to(ctx.read), *ys)
-            del leaf, ys
+            torch.autograd.backward(ys, [received] * len(ys))
+            of_mlp, of_mixer = (cast(Tensor, leaf.grad) for leaf in leaves)
+            total, received = add_up(da, of_mlp, of_mixer, ctx.read)
+            da, db = db, total
+            del leaves, ys, of_mlp, of_mixer
         return (da + db).to(ctx.type), None, None, None
+
+
+def _recorded(block: Changing, x: Tensor, setting: Setting) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """(x as leaves, the change of it with its graph)."""
+    leaves = [x.detach().requires_grad_() for _ in range(2)]
+    with setting.restored():
+        return leaves, block.change(*leaves)
 
 
 def _given(block: Changing, x: Tensor, setting: Setting) -> list[Tensor]:
     """The change of x, of which nothing is kept."""
-    return [y.detach() for y in setting.record(block.change, x)[1]]
+    return [y.detach() for y in _recorded(block, x, setting)[1]]
 
 
 def coupled(blocks: Sequence[Changing], x: Tensor, gate: Gate) -> Tensor:
@@ -149,9 +161,7 @@ class _Snap(torch.autograd.Function):
         return gradients[1].to(ctx.type)
 
 
-def coupled_stored(
-    blocks: Sequence[Changing], x: Tensor, keep: Callable[[SubLayer, Tensor], Tensor]
-) -> Tensor:
+def coupled_stored(blocks: Sequence[Changing], x: Tensor, keep: Callable[[SubLayer, Tensor], Tensor]) -> Tensor:
     """The same network without reconstruction: the fallback after a trip, and the judge in tests.
 
     Args:
@@ -168,4 +178,8 @@ def coupled_stored(
 
 
 def _summed(change: Change, read: torch.dtype, wide: torch.dtype) -> SubLayer:
-    return lambda x: functools.reduce(torch.add, (y.to(wide) for y in change(x.to(read))))
+    def f(x: Tensor) -> Tensor:
+        ys = change(*(x.view_as(x).to(read) for _ in range(2)))
+        return functools.reduce(torch.add, (y.to(wide) for y in ys))
+
+    return f

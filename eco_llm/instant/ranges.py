@@ -38,7 +38,8 @@ class NamedBlock:
         ranges = _Open(f"{self._name}_backward")
         delta = more[0] if more and isinstance(more[0], Tensor) else None
         if x.requires_grad:
-            # Of a pair (x, delta) the node that made delta is the first that backward comes to, below and above.
+            # Of a pair (x, delta) the node that made delta is the first that backward comes to, below and above; of x
+            # given twice the mixer's is the last.
             (x if delta is None else delta).register_hook(ranges.close)
         with record_function(self._name):
             result = self._call(x, *more)

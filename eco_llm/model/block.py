@@ -57,9 +57,9 @@ class Block(nn.Module):
         x, u = self.mixer_norm.of_sum(x, delta, keep_sum=True)
         return self.mlp_norm.of_sum(x, self.mixer(u), keep_sum=False)
 
-    def to_change(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(what the mixer adds to x, what the MLP reads), all [B, T, D]."""
-        mixed = self.mixer(self.mixer_norm.alone(x))
+    def to_change(self, x: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+        """(what the mixer adds to x, what the MLP reads), all [B, T, D]; the mixer's x is `again`."""
+        mixed = self.mixer(self.mixer_norm.alone(again))
         return mixed, self.mlp_norm.alone(x, mixed)
 
     def writes_codes(self, x: Tensor, keep: Keep) -> bool:
@@ -107,11 +107,11 @@ class Block(nn.Module):
 
     @property
     def change(self) -> Change:
-        """What mixer and MLP add to x, [B, T, D] each; x may be narrower than the stream."""
+        """(x, x again) -> what mixer and MLP add to it, [B, T, D] each; x may be narrower than the stream."""
         to_change = self._part("to_change")
 
-        def change(x: Tensor) -> tuple[Tensor, Tensor]:
-            mixed, v = to_change(x)
+        def change(x: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+            mixed, v = to_change(x, again)
             return mixed, self.mlp(v)
 
         return change
@@ -155,12 +155,12 @@ class Block(nn.Module):
     def _part(self, name: str) -> Callable[..., Any]:
         return self._compiled.get(name) or getattr(self, name)
 
-    def extend_change(self, x: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """What the block adds to x for the next T tokens after those in `cache`, which takes them in; [B, T, D] each."""
-        mixed = self.mixer.extend(self.mixer_norm.alone(x), cache)  # type: ignore[arg-type]  # built for this mixer
+    def extend_change(self, x: Tensor, again: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """`change` for the next T tokens after those in `cache`, which takes them in."""
+        mixed = self.mixer.extend(self.mixer_norm.alone(again), cache)  # type: ignore[arg-type]  # built for this mixer
         return mixed, self.mlp(self.mlp_norm.alone(x, mixed))
 
     def extend(self, x: Tensor, cache: LayerCache) -> Tensor:
         """The block for the next T tokens after those in `cache`, which takes them in; x and result [B, T, D]."""
-        mixed, fed = self.extend_change(x, cache)
+        mixed, fed = self.extend_change(x, x, cache)
         return x + mixed + fed

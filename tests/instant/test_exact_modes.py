@@ -119,8 +119,8 @@ class Halves:
     mix: torch.nn.Module
     feed: torch.nn.Module
 
-    def change(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mixed = self.mix(x)
+    def change(self, x: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = self.mix(again)
         return mixed, self.feed(x + mixed)
 
 

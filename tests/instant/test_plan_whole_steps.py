@@ -82,7 +82,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Callable[..., Any]
     from eco_llm.ops.mamba_mixer import triton as mixer
     from eco_llm.ops.swiglu import triton as swiglu
 
-    for op in ("add_norm", "mamba_mixer", "swiglu", "cross_entropy", "grid", "quantize"):
+    for op in ("add_norm", "mamba_mixer", "swiglu", "cross_entropy", "grid", "add_up", "quantize"):
         monkeypatch.setattr(f"eco_llm.ops.{op}.uses_triton", lambda tensor: True)
     monkeypatch.setattr(jit.KernelInterface, "__getitem__", lambda self, grid: lambda *a, **k: None)
     # CUDA's products of bf16 factors give float32 directly, and write into what they are given.

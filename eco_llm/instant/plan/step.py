@@ -470,6 +470,7 @@ class _Step:
         self._workspace("backward")
         tape.give(x)  # the caller of the stack held it
         da = db = dy  # which autograd holds until the whole is done
+        received = [] if parts.c == F32 else [parts.narrow()]  # db in the type of what was added
         b, c = a, b
         value = parts.narrow()
         for mixer in reversed(self.mixers):
@@ -479,19 +480,19 @@ class _Step:
             rebuilt = tape.take(checksums)
             tape.give(c)
             b, c = a, b
-            received = [] if parts.c == F32 else [parts.narrow()]  # db in the type of what was added
             d_v = parts.part_backward("mlp", [], second)
             d_sum = parts.narrow()  # of x + mixed, and so of both
             tape.give(d_v)
             d_u = parts.part_backward(mixer, [parts.narrow()], first)
             d_x = parts.narrow()
-            tape.give(d_u, d_sum)
+            tape.give(d_u)
             total = parts.wide()
-            tape.give(d_x, *received, mixed, fed, rebuilt, value, *([da] if da is not dy else []))
+            sent, received = received, [parts.narrow() for _ in received]
+            tape.give(d_sum, d_x, *sent, mixed, fed, rebuilt, value, *([da] if da is not dy else []))
             da, db, value = db, total, older
             self._settle(mixer)
         dx = parts.wide()
-        tape.give(b, c, value, *sums[:-1], *{id(x): x for x in (da, db) if x is not dy}.values(), dy)
+        tape.give(b, c, value, *received, *sums[:-1], *{id(x): x for x in (da, db) if x is not dy}.values(), dy)
         return dx
 
     # -- between steps --

@@ -212,9 +212,7 @@ def norm_forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dt
     return normed
 
 
-def _forward(
-    x: Tensor, delta: Tensor | None, weight: Tensor, total: Tensor | None, normed: Tensor, eps: float
-) -> None:
+def _forward(x: Tensor, delta: Tensor | None, weight: Tensor, total: Tensor | None, normed: Tensor, eps: float) -> None:
     if x.numel() == 0:
         return
     rows, shape = x.shape[0] * x.shape[1], _forward_shape(x.shape[2])

@@ -16,8 +16,8 @@ MOST = 2.0**31 - 128
 def move_reference(
     a: Tensor | None, ys: Sequence[Tensor], step: float, dtype: torch.dtype, *, back: bool
 ) -> tuple[Tensor, Tensor]:
-    """(a + y in whole steps, or a − y with `back`, modulo 2^32; the value of it in `dtype`). Without `a`, of 0. y is the
-    sum of ys, in order, in at least float32.
+    """(a + y in whole steps, or a − y with `back`, modulo 2^32; the value of it in `dtype`). Without `a`, of 0. y is
+    the sum of ys, in order, in at least float32.
 
     Steps to nearest, ties to even. A y that is not finite or over MOST steps changes nothing; the value is NaN there,
     and where the sum did not fit in an int32. `back` gives no NaN.
