@@ -354,6 +354,7 @@ class RuntimeConfig:
 
 COUPLED_FORM = "blocks"
 """What a step of the coupled network is, saved with runs: a whole block. In runs that do not say it was half of one."""
+
 MEMORY_MODES = ("none", "recompute", "compress", "fixed-point", "coupled")
 """What a block keeps for backward; docs/instant.md."""
 

@@ -102,7 +102,7 @@ class _Coupled(torch.autograd.Function):
             b, c = a, b
             # Before gradients are made: with a block's last one, gradient release applies the block's update.
             ctx.gate.expect_equal(index, sums.pop(), rebuilt)
-            torch.autograd.backward(ys, [received] * len(ys))
+            torch.autograd.backward(ys, [received.to(y.dtype) for y in ys])
             of_mlp, of_mixer = (cast(Tensor, leaf.grad) for leaf in leaves)
             total, received = add_up(da, of_mlp, of_mixer, ctx.read)
             da, db = db, total
