@@ -162,5 +162,5 @@ class Block(nn.Module):
 
     def extend(self, x: Tensor, cache: LayerCache) -> Tensor:
         """The block for the next T tokens after those in `cache`, which takes them in; x and result [B, T, D]."""
-        mixed, fed = self.extend_change(x, x, cache)
-        return x + mixed + fed
+        x = x + self.mixer.extend(self.mixer_norm(x), cache)  # type: ignore[arg-type]  # built for this mixer
+        return x + self.feed(x)
