@@ -48,9 +48,8 @@ def main() -> None:
             a = b
             for block in model._blocks():
                 found.append(x.abs().max())
-                for f in (block.mix, block.feed):
-                    c, x, _ = advance(a, f(x), x.dtype)
-                    a, b = b, c
+                c, x, _ = advance(a, *block.change(x, x), dtype=x.dtype)
+                a, b = b, c
             found.append(x.abs().max())
         return torch.stack(found).tolist()
 

@@ -352,6 +352,9 @@ class RuntimeConfig:
             raise UserError(f"--device {self.device!r} is not one of auto, cpu, cuda, cuda:N")
 
 
+COUPLED_FORM = "blocks"
+"""What a step of the coupled network is, saved with runs: a whole block. In runs that do not say it was half of one."""
+
 MEMORY_MODES = ("none", "recompute", "compress", "fixed-point", "coupled")
 """What a block keeps for backward; docs/instant.md."""
 

@@ -1,14 +1,14 @@
 """`coupled`: two streams from which every earlier state follows, bit for bit.
 
-    forward   (a, b) → (b, a + f(b))        for every sub-layer f in turn     (leapfrog; RevNet, arXiv 1707.04585)
-    inverse   (b, c) → (c − f(b), b)
+    forward   (a, b) → (b, a + D(b))        for every block in turn           (leapfrog; RevNet, arXiv 1707.04585)
+    inverse   (b, c) → (c − D(b), b)
 
-One evaluation of f in backward serves both the inverse and the vector-Jacobian product. States are int32 on a grid
-(`ops/grid`), where what was added can always be subtracted again, and f, which reads their values in floating point, is
-the same computation both times (`replay`), so the state that backward reconstructs is that of forward. Kept: the two
-last states, whatever the depth, and of every other state its checksums (8 bytes for 4096 numbers), compared before a
-block's last gradient is made. While f runs, one value is alive, its input; backward has also made that of the state
-before by the time gradients are.
+D(b) is what the block adds to b: a plain residual block gives b + D(b). One evaluation of it in backward serves both
+the inverse and the vector-Jacobian product. States are int32 on a grid (`ops/grid`), where what was added can always be
+subtracted again, and D, which reads their values in floating point, is the same computation both times (`replay`), so
+the state that backward reconstructs is that of forward. Kept: the two last states, whatever the depth, and of every
+other state its checksums (8 bytes for 4096 numbers), compared before the block's gradients are made. While D runs, one
+value is alive, its input; backward has also made that of the state before by the time gradients are.
 
 What is not finite, or out of the grid's range, is NaN in a value: what reads it is NaN, so the loss is, and the step is
 refused. (Backward then rebuilds from other numbers, and the gate trips too; of a loss that is NaN that means nothing.)
@@ -18,6 +18,7 @@ Rounding to the grid, by half a step at most, has derivative 1 here (a straight-
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
@@ -25,57 +26,61 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eco_llm.instant.replay import Setting, SubLayer, back_propagate
+from eco_llm.instant.replay import Setting, SubLayer
 from eco_llm.instant.verification import Gate
+from eco_llm.ops.add_up import add_up
 from eco_llm.ops.grid import advance, retreat, snap, values
 
+Change = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""A pure function of x [B, T, D]: what is added to x, as summands of its shape. It is given x twice, for the MLP and
+for the mixer, so that what these send back comes apart, and is added to the stream's gradient in one pass."""
 
-class Layer(Protocol):
-    """A block as the memory modes see it: two sub-layers, each a pure function of x [B, T, D]."""
+
+class Changing(Protocol):
+    """A block as `coupled` sees it."""
 
     @property
-    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
-        """(norm → mixer, norm → MLP), without the residual sums."""
+    def change(self) -> Change:
+        """What the block adds to x."""
 
 
 def _types(x: Tensor, setting: Setting) -> tuple[torch.dtype, torch.dtype]:
-    """(of the stack's result and of gradients, of what sub-layers read).
+    """(of the stack's result and of gradients, of what blocks read).
 
     Under bf16 autocast they read bfloat16: their norm's result is rounded to that anyway, and half the bytes of every
-    state's value are neither written nor read. The states themselves are as fine as ever. The price: the norm's gain is
-    read in bfloat16 too, and a sub-layer's contribution to the stream's gradient is rounded once before it is added.
+    state's value are neither written nor read. The states themselves are as fine as ever. The price: a block's
+    contribution to the stream's gradient is rounded once before it is added.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     narrow = setting.autocast and setting.dtype == torch.bfloat16 and wide == torch.float32
     return wide, torch.bfloat16 if narrow else wide
 
 
-def coupled_values(sub_layers: Iterable[SubLayer], x: Tensor) -> Tensor:
+def coupled_values(changes: Iterable[Change], x: Tensor) -> Tensor:
     """The coupled stack, for inference: x [B, T, D] -> the sum of its two last states, at least float32."""
     wide, read = _types(x, Setting.now(x))
     b, x, _ = snap(x, read)
     a = b
-    for f in sub_layers:
-        c, x, _ = advance(a, f(x), read, checked=False)
+    for change in changes:
+        c, x, _ = advance(a, *change(x, x), dtype=read, checked=False)
         a, b = b, c
-    # x − x: NaN where x is. What is NaN in the state before has reached x by the last sub-layer.
+    # x − x: NaN where x is. What is NaN in the state before has reached x by the last block.
     return values(a, wide).add_(values(b, wide)).add_(x - x)
 
 
 class _Coupled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, blocks: Sequence[Layer], gate: Gate, setting: Setting) -> Tensor:
+    def forward(ctx: Any, x: Tensor, blocks: Sequence[Changing], gate: Gate, setting: Setting) -> Tensor:
         ctx.blocks, ctx.gate, ctx.setting, ctx.type = blocks, gate, setting, x.dtype
         wide, ctx.read = _types(x, setting)
-        sub_layers = [f for block in blocks for f in block.sub_layers]
         b, x, seen = snap(x, ctx.read)
         a, sums = b, [seen] * 2  # of every state, in order
-        for f in sub_layers[:-1]:
-            c, x, seen = advance(a, setting.value(f, x), ctx.read)
+        for block in blocks[:-1]:
+            c, x, seen = advance(a, *_given(block, x, setting), dtype=ctx.read)
             a, b = b, c
             sums.append(seen)
-        c, x, _ = advance(a, setting.value(sub_layers[-1], x), wide)
-        del sums[-1:]  # of the states that are kept: the last has none
+        c, x, _ = advance(a, *_given(blocks[-1], x, setting), dtype=wide)
+        del sums[-1:]  # of the state that is kept beside the last, which has none
         ctx.save_for_backward(*sums)
         ctx.last = b, c  # not saved: autograd would hold them until backward returns
         return x.add_(values(b, wide))  # NaN in the value of b has reached x
@@ -88,22 +93,36 @@ class _Coupled(torch.autograd.Function):
             raise RuntimeError("coupled: backward ran before, and the states it started from are gone")
         (b, c), ctx.last = ctx.last, None
         da = db = gradients[0]
+        received = db.to(ctx.read)  # db as what made c takes it
         x = values(b, ctx.read)
         for index in reversed(range(len(ctx.blocks))):
-            mix, feed = ctx.blocks[index].sub_layers
-            for f in (feed, mix):
-                leaf, y = ctx.setting.record(f, x)
-                # The first state's value is made too, though nothing reads it: one write a step, against a kernel more.
-                a, x, rebuilt = retreat(c, y.detach(), ctx.read)
-                b, c = a, b
-                # Before gradients are made: with a block's last one, gradient release applies the block's update.
-                ctx.gate.expect_equal(index, sums.pop(), rebuilt)
-                da, db = db, da + back_propagate(leaf, db, y)
-                del leaf, y
+            leaves, ys = _recorded(ctx.blocks[index], x, ctx.setting)
+            # The first state's value is made too, though nothing reads it: one write a step, against a kernel more.
+            a, x, rebuilt = retreat(c, *(y.detach() for y in ys), dtype=ctx.read)
+            b, c = a, b
+            # Before gradients are made: with a block's last one, gradient release applies the block's update.
+            ctx.gate.expect_equal(index, sums.pop(), rebuilt)
+            torch.autograd.backward(ys, [received.to(y.dtype) for y in ys])
+            of_mlp, of_mixer = (cast(Tensor, leaf.grad) for leaf in leaves)
+            total, received = add_up(da, of_mlp, of_mixer, ctx.read)
+            da, db = db, total
+            del leaves, ys, of_mlp, of_mixer
         return (da + db).to(ctx.type), None, None, None
 
 
-def coupled(blocks: Sequence[Layer], x: Tensor, gate: Gate) -> Tensor:
+def _recorded(block: Changing, x: Tensor, setting: Setting) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """(x as leaves, the change of it with its graph)."""
+    leaves = [x.detach().requires_grad_() for _ in range(2)]
+    with setting.restored():
+        return leaves, block.change(*leaves)
+
+
+def _given(block: Changing, x: Tensor, setting: Setting) -> list[Tensor]:
+    """The change of x, of which nothing is kept."""
+    return [y.detach() for y in _recorded(block, x, setting)[1]]
+
+
+def coupled(blocks: Sequence[Changing], x: Tensor, gate: Gate) -> Tensor:
     """The coupled stack, for training: x [B, T, D] -> the sum of its two last states [B, T, D], at least float32."""
     return cast(Tensor, _Coupled.apply(x, blocks, gate, Setting.now(x)))
 
@@ -114,7 +133,7 @@ class _Advance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         ctx.type = y.dtype
-        c, value, _ = advance(q, y, x.dtype)
+        c, value, _ = advance(q, y, dtype=x.dtype)
         ctx.mark_non_differentiable(c)
         ctx.set_materialize_grads(False)  # else zeros would be made for c
         return c, value
@@ -142,22 +161,25 @@ class _Snap(torch.autograd.Function):
         return gradients[1].to(ctx.type)
 
 
-def coupled_stored(blocks: Sequence[Layer], x: Tensor, keep: Callable[[SubLayer, Tensor], Tensor]) -> Tensor:
+def coupled_stored(blocks: Sequence[Changing], x: Tensor, keep: Callable[[SubLayer, Tensor], Tensor]) -> Tensor:
     """The same network without reconstruction: the fallback after a trip, and the judge in tests.
 
     Args:
-        keep: how f is applied to a state's value: `recompute` keeps that alone; `lambda f, x: f(x.view_as(x))`
-            everything. (Without the view, what f sends back to x along several ways would be added to the stream's
-            gradient one by one, and floating-point sums depend on their order.)
+        keep: how f, a block's change as one sum, is applied to a state's value: `recompute` keeps that alone;
+            `lambda f, x: f(x.view_as(x))` everything. (Without the view, what f sends back to x along several ways
+            would be added to the stream's gradient one by one, and floating-point sums depend on their order.)
     """
-    read = _types(x, Setting.now(x))[1]
+    wide, read = _types(x, Setting.now(x))
     q, x = cast(tuple[Tensor, Tensor], _Snap.apply(x))
     a, b = (q, x.view_as(x)), (q, x.view_as(x))
     for block in blocks:
-        for f in block.sub_layers:
-            a, b = b, cast(tuple[Tensor, Tensor], _Advance.apply(*a, keep(_reading(f, read), b[1])))
+        a, b = b, cast(tuple[Tensor, Tensor], _Advance.apply(*a, keep(_summed(block.change, read, wide), b[1])))
     return a[1] + b[1]
 
 
-def _reading(f: SubLayer, dtype: torch.dtype) -> SubLayer:
-    return lambda x: f(x.to(dtype))
+def _summed(change: Change, read: torch.dtype, wide: torch.dtype) -> SubLayer:
+    def f(x: Tensor) -> Tensor:
+        ys = change(*(x.view_as(x).to(read) for _ in range(2)))
+        return functools.reduce(torch.add, (y.to(wide) for y in ys))
+
+    return f

@@ -15,19 +15,26 @@ Kept for a run of blocks: its last output, and ROWS rows of each block's input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eco_llm.instant.coupled import Layer
 from eco_llm.instant.replay import Setting, SubLayer, back_propagate
 from eco_llm.instant.verification import Gate
 
 ROWS = 64
 """Rows of a block's input that are kept to measure the error of what is reconstructed."""
 _TINY = 1e-30  # keeps 0/0 of an all-zero stream at 0
+
+
+class Layer(Protocol):
+    """A block as it is inverted: two sub-layers, each a pure function of x [B, T, D]."""
+
+    @property
+    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
+        """(norm → mixer, norm → MLP), without the residual sums."""
 
 
 def _rows(x: Tensor) -> Tensor:

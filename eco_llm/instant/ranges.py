@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from eco_llm.instant.compression import FourBitError
-from eco_llm.instant.coupled import Layer
+from eco_llm.instant.coupled import Change
+from eco_llm.instant.fixed_point import Layer
 from eco_llm.instant.replay import SubLayer, Twice
 from eco_llm.ops.quantize import Keep
 
@@ -37,7 +38,8 @@ class NamedBlock:
         ranges = _Open(f"{self._name}_backward")
         delta = more[0] if more and isinstance(more[0], Tensor) else None
         if x.requires_grad:
-            # Of a pair (x, delta) the node that made delta is the first that backward comes to, below and above.
+            # Of a pair (x, delta) the node that made delta is the first that backward comes to, below and above; of x
+            # given twice the mixer's is the last.
             (x if delta is None else delta).register_hook(ranges.close)
         with record_function(self._name):
             result = self._call(x, *more)
@@ -51,6 +53,11 @@ class NamedBlock:
         """Both halves, under the block's name."""
         mix, feed = self._block.sub_layers
         return NamedBlock(self._block, self._name, mix), NamedBlock(self._block, self._name, feed)
+
+    @property
+    def change(self) -> Change:
+        """The block's, under its name."""
+        return NamedBlock(self._block, self._name, self._block.change)  # type: ignore[attr-defined]  # as below
 
     @property
     def whole(self) -> Twice:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from eco_llm.config import InstantConfig
 from eco_llm.instant.compression import Bytes, FourBitError, Packing, recompute_from_packed
-from eco_llm.instant.coupled import Layer, coupled, coupled_stored, coupled_values
-from eco_llm.instant.fixed_point import Run, errors_by_iteration, fixed_point, iterations_needed
+from eco_llm.instant.coupled import Change, coupled, coupled_stored, coupled_values
+from eco_llm.instant.fixed_point import Layer, Run, errors_by_iteration, fixed_point, iterations_needed
 from eco_llm.instant.ranges import named
 from eco_llm.instant.recompute import recompute
 from eco_llm.instant.replay import Setting, SubLayer, Twice
@@ -49,6 +49,10 @@ class Block(Layer, Protocol):
     @property
     def sub_layers(self) -> tuple[SubLayer, SubLayer]:
         """(mix, feed)."""
+
+    @property
+    def change(self) -> Change:
+        """What the block adds to x."""
 
     @property
     def whole(self) -> Twice:
@@ -151,7 +155,7 @@ class Stack:
         """x [B, T, D] -> (x, delta), whose sum the final norm reads; no delta is 0."""
         if not torch.is_grad_enabled():
             if self._config.coupled:
-                return coupled_values((f for block in blocks for f in block.sub_layers), x), None
+                return coupled_values((block.change for block in blocks), x), None
             return _plain(blocks, x)
         if not x.requires_grad:  # a frozen embedding: autograd would not enter a mode's backward
             x = x.detach().requires_grad_()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
 from eco_llm.instant.compression import FourBitError
+from eco_llm.instant.coupled import Change
 from eco_llm.instant.replay import SubLayer, Twice
 from eco_llm.model.mamba import Mamba, MambaCache
 from eco_llm.model.mla import MLA, MLACache
@@ -56,6 +57,11 @@ class Block(nn.Module):
         x, u = self.mixer_norm.of_sum(x, delta, keep_sum=True)
         return self.mlp_norm.of_sum(x, self.mixer(u), keep_sum=False)
 
+    def to_change(self, x: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+        """(what the mixer adds to x, what the MLP reads), all [B, T, D]; the mixer's x is `again`."""
+        mixed = self.mixer(self.mixer_norm.alone(again))
+        return mixed, self.mlp_norm.alone(x, mixed)
+
     def writes_codes(self, x: Tensor, keep: Keep) -> bool:
         """Whether `coded` serves the stream x [B, T, D]."""
         return self.mlp.writes_codes(x, keep) and (
@@ -100,6 +106,17 @@ class Block(nn.Module):
         return self._part("mix"), self._part("feed")
 
     @property
+    def change(self) -> Change:
+        """(x, x again) -> what mixer and MLP add to it, [B, T, D] each; x may be narrower than the stream."""
+        to_change = self._part("to_change")
+
+        def change(x: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+            mixed, v = to_change(x, again)
+            return mixed, self.mlp(v)
+
+        return change
+
+    @property
     def whole(self) -> Twice:
         """The block of x alone, [B, T, D] -> [B, T, D]; for gradients without the MLP's value, and without the sum."""
         to_mlp = self._part("to_mlp")
@@ -130,7 +147,7 @@ class Block(nn.Module):
     def compile_parts(self, **options: Any) -> None:
         """Compile what memory modes call of a block, each for itself and not before it is called, with
         `torch.compile`'s options; `forward` stays as it is."""
-        for name in ("mix", "feed", "to_mlp"):
+        for name in ("mix", "feed", "to_mlp", "to_change"):
             self._compiled[name] = torch.compile(getattr(self, name), **options)
         if isinstance(self.mixer, MLA):
             self._compiled["attend"] = torch.compile(self.mixer.attend, **options)
@@ -138,11 +155,12 @@ class Block(nn.Module):
     def _part(self, name: str) -> Callable[..., Any]:
         return self._compiled.get(name) or getattr(self, name)
 
-    def extend_mix(self, x: Tensor, cache: LayerCache) -> Tensor:
-        """`mix` for the next T tokens after those in `cache`, which takes them in."""
-        return self.mixer.extend(self.mixer_norm(x), cache)  # type: ignore[arg-type]  # built for this mixer
+    def extend_change(self, x: Tensor, again: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """`change` for the next T tokens after those in `cache`, which takes them in."""
+        mixed = self.mixer.extend(self.mixer_norm.alone(again), cache)  # type: ignore[arg-type]  # built for this mixer
+        return mixed, self.mlp(self.mlp_norm.alone(x, mixed))
 
     def extend(self, x: Tensor, cache: LayerCache) -> Tensor:
         """The block for the next T tokens after those in `cache`, which takes them in; x and result [B, T, D]."""
-        x = x + self.extend_mix(x, cache)
+        x = x + self.mixer.extend(self.mixer_norm(x), cache)  # type: ignore[arg-type]  # built for this mixer
         return x + self.feed(x)

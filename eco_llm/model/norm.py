@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eco_llm.ops.add_norm import add_rms_norm
+from eco_llm.ops.add_norm import add_rms_norm, rms_norm_of_sum
 
 
 class RMSNorm(nn.Module):
@@ -30,3 +30,7 @@ class RMSNorm(nn.Module):
     def of_sum(self, x: Tensor, delta: Tensor | None, *, keep_sum: bool) -> tuple[Tensor, Tensor]:
         """(x + delta in the type of x, its norm in the type of products); as `add_rms_norm`, all [B, T, dim]."""
         return add_rms_norm(x, delta, self.weight, self.eps, keep_sum=keep_sum)
+
+    def alone(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """The norm of x + delta in the type of products, the sum not kept; as `rms_norm_of_sum`, all [B, T, dim]."""
+        return rms_norm_of_sum(x, delta, self.weight, self.eps)

@@ -13,7 +13,6 @@ Shape legend: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,8 +134,7 @@ class SigmaLLM(nn.Module):
         x = _at_least_float32(self.embedding(input_ids))
         if self.stack.coupled:
             layers = zip(self._blocks(), cache.layers, strict=True)
-            halves = ((functools.partial(block.extend_mix, cache=layer), block.feed) for block, layer in layers)
-            x = coupled_values(itertools.chain.from_iterable(halves), x)
+            x = coupled_values((functools.partial(block.extend_change, cache=layer) for block, layer in layers), x)
         else:
             for block, layer in zip(self._blocks(), cache.layers, strict=True):
                 x = block.extend(x, layer)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from eco_llm.config import SigmaConfig, TrainConfig, flatten, to_dict
+from eco_llm.config import COUPLED_FORM, SigmaConfig, TrainConfig, flatten, to_dict
 from eco_llm.data.loader import TokenLoader, evaluation_batches
 from eco_llm.data.order import require_length
 from eco_llm.data.prepare import prepare
@@ -289,6 +289,7 @@ class _Launch:
                 "config": to_dict(self.config),
                 "resolved": {
                     "vocab_size": self.shape.vocab_size,
+                    "coupled_form": COUPLED_FORM,
                     "parameters": self.model.num_parameters(),
                     "flops_per_token": self.model.flops_per_token(self.config.training.seq_len),
                     **self._how(),

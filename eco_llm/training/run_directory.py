@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from eco_llm.config import TrainConfig, differences, flag_of, from_dict
+from eco_llm.config import COUPLED_FORM, TrainConfig, differences, flag_of, from_dict
 from eco_llm.errors import UserError
 from eco_llm.files import fsync_dir, replacing, write_json
 from eco_llm.locks import lock_folder
@@ -184,8 +184,19 @@ class RunDirectory:
         return content
 
     def saved_config(self) -> TrainConfig:
-        """The settings this run was started with."""
-        return from_dict(self.saved()["config"], source=str(self.config_file))
+        """The settings this run was started with.
+
+        Raises:
+            UserError: there are none, they are damaged, or the run is of a network that this version does not have.
+        """
+        content = self.saved()
+        config = from_dict(content["config"], source=str(self.config_file))
+        if config.instant.coupled and content.get("resolved", {}).get("coupled_form") != COUPLED_FORM:
+            raise UserError(
+                f"{self.path} holds a run of --instant-mode coupled as an earlier version had it, another network than"
+                " this version's; use that version for it, or --no-resume to begin anew"
+            )
+        return config
 
     def write_config(self, content: dict[str, Any]) -> None:
         """Replace config.json atomically."""

@@ -82,7 +82,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Callable[..., Any]
     from eco_llm.ops.mamba_mixer import triton as mixer
     from eco_llm.ops.swiglu import triton as swiglu
 
-    for op in ("add_norm", "mamba_mixer", "swiglu", "cross_entropy", "grid", "quantize"):
+    for op in ("add_norm", "mamba_mixer", "swiglu", "cross_entropy", "grid", "add_up", "quantize"):
         monkeypatch.setattr(f"eco_llm.ops.{op}.uses_triton", lambda tensor: True)
     monkeypatch.setattr(jit.KernelInterface, "__getitem__", lambda self, grid: lambda *a, **k: None)
     # CUDA's products of bf16 factors give float32 directly, and write into what they are given.
@@ -103,6 +103,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Callable[..., Any]
     return {
         ops.add_rms_norm.default: lambda *a: add_norm.add_norm_forward(*a[:-1]),
         ops.add_rms_norm_backward.default: norm_backward,
+        ops.rms_norm_of_sum.default: add_norm.norm_forward,
         ops.mamba_mixer.default: lambda *a: tuple(mixer.mixer_forward(*a)),
         ops.mamba_mixer_backward.default: lambda d, *a: tuple(mixer.mixer_backward(d, mixer.Kept(d, *a[:5]), *a[5:])),
         ops.swiglu_mlp.default: swiglu.mlp_forward,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from kernel_cases import INTERPRETED, KERNEL_DEVICE, assert_close, compile_instead_of_running, normal
 from torch import Tensor
 
-from eco_llm.ops.add_norm import add_rms_norm
+from eco_llm.ops.add_norm import add_rms_norm, rms_norm_of_sum
 
 EPS = 1e-5
 # Largest error of a result as a share of its largest element.
@@ -101,6 +102,57 @@ def test_mistakes_are_refused() -> None:
         add_rms_norm(x, delta, weight, EPS, keep_sum=True, backend="apex")
     with pytest.raises(ValueError, match="float64"):
         add_rms_norm(x.double(), delta, weight, EPS, keep_sum=True, backend="triton")
+
+
+def compare_alone(inputs: list[Tensor], d_normed: Tensor, narrow: torch.dtype, **how: Any) -> None:
+    """`rms_norm_of_sum` with and without delta, and its gradients, against the definition."""
+    for given in (inputs, [inputs[0], None, inputs[2]]):
+        leaves = [t.detach().requires_grad_() for t in given if t is not None]
+        x, delta, weight = leaves if len(leaves) == 3 else (leaves[0], None, leaves[1])
+        with autocast(x.device.type, narrow):
+            normed = rms_norm_of_sum(x, delta, weight, EPS, **how)
+        assert normed.dtype == narrow
+        got = (normed, *torch.autograd.grad(normed, leaves, d_normed))
+        zeros = torch.zeros_like(x)
+        _, *wanted = exact(x, zeros if delta is None else delta, weight, zeros, d_normed)
+        if delta is None:
+            del wanted[2]
+        for actual, expected, like in zip(got, wanted, (normed, *leaves), strict=True):
+            assert actual.dtype == like.dtype
+            assert_close(actual, expected, SUM_TOLERANCE if like is leaves[-1] else TOLERANCE[like.dtype])
+
+
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 3, 40), (2, 63, 24)], ids=str)
+def test_the_norm_alone_by_the_reference(shape: tuple[int, int, int], x_type: torch.dtype) -> None:
+    (x, delta, weight), (_, d_normed) = cases(shape, torch.float32, x_type, "cpu")
+    compare_alone([x.to(x_type), delta, weight], d_normed, x_type)
+    if x_type == torch.float32:
+        compare_alone([t.double() for t in (x, delta, weight)], d_normed.double(), torch.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 63, 200), (3, 67, 768), (1, 3, 2560), (1, 2, 8192)], ids=str)
+def test_the_norm_alone_by_kernels(shape: tuple[int, int, int], narrow: torch.dtype, x_type: torch.dtype) -> None:
+    (x, delta, weight), (_, d_normed) = cases(shape, torch.float32, narrow, KERNEL_DEVICE)
+    if x_type == torch.bfloat16 and narrow == torch.float32:
+        d_normed = d_normed.bfloat16()  # without autocast products have the type of x
+        narrow = torch.bfloat16
+    compare_alone([x.to(x_type), delta, weight], d_normed, narrow, backend="triton")
+
+
+def test_mistakes_with_the_norm_alone_are_refused() -> None:
+    (x, delta, weight), _ = cases((2, 12, 6), torch.float32, torch.float32, "cpu")
+    for wrong in ((x, delta[:1], weight), (x, delta, weight[:1]), (x[0], delta[0], weight), (x[0], None, weight)):
+        with pytest.raises(ValueError, match="need x and delta"):
+            rms_norm_of_sum(*wrong, EPS)
+    with pytest.raises(ValueError, match="unknown norm backend"):
+        rms_norm_of_sum(x, delta, weight, EPS, backend="apex")
+    with pytest.raises(ValueError, match="float64"):
+        rms_norm_of_sum(x.double(), delta, weight, EPS, backend="triton")
 
 
 # Rows of less than a chunk, of chunks with nothing idle, of one warp and of several, of chunks with idle ends; numbers
@@ -233,14 +285,18 @@ def test_no_program_waits_or_changes_threads_but_where_it_must(
     compiled = compile_instead_of_running(monkeypatch, launchers, *kernels, capability=capability)
     monkeypatch.setattr(launchers, "sum_partials", lambda partials: [partials[0]])
     x, delta, weight = torch.empty(1, 64, channels), torch.empty(1, 64, channels).bfloat16(), torch.empty(channels)
+    for stream in (x, delta):
+        launchers.norm_forward(stream, delta, weight, EPS, torch.bfloat16)
+        launchers.norm_forward(stream, None, weight, EPS, torch.bfloat16)
+        launchers.add_norm_backward(None, delta, stream, delta, weight, EPS, torch.bfloat16)
+        launchers.add_norm_backward(None, delta, stream, None, weight, EPS, torch.bfloat16)
     launchers.add_norm_forward(x, delta, weight, EPS, torch.bfloat16)
     launchers.add_norm_backward(x, delta, x, delta, weight, EPS, torch.bfloat16)
-    assert len(compiled) == 2
-    built = {name: one.asm["ptx"] for name, one in compiled}
+    assert len(compiled) == 10
     for _, one in compiled:
         assert one.metadata.shared <= 8192
-    for ptx in built.values():
-        loads = re.findall(r"ld\.global\S*", ptx)
+        loads = re.findall(r"ld\.global\S*", one.asm["ptx"])
         assert loads
         assert all(".v2.b32" in load or ".v4.b32" in load for load in loads)  # four channels of a thread
-    assert ("bar.sync" in built["add_norm_forward_kernel"]) == (channels > 768)
+    forward = [one.asm["ptx"] for name, one in compiled if name == "add_norm_forward_kernel"]
+    assert [("bar.sync" in ptx) == (channels > 768) for ptx in forward] == [True] * 5

@@ -48,7 +48,7 @@ def test_every_sum_is_that_of_whole_numbers(dtype: torch.dtype, wide: torch.dtyp
     a, y = pairs(dtype, device)
     cases = list(zip(a.tolist(), y.double().tolist(), strict=True))
     for move, sign in ((advance, 1), (retreat, -1)):
-        q, x, sums = move(a, y, wide)
+        q, x, sums = move(a, y, dtype=wide)
         assert (q.dtype, x.dtype, sums.dtype) == (torch.int32, wide, torch.int64)
         want = [in_whole_numbers(*case, sign) for case in cases]
         assert q.tolist() == [number for number, _ in want]
@@ -79,10 +79,23 @@ def test_retreat_undoes_advance(size: tuple[int, ...], dtype: torch.dtype, devic
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TYPES)
+def test_several_changes_are_their_sum(dtype: torch.dtype, device: str) -> None:
+    """Added up in at least float32, with one rounding to the grid."""
+    a, y = pairs(dtype, device)
+    for other in (y.roll(1), y.roll(1).float(), -y):
+        wide = torch.promote_types(torch.promote_types(dtype, other.dtype), torch.float32)
+        for move in (advance, retreat):
+            for got, want in zip(move(a, y, other), move(a, y.to(wide) + other.to(wide)), strict=True):
+                torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(retreat(advance(a, y, other)[0], y, other)[0], a)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_snap_is_the_nearest_step_and_hides_nothing(dtype: torch.dtype, device: str) -> None:
     x = pairs(dtype, device)[1]
     q, value, sums = snap(x)
-    zero, moved, seen = advance(torch.zeros_like(q), x, value.dtype)
+    zero, moved, seen = advance(torch.zeros_like(q), x, dtype=value.dtype)
     assert value.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(q, zero)
     assert torch.equal(sums, seen)
@@ -125,9 +138,9 @@ def test_checksums_see_every_single_bit(device: str) -> None:
 Move = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def assert_the_references_bits(a: Tensor | None, y: Tensor, back: bool, dtype: torch.dtype, move: Move) -> None:
-    q, x, sums = move(a, y, STEP, TILE, dtype, back=back)
-    want, value = move_reference(a, y, STEP, dtype, back=back)
+def assert_the_references_bits(a: Tensor | None, ys: list[Tensor], back: bool, dtype: torch.dtype, move: Move) -> None:
+    q, x, sums = move(a, ys, STEP, TILE, dtype, back=back)
+    want, value = move_reference(a, ys, STEP, dtype, back=back)
     assert torch.equal(q, want)
     torch.testing.assert_close(x, value, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(sums, checksums_reference(want, TILE))
@@ -146,15 +159,18 @@ def test_kernels_have_the_references_bits(
 
     y = (normal(*size, seed=4) * 50).to(dtype)
     y.view(-1)[0] = 1e7  # steps beyond 2^23, and out of range
+    other = normal(*size, seed=6) * 50
     near = snap(normal(*size, seed=3) * 300)[0]
     anywhere = torch.randint(LEAST, LARGEST, size, generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+    edges, changes = pairs(dtype, KERNEL_DEVICE)
     for back in (False, True):
         for a in (near, anywhere.to(KERNEL_DEVICE)):
-            assert_the_references_bits(a, y, back, read, move)
-            assert_the_references_bits(a, y * 1000, back, read, move)
-        assert_the_references_bits(*pairs(dtype, KERNEL_DEVICE), back, read, move)
-    assert_the_references_bits(None, y, False, read, move)
-    assert_the_references_bits(None, pairs(dtype, KERNEL_DEVICE)[1], False, read, move)
+            for ys in ([y], [y * 1000], [y, other], [other, y * 1000]):
+                assert_the_references_bits(a, ys, back, read, move)
+        for ys in ([changes], [changes, changes.roll(1)], [changes, -changes]):
+            assert_the_references_bits(edges, ys, back, read, move)
+    assert_the_references_bits(None, [y], False, read, move)
+    assert_the_references_bits(None, [changes], False, read, move)
 
 
 @pytest.mark.gpu
@@ -163,8 +179,9 @@ def test_kernels_undo_every_sum(dtype: torch.dtype, nan_filled_buffers: None) ->
     from eco_llm.ops.grid.triton import move
 
     a, y = pairs(dtype, KERNEL_DEVICE)
-    c, _, _ = move(a, y, STEP, TILE, torch.float32, back=False)
-    back, value, sums = move(c, y, STEP, TILE, torch.float32, back=True)
-    assert torch.equal(back, a)
-    assert torch.equal(value, values(a, torch.float32))
-    assert torch.equal(sums, checksums_reference(a, TILE))
+    for ys in ([y], [y, y.roll(1)]):
+        c, _, _ = move(a, ys, STEP, TILE, torch.float32, back=False)
+        back, value, sums = move(c, ys, STEP, TILE, torch.float32, back=True)
+        assert torch.equal(back, a)
+        assert torch.equal(value, values(a, torch.float32))
+        assert torch.equal(sums, checksums_reference(a, TILE))

@@ -93,6 +93,28 @@ def test_the_coupled_form_is_remembered(tiny_flags: Flags, tmp_path: Path, capsy
     assert json.loads(capsys.readouterr().out)["val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_run_of_the_earlier_coupled_network_is_refused(
+    tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Never continued or read as the network of now; what it left stays as it is."""
+    settings = f"--steps 2 {STEADY} --instant-mode coupled"
+    assert main(tiny_flags(settings)) == 0
+    file = tmp_path / "run" / "config.json"
+    content = json.loads(file.read_text())
+    assert content["resolved"].pop("coupled_form") == "blocks"
+    file.write_text(json.dumps(content))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for command in (tiny_flags(settings), ["evaluate", "--run", str(tmp_path / "run"), "--device", "cpu"]):
+        capsys.readouterr()
+        assert main(command) == 2
+        error = capsys.readouterr().err.strip()
+        assert "as an earlier version had it" in error
+        assert len(error.splitlines()) == 1
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert main(tiny_flags(f"{settings} --no-resume")) == 0
+    assert (tmp_path / "run" / "previous" / "001" / "config.json").exists()
+
+
 def test_bad_modes_are_refused_before_anything_is_written(
     tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -117,8 +139,8 @@ def test_a_trip_is_counted_logged_and_not_applied(
         forwards += 1
         return genuine(blocks, x, gate)  # type: ignore[arg-type]
 
-    def wrong(c: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        back = honest(c, y, dtype)[0] + (1 if forwards in (3, 4) else 0)
+    def wrong(c: Tensor, *ys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        back = honest(c, *ys, dtype=dtype)[0] + (1 if forwards in (3, 4) else 0)
         return back, values(back, dtype), checksums(back)
 
     genuine = stack.coupled
@@ -158,8 +180,8 @@ def test_a_trip_stops_released_updates_before_they_are_made(
 
     honest = coupled.retreat
 
-    def wrong(c: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        back = honest(c, y, dtype)[0] + 1
+    def wrong(c: Tensor, *ys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        back = honest(c, *ys, dtype=dtype)[0] + 1
         return back, values(back, dtype), checksums(back)
 
     monkeypatch.setattr(coupled, "retreat", wrong)

@@ -276,42 +276,31 @@ class Parts:
     def mixer_backward(self, mixer: str) -> Buffer:
         return self.mla_backward() if mixer == "mla" else self.mamba_backward()
 
-    def normed(self, kind: Kind, narrow: bool = False) -> list[Buffer]:
-        """A norm's result in the compute type, and its statistics; uncompiled, the float32 result of an input that is
-        not `narrow` passes by.
-        """
+    def normed(self, kind: Kind) -> list[Buffer]:
+        """A norm's result in the compute type, and its statistics; uncompiled, its float32 result passes by."""
         statistics = self.tape.take(F32 * self.M, kind)
-        if self.job.compiled or self.c == F32 or narrow:
+        if self.job.compiled or self.c == F32:
             return [statistics, self.narrow(kind)]
         passing = self.wide()
         u = self.narrow(kind)
         self.tape.give(passing)
         return [statistics, u]
 
-    def sub_forward(self, part: str, kind: Kind, *, narrow: bool = False) -> tuple[Buffer, list[Buffer]]:
-        """`mix` of a mixer ("mamba", "mla") or `feed` ("mlp"): (result, kept). The input is the caller's. `narrow`: it
-        is in the compute type.
-        """
-        kept = self.normed(kind, narrow)
+    def sub_forward(self, part: str, kind: Kind) -> tuple[Buffer, list[Buffer]]:
+        """`mix` of a mixer ("mamba", "mla") or `feed` ("mlp"): (result, kept). The input is the caller's."""
+        kept = self.normed(kind)
         out, more = self.mlp_forward(kind) if part == "mlp" else self.mixer_forward(part, kind)
         return out, kept + more
 
-    def sub_backward(
-        self, part: str, kept: list[Buffer], into: Buffer | None = None, *, narrow: bool = False
-    ) -> Buffer:
+    def sub_backward(self, part: str, kept: list[Buffer], into: Buffer | None = None) -> Buffer:
         """The gradient of the sub-layer's input, [B, T, D] float32; frees what forward kept.
 
         Args:
             into: a [B, T, D] float32 buffer whose place the result takes, where blocks are compiled.
-            narrow: the input, and so its gradient, is in the compute type.
         """
         dy = [] if self.c == F32 else [self.narrow()]
         d_u = self.mlp_backward() if part == "mlp" else self.mixer_backward(part)
         self.tape.give(*dy, *kept)
-        if narrow:
-            d_x = self.narrow()
-            self.tape.give(d_u)
-            return d_x
         passing = [] if self.job.compiled or self.c == F32 else [self.wide()]
         if passing:
             self.tape.give(d_u)

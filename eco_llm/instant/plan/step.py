@@ -447,23 +447,22 @@ class _Step:
     # -- the coupled form --
 
     def _coupled(self, x: Buffer) -> Buffer:
-        """The whole stack: two streams forward, and the value of one, which sub-layers read in the compute type;
-        backward from the two last states.
+        """The whole stack: two streams forward, and the value of one, which blocks read in the compute type; backward
+        from the two last states.
         """
         parts, tape = self.parts, self.tape
         checksums = 8 * -(-parts.M * parts.D // TILE)
         a = b = parts.wide("activations")  # on the grid; both streams at first
         value = parts.narrow("activations")
         sums = [tape.take(checksums, "activations")]
-        order = [part for mixer in self.mixers for part in (mixer, "mlp")]
-        for at, part in enumerate(order, 1):
-            out, kept = parts.sub_forward(part, "temporaries", narrow=True)
-            tape.give(*kept)
-            last = at == len(order)
+        for at, mixer in enumerate(self.mixers, 1):
+            mixed, first = parts.part_forward(mixer, "temporaries")
+            fed, second = parts.part_forward("mlp", "temporaries")
+            tape.give(*first, *second)
             new, older = parts.wide("activations"), value
-            value = parts.wide("activations") if last else parts.narrow("activations")
+            value = parts.wide("activations") if at == len(self.mixers) else parts.narrow("activations")
             sums.append(tape.take(checksums, "activations"))
-            tape.give(out, older, *([a] if a is not b else []))
+            tape.give(mixed, fed, older, *([a] if a is not b else []))
             a, b = b, new
         total = parts.wide()  # the value of the state before the last is added to that of the last
         tape.give(total, sums[-1])
@@ -471,22 +470,29 @@ class _Step:
         self._workspace("backward")
         tape.give(x)  # the caller of the stack held it
         da = db = dy  # which autograd holds until the whole is done
+        received = [] if parts.c == F32 else [parts.narrow()]  # db in the type of what was added
         b, c = a, b
         value = parts.narrow()
         for mixer in reversed(self.mixers):
-            for part in ("mlp", mixer):
-                out, kept = parts.sub_forward(part, "temporaries", narrow=True)
-                a, older = parts.wide(), parts.narrow()
-                rebuilt = tape.take(checksums)
-                tape.give(c)
-                b, c = a, b
-                grad = parts.sub_backward(part, kept, narrow=True)
-                total = parts.wide()
-                tape.give(grad, out, rebuilt, value, *([da] if da is not dy else []))
-                da, db, value = db, total, older
+            mixed, first = parts.part_forward(mixer, "temporaries")
+            fed, second = parts.part_forward("mlp", "temporaries")
+            a, older = parts.wide(), parts.narrow()
+            rebuilt = tape.take(checksums)
+            tape.give(c)
+            b, c = a, b
+            d_v = parts.part_backward("mlp", [], second)
+            d_sum = parts.narrow()  # of x + mixed, and so of both
+            tape.give(d_v)
+            d_u = parts.part_backward(mixer, [parts.narrow()], first)
+            d_x = parts.narrow()
+            tape.give(d_u)
+            total = parts.wide()
+            sent, received = received, [parts.narrow() for _ in received]
+            tape.give(d_sum, d_x, *sent, mixed, fed, rebuilt, value, *([da] if da is not dy else []))
+            da, db, value = db, total, older
             self._settle(mixer)
         dx = parts.wide()
-        tape.give(b, c, value, *sums[:-1], *{id(x): x for x in (da, db) if x is not dy}.values(), dy)
+        tape.give(b, c, value, *received, *sums[:-1], *{id(x): x for x in (da, db) if x is not dy}.values(), dy)
         return dx
 
     # -- between steps --

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eco_llm.ops.add_norm.reference import add_rms_norm_reference
+from eco_llm.ops.add_norm.reference import add_rms_norm_reference, rms_norm_of_sum_reference
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.products import compute_dtype
 
-__all__ = ["add_rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm_of_sum"]
 
 Backend = Literal["auto", "reference", "triton"]
 MAX_TRITON_CHANNELS = 8192
@@ -39,14 +39,9 @@ def add_rms_norm(
         ValueError: shapes or types that do not fit, an unknown backend, or `triton` asked for what it does not serve.
     """
     added = x if delta is None else delta
-    if x.ndim != 3 or added.shape != x.shape or weight.shape != x.shape[2:]:
-        raise ValueError(
-            f"need x and delta [B, T, D], weight [D], got {tuple(x.shape)}, {tuple(added.shape)}, {tuple(weight.shape)}"
-        )
+    _check(x, added, weight, backend)
     if x.dtype not in (torch.float32, torch.float64) or torch.promote_types(x.dtype, added.dtype) != x.dtype:
         raise ValueError(f"need x of at least float32 and delta no wider, got {x.dtype}, {added.dtype}")
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"unknown norm backend {backend!r}; known: auto, reference, triton")
     dtype = compute_dtype(x)
     kernels_know = (torch.float32, torch.bfloat16)
     served = x.dtype == torch.float32 and {added.dtype, dtype} <= {*kernels_know} and x.shape[2] <= MAX_TRITON_CHANNELS
@@ -60,6 +55,52 @@ def add_rms_norm(
             total, normed = _add_norm(x, delta, weight.float(), eps, dtype, keep_sum)
         return total, normed
     return add_rms_norm_reference(x, delta, weight, eps, dtype)
+
+
+def rms_norm_of_sum(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, backend: Backend = "auto"
+) -> Tensor:
+    """s / sqrt(mean(s²) + eps) · weight of s = x + delta over the last axis; s itself is not given. No host sync.
+
+    Kept for backward: x and delta. Neither need be as wide as s, which is at least float32.
+
+    Args:
+        x: [B, T, D], any float type.
+        delta: [B, T, D], any float type that s can hold; None: nothing.
+        weight: [D].
+        eps: added to the mean square.
+        backend: `auto` takes Triton where it serves the types (CUDA, float32 or bfloat16, D ≤ 8192), else the
+            reference.
+
+    Returns:
+        [B, T, D] in the type that products of x have now: autocast's, if on.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend, or `triton` asked for what it does not serve.
+    """
+    added = x if delta is None else delta
+    _check(x, added, weight, backend)
+    dtype = compute_dtype(x)
+    served = {x.dtype, added.dtype, dtype} <= {torch.float32, torch.bfloat16} and x.shape[2] <= MAX_TRITON_CHANNELS
+    if backend == "triton" and not served:
+        raise ValueError(
+            f"the Triton norm takes float32 or bfloat16 and at most {MAX_TRITON_CHANNELS} channels; got {x.dtype},"
+            f" {added.dtype}, {dtype}, {x.shape[2]}"
+        )
+    if backend == "triton" or (backend == "auto" and served and uses_triton(x)):
+        with torch.autocast(x.device.type, enabled=False):
+            normed: Tensor = _norm_of_sum(x, delta, weight.float(), eps, dtype)
+        return normed
+    return rms_norm_of_sum_reference(x, delta, weight, eps, dtype)
+
+
+def _check(x: Tensor, added: Tensor, weight: Tensor, backend: str) -> None:
+    if x.ndim != 3 or added.shape != x.shape or weight.shape != x.shape[2:]:
+        raise ValueError(
+            f"need x and delta [B, T, D], weight [D], got {tuple(x.shape)}, {tuple(added.shape)}, {tuple(weight.shape)}"
+        )
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"unknown norm backend {backend!r}; known: auto, reference, triton")
 
 
 # Operators, so that torch.compile sees one opaque node with known shapes: it would otherwise trace into the launchers.
@@ -127,3 +168,33 @@ def _differentiate(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) ->
 
 
 _add_norm.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("eco_llm::rms_norm_of_sum", mutates_args=())
+def _norm_of_sum(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    from eco_llm.ops.add_norm.triton import norm_forward
+
+    delta = None if delta is None else delta.contiguous()
+    return norm_forward(x.contiguous(), delta, weight.contiguous(), eps, dtype)
+
+
+@_norm_of_sum.register_fake
+def _(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _save_norm(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, float, torch.dtype], output: Tensor) -> None:
+    x, delta, weight, ctx.eps, _ = inputs
+    ctx.narrow = x.dtype if delta is None else delta.dtype
+    ctx.has_delta = delta is not None
+    ctx.save_for_backward(x, delta, weight)
+
+
+def _differentiate_norm(ctx: Any, d_normed: Tensor) -> tuple[Tensor | None, ...]:
+    x, delta, weight = ctx.saved_tensors
+    dx, narrowed, d_weight = _add_norm_backward(None, d_normed, x, delta, weight, ctx.eps, ctx.narrow)
+    d_delta = dx if ctx.narrow == x.dtype else narrowed
+    return dx, d_delta if ctx.has_delta else None, d_weight, None, None
+
+
+_norm_of_sum.register_autograd(_differentiate_norm, setup_context=_save_norm)

@@ -58,8 +58,10 @@ def _load_weight(weight, k: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, 
 @triton.jit(do_not_specialize=["rows"])
 def add_norm_forward_kernel(
     x, delta, weight, total, normed, eps, rows,
-    C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, HAS_DELTA: tl.constexpr,
+    C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    HAS_DELTA: tl.constexpr, HAS_TOTAL: tl.constexpr,
 ):  # fmt: skip
+    """HAS_TOTAL: the sum is written too."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     live = (first + tl.arange(0, ROWS) < rows)[:, None]
     x += first * C
@@ -68,13 +70,14 @@ def add_norm_forward_kernel(
     normed += first * C
     now = ()
     for k in tl.static_range(N):
-        value = _load(x, k, live, C, CHUNK, ROWS)
+        value = _load(x, k, live, C, CHUNK, ROWS).to(tl.float32)
         if HAS_DELTA:
             value += _load(delta, k, live, C, CHUNK, ROWS).to(tl.float32)
         now = now + (value,)
     squares = tl.zeros((ROWS, CHUNK), tl.float32)
     for k in tl.static_range(N):
-        _store(total, now[k], k, live, C, CHUNK, ROWS)
+        if HAS_TOTAL:
+            _store(total, now[k], k, live, C, CHUNK, ROWS)
         squares += now[k] * now[k]
     inverse = (1.0 / tl.sqrt(tl.sum(squares, axis=1) / C + eps))[:, None]
     for k in tl.static_range(N):
@@ -105,12 +108,15 @@ def add_norm_backward_kernel(
         now = load_row(x + at, C, CHUNK, N)
         if HAS_DELTA:
             added = load_row(delta + at, C, CHUNK, N)
-            total = ()
-            for k in tl.static_range(N):
-                total = total + (now[k] + added[k].to(tl.float32),)
-            now = total
         if HAS_D_TOTAL:
             passing = load_row(d_total + at, C, CHUNK, N)
+        total = ()
+        for k in tl.static_range(N):
+            value = now[k].to(tl.float32)
+            if HAS_DELTA:
+                value += added[k].to(tl.float32)
+            total = total + (value,)
+        now = total
         squares = tl.zeros((CHUNK,), tl.float32)
         products = tl.zeros((CHUNK,), tl.float32)
         for k in tl.static_range(N):
@@ -160,14 +166,15 @@ def _backward_shape(channels: int) -> dict[str, int]:
     return {"C": channels, "CHUNK": chunk, "N": triton.cdiv(channels, chunk), "num_warps": warps, "num_stages": 1}
 
 
-def _check(x: Tensor, weight: Tensor, **others: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, types: tuple[torch.dtype, ...], **others: Tensor | None) -> None:
     if x.ndim != 3 or weight.shape != x.shape[2:] or not 1 <= x.shape[2] <= MAX_TRITON_CHANNELS:
         raise ValueError(
             f"need x [B, T, D ≤ {MAX_TRITON_CHANNELS}], weight [D], got {tuple(x.shape)}, {tuple(weight.shape)}"
         )
-    for name, tensor in {"x": x, "weight": weight}.items():
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise ValueError(f"need {name} in float32 and contiguous, got {tensor.dtype}")
+    if x.dtype not in types or weight.dtype != torch.float32:
+        raise ValueError(f"need x in {' or '.join(map(str, types))}, weight in float32, got {x.dtype}, {weight.dtype}")
+    if not (x.is_contiguous() and weight.is_contiguous()):
+        raise ValueError("need x and weight contiguous")
     for name, other in others.items():
         if other is not None and (other.shape != x.shape or not other.is_contiguous()):
             raise ValueError(f"need {name} of the shape of x, {tuple(x.shape)}, contiguous, got {tuple(other.shape)}")
@@ -191,14 +198,28 @@ def add_norm_forward(
     Raises:
         ValueError: shapes, types or strides that do not fit.
     """
-    _check(x, weight, delta=delta)
+    _check(x, weight, (torch.float32,), delta=delta)
     total, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-    if x.numel():
-        rows, shape = x.shape[0] * x.shape[1], _forward_shape(x.shape[2])
-        add_norm_forward_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
-            x, x if delta is None else delta, weight, total, normed, eps, rows, HAS_DELTA=delta is not None, **shape
-        )
+    _forward(x, delta, weight, total, normed, eps)
     return total, normed
+
+
+def norm_forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The norm alone of `add_norm_forward`, and the same; x may be bfloat16 too, delta None is 0."""
+    _check(x, weight, (torch.float32, torch.bfloat16), delta=delta)
+    normed = torch.empty_like(x, dtype=dtype)
+    _forward(x, delta, weight, None, normed, eps)
+    return normed
+
+
+def _forward(x: Tensor, delta: Tensor | None, weight: Tensor, total: Tensor | None, normed: Tensor, eps: float) -> None:
+    if x.numel() == 0:
+        return
+    rows, shape = x.shape[0] * x.shape[1], _forward_shape(x.shape[2])
+    add_norm_forward_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
+        x, x if delta is None else delta, weight, normed if total is None else total, normed, eps, rows,
+        HAS_DELTA=delta is not None, HAS_TOTAL=total is not None, **shape,
+    )  # fmt: skip
 
 
 def add_norm_backward(
@@ -210,18 +231,18 @@ def add_norm_backward(
     Args:
         d_total: [B, T, D] float32, the gradient of s but for what comes through the norm; None: zero.
         d_normed: [B, T, D], the gradient of the norm.
-        x, delta, weight, eps: as in `add_norm_forward`; delta None if x is s.
+        x, delta, weight, eps: as in `add_norm_forward` or `norm_forward`; delta None if x is s.
         narrow: the type that the gradient of delta is wanted in.
 
     All [B, T, D] are contiguous.
 
     Returns:
-        (that of x [B, T, D] float32, the same in `narrow`, None where that is float32, dweight [D] float32).
+        (that of x [B, T, D] in its type, the same in `narrow`, None where that is its type, dweight [D] float32).
 
     Raises:
         ValueError: shapes, types or strides that do not fit.
     """
-    _check(x, weight, d_total=d_total, d_normed=d_normed, delta=delta)
+    _check(x, weight, (torch.float32, torch.bfloat16), d_total=d_total, d_normed=d_normed, delta=delta)
     channels = x.shape[2]
     dx = torch.empty_like(x)
     narrowed = None if narrow == x.dtype else torch.empty_like(x, dtype=narrow)

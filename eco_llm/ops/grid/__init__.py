@@ -11,6 +11,8 @@ reaches whatever reads the value, as it would have in floating point, while ever
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,30 +39,30 @@ def snap(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, T
         x: the numbers.
         dtype: of the value, as for `advance`; default: that of x, at least float32.
     """
-    return _move(None, x.contiguous(), dtype or torch.promote_types(x.dtype, torch.float32), back=False)
+    return _move(None, (x.contiguous(),), dtype or torch.promote_types(x.dtype, torch.float32), back=False)
 
 
 def advance(
-    a: Tensor, y: Tensor, dtype: torch.dtype = torch.float32, *, checked: bool = True
+    a: Tensor, *ys: Tensor, dtype: torch.dtype = torch.float32, checked: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """a plus y in whole steps: (c, its value, its `checksums`).
+    """a plus the sum y of one or more tensors, in whole steps: (c, its value, its `checksums`).
 
     Args:
         a: stream, int32, contiguous.
-        y: of its shape, any floating-point type.
+        ys: of its shape, any floating-point types; added up, in order, in at least float32.
         dtype: of the value, bfloat16, float32 or float64. float64 holds every q · STEP; float32 rounds those from 1024
             on (2^24 steps) to 24 bits, to nearest even, the same everywhere; bfloat16 rounds what float32 gives.
         checked: without it the checksums may be left out (empty), which saves time where a kernel does not make them.
     """
-    return _move(a, y, dtype, back=False, checked=checked)
+    return _move(a, ys, dtype, back=False, checked=checked)
 
 
-def retreat(c: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """c minus y in whole steps, the inverse of `advance`: from advance(a, y)[0] back to a, bit for bit.
+def retreat(c: Tensor, *ys: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """c minus the sum of ys in whole steps, the inverse of `advance`: from advance(a, *ys)[0] back to a, bit for bit.
 
     The value is that of a's number, never NaN: whether a belonged in a stream was told when it was made.
     """
-    return _move(c, y, dtype, back=True)
+    return _move(c, ys, dtype, back=True)
 
 
 def values(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,12 +80,13 @@ def checksums(q: Tensor) -> Tensor:
 
 
 def _move(
-    a: Tensor | None, y: Tensor, dtype: torch.dtype, *, back: bool, checked: bool = True
+    a: Tensor | None, ys: Sequence[Tensor], dtype: torch.dtype, *, back: bool, checked: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    known = y.dtype in (torch.float32, torch.bfloat16) and dtype in (torch.float32, torch.bfloat16)
-    if known and y.is_contiguous() and (a is None or (a.is_contiguous() and a.shape == y.shape)) and uses_triton(y):
+    known = {dtype, *(y.dtype for y in ys)} <= {torch.float32, torch.bfloat16} and len(ys) <= 2
+    alike = all(t.is_contiguous() and t.shape == ys[0].shape for t in (ys if a is None else (a, *ys)))
+    if known and alike and uses_triton(ys[0]):
         from eco_llm.ops.grid.triton import move
 
-        return move(a, y, STEP, TILE, dtype, back=back)
-    q, x = move_reference(a, y, STEP, dtype, back=back)
+        return move(a, ys, STEP, TILE, dtype, back=back)
+    q, x = move_reference(a, ys, STEP, dtype, back=back)
     return q, x, checksums_reference(q if checked else q.new_empty(0), TILE)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -11,14 +14,16 @@ MOST = 2.0**31 - 128
 
 
 def move_reference(
-    a: Tensor | None, y: Tensor, step: float, dtype: torch.dtype, *, back: bool
+    a: Tensor | None, ys: Sequence[Tensor], step: float, dtype: torch.dtype, *, back: bool
 ) -> tuple[Tensor, Tensor]:
-    """(a + y in whole steps, or a − y with `back`, modulo 2^32; the value of it in `dtype`). Without `a`, of 0.
+    """(a + y in whole steps, or a − y with `back`, modulo 2^32; the value of it in `dtype`). Without `a`, of 0. y is
+    the sum of ys, in order, in at least float32.
 
     Steps to nearest, ties to even. A y that is not finite or over MOST steps changes nothing; the value is NaN there,
     and where the sum did not fit in an int32. `back` gives no NaN.
     """
-    steps = torch.round(y.to(torch.promote_types(y.dtype, torch.float32)) * (1 / step))
+    y = functools.reduce(torch.add, (y.to(torch.promote_types(y.dtype, torch.float32)) for y in ys))
+    steps = torch.round(y * (1 / step))
     fits = steps.abs() <= MOST  # not so for NaN
     # Chosen before the conversion, which is not defined for what int32 does not hold, and differs between devices.
     change = torch.where(fits, steps, 0.0).to(torch.int64)

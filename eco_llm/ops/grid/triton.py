@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -23,14 +25,17 @@ def _whole(v):
 
 @triton.jit
 def _move_kernel(
-    a, y, out, value, sums, n,
-    INVERSE: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, FROM: tl.constexpr, BACK: tl.constexpr,
-    TILE: tl.constexpr,
+    a, y, more, out, value, sums, n,
+    INVERSE: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, FROM: tl.constexpr, MORE: tl.constexpr,
+    BACK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """out = a ± y in whole steps, its value, and its checksums; with FROM 0, a is 0."""
+    """out = a ± (y + more) in whole steps, its value, and its checksums; without FROM a is 0, without MORE more is."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = at < n
-    steps = _whole(tl.load(y + at, mask=inside, other=0.0).to(tl.float32) * INVERSE)
+    change = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    if MORE:
+        change += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+    steps = _whole(change * INVERSE)
     fits = tl.abs(steps) <= MOST  # not so for NaN
     exact = tl.where(fits, steps, 0.0).to(tl.int32).to(tl.int64)
     if FROM:
@@ -47,17 +52,19 @@ def _move_kernel(
 
 
 def move(
-    a: Tensor | None, y: Tensor, step: float, tile: int, dtype: torch.dtype, *, back: bool
+    a: Tensor | None, ys: Sequence[Tensor], step: float, tile: int, dtype: torch.dtype, *, back: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`move_reference` and `checksums_reference` of the result.
 
-    a int32 or None, y float32 or bfloat16, contiguous and of one shape; values in float32 or bfloat16.
+    a int32 or None, one or two ys in float32 or bfloat16, contiguous and of one shape; values in float32 or bfloat16.
     """
+    y, more = ys[0], ys[-1]
     out, n = torch.empty_like(y, dtype=torch.int32), y.numel()
     value = torch.empty_like(y, dtype=dtype)
     sums = torch.empty(triton.cdiv(n, tile), dtype=torch.int64, device=y.device)
     with torch.cuda.device_of(y):
         _move_kernel[sums.shape](
-            a, y, out, value, sums, n, 1 / step, step, MOST, a is not None, back, tile, num_warps=_WARPS
-        )
+            a, y, more, out, value, sums, n, 1 / step, step, MOST, a is not None, len(ys) == 2, back, tile,
+            num_warps=_WARPS,
+        )  # fmt: skip
     return out, value, sums
