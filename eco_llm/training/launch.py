@@ -21,7 +21,7 @@ from eco_llm.data.prepare import prepare
 from eco_llm.data.progress import make_progress
 from eco_llm.data.shards import Manifest, PreparedData, open_prepared
 from eco_llm.errors import UserError
-from eco_llm.model.serving import serving_kernels
+from eco_llm.model.serving import Kernels, serving_kernels
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
 from eco_llm.optim.release import ReleasedUpdate
@@ -30,7 +30,7 @@ from eco_llm.perf.device_counters import DeviceCounters, memory_stats
 from eco_llm.perf.environment import collect as collect_environment
 from eco_llm.perf.memory import CudaAllocator, Known, MemoryLedger, Snapshot, tensor_bytes
 from eco_llm.perf.phases import PhaseTimer
-from eco_llm.runtime import Runtime, torch_dtype
+from eco_llm.runtime import Runtime, compiling_pays, torch_dtype
 from eco_llm.training import checkpoint
 from eco_llm.training.crash import write_crash_report
 from eco_llm.training.evaluation import Validation, evaluate
@@ -116,6 +116,15 @@ def _known(optimizers: Sequence[torch.optim.Optimizer]) -> Known:
     )
 
 
+def _compiled_where_it_pays(config: TrainConfig, shape: SigmaConfig, runtime: Runtime, kernels: Kernels) -> Runtime:
+    """The runtime, without the compiler where nothing is asked and the step does as well without."""
+    if config.runtime.torch_compile != "auto" or runtime.device.type != "cuda" or kernels.name != "triton":
+        return runtime
+    modes = config.instant.block_modes(shape.mixer_pattern)
+    pays = compiling_pays(modes, captured=wants_graph(config, runtime))
+    return dataclasses.replace(runtime, compile=runtime.compile and pays)
+
+
 class _Launch:
     """One training, from an open run directory to its outcome."""
 
@@ -130,12 +139,13 @@ class _Launch:
         hooks: Sequence[Hook],
     ) -> None:
         self.further_hooks = hooks
-        self.run, self.config, self.shape, self.runtime, self.data = run, config, shape, runtime, data
+        self.run, self.config, self.shape, self.data = run, config, shape, data
         self.command = list(command)
         self.graph = False
         self.ledger: MemoryLedger | None = None
         self.report: MemoryReport | None = None
         self.kernels = serving_kernels(shape, runtime.device, runtime.compute_dtype)
+        self.runtime = _compiled_where_it_pays(config, shape, runtime, self.kernels)
         self.display = ProgressDisplay(config.training.log_interval)
         self.say = self.display.on_message
 
@@ -239,6 +249,8 @@ class _Launch:
         self.say(f"the step could not be captured in a CUDA graph and runs without, slower: {reason}")
         content = self.run.saved()
         content["resolved"] |= {"cuda_graph": False, "cuda_graph_failure": reason}
+        if self.config.runtime.torch_compile == "auto":
+            self.say("if that is to stay, --torch-compile makes its steps faster")
         self.run.write_config(content)
 
     def _probe(self, step: int) -> dict[str, Any]:
@@ -278,6 +290,12 @@ class _Launch:
             changed = {k: [before[k], now[k]] for k in now if before[k] != now[k]}
             content["resumed"] = [*content.get("resumed", []), {**entry, "step": saved.step, "changed": changed}]
             content["config"] = to_dict(self.config)
+            if (was := content["resolved"].get("torch_compile")) not in (None, self.runtime.compile):
+                kinds = {True: "compiled", False: "not compiled"}
+                self.say(
+                    f"blocks are {kinds[self.runtime.compile]} now, before they were {kinds[was]}: last bits of losses"
+                    " may differ from what one run would have had"
+                )
             content["resolved"] |= self._how()
             content["resolved"].pop("cuda_graph_failure", None)
             if "steps" in changed:
