@@ -21,7 +21,7 @@ from eco_llm.data.prepare import prepare
 from eco_llm.data.progress import make_progress
 from eco_llm.data.shards import Manifest, PreparedData, open_prepared
 from eco_llm.errors import UserError
-from eco_llm.model.serving import Kernels, serving_kernels
+from eco_llm.model.serving import serving_kernels
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
 from eco_llm.optim.release import ReleasedUpdate
@@ -30,11 +30,11 @@ from eco_llm.perf.device_counters import DeviceCounters, memory_stats
 from eco_llm.perf.environment import collect as collect_environment
 from eco_llm.perf.memory import CudaAllocator, Known, MemoryLedger, Snapshot, tensor_bytes
 from eco_llm.perf.phases import PhaseTimer
-from eco_llm.runtime import Runtime, compiling_pays, torch_dtype
+from eco_llm.runtime import Runtime, torch_dtype
 from eco_llm.training import checkpoint
 from eco_llm.training.crash import write_crash_report
 from eco_llm.training.evaluation import Validation, evaluate
-from eco_llm.training.graph import CaptureError, GraphedStep, wants_graph
+from eco_llm.training.graph import CaptureError, GraphedStep, compiles_blocks, wants_graph
 from eco_llm.training.hooks.base import Hook
 from eco_llm.training.hooks.memory_report import MemoryReport
 from eco_llm.training.hooks.metrics_file import MetricsFile
@@ -116,15 +116,6 @@ def _known(optimizers: Sequence[torch.optim.Optimizer]) -> Known:
     )
 
 
-def _compiled_where_it_pays(config: TrainConfig, shape: SigmaConfig, runtime: Runtime, kernels: Kernels) -> Runtime:
-    """The runtime, without the compiler where nothing is asked and the step does as well without."""
-    if config.runtime.torch_compile != "auto" or runtime.device.type != "cuda" or kernels.name != "triton":
-        return runtime
-    modes = config.instant.block_modes(shape.mixer_pattern)
-    pays = compiling_pays(modes, captured=wants_graph(config, runtime))
-    return dataclasses.replace(runtime, compile=runtime.compile and pays)
-
-
 class _Launch:
     """One training, from an open run directory to its outcome."""
 
@@ -145,7 +136,7 @@ class _Launch:
         self.ledger: MemoryLedger | None = None
         self.report: MemoryReport | None = None
         self.kernels = serving_kernels(shape, runtime.device, runtime.compute_dtype)
-        self.runtime = _compiled_where_it_pays(config, shape, runtime, self.kernels)
+        self.runtime = dataclasses.replace(runtime, compile=compiles_blocks(config, shape, runtime))
         self.display = ProgressDisplay(config.training.log_interval)
         self.say = self.display.on_message
 

@@ -148,8 +148,7 @@ def _named(backend: Backend, x: Tensor) -> bool:
 
 
 # Operators, so that torch.compile sees opaque nodes with known shapes: it would trace into the launchers, and fuse the
-# reference's products and sums to other roundings. Eager code goes to the reference directly: calling an operator
-# imports the compiler, a second or more that a run on the CPU need not spend.
+# reference's products and sums to other roundings. Eager code goes to the reference directly.
 def _quantize_now(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> tuple[Tensor, Tensor]:
     if not triton:
         return quantize_reference(x, bits, step, stream)
