@@ -338,9 +338,9 @@ def test_blocks_are_compiled_where_nothing_is_asked_and_it_pays(monkeypatch: pyt
     monkeypatch.setattr("eco_llm.training.graph.serving_kernels", lambda *shape: kernels)
     cuda = Runtime(torch.device("cuda", 0), torch.bfloat16, compile=True)
 
-    def compiled(runtime: Runtime = cuda, **changes: Any) -> bool:
+    def compiled(**changes: Any) -> bool:
         config = dataclasses.replace(TrainConfig(), **changes)
-        return compiles_blocks(config, config.model, runtime)
+        return compiles_blocks(config, config.model, cuda)
 
     assert not compiled()  # one CUDA graph of our kernels
     for mode, pays in (("recompute", False), ("compress", False), ("coupled", True), ("fixed-point", True)):
