@@ -18,7 +18,7 @@ _library = torch.library.Library(_NAMESPACE, "DEF")
 class Operator:
     """A function of tensors, numbers, types and devices, registered with PyTorch's dispatcher under its name.
 
-    It must be pure, and return nothing that it was given, nor a view of it: nobody checks.
+    It must be pure, and return nothing that it was given, nor a view of it: `torch.library.opcheck` sees in tests.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -29,10 +29,11 @@ class Operator:
         _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_autograd(self._name, self._backward, setup_context=self._keep, lib=_library)
-        self._call = getattr(getattr(torch.ops, _NAMESPACE), name).default
+        self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, _NAMESPACE), name).default
+        """What the dispatcher calls."""
 
     def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
+        return self.overload(*args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """`fake` makes results of the right shapes and types, for tensors without storage."""

@@ -82,4 +82,4 @@ def test_no_second_derivative_in_silence() -> None:
 
 
 def test_pytorchs_own_check_of_an_operator() -> None:
-    torch.library.opcheck(torch.ops.eco_llm.test_scaled.default, (torch.randn(3, requires_grad=True), 2.0))
+    torch.library.opcheck(scaled.overload, (torch.randn(3, requires_grad=True), 2.0))
