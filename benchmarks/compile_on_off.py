@@ -1,10 +1,11 @@
-"""Claim (row S13): is a training step faster with the blocks compiled? Decides `runtime.COMPILE_PAYS` for a device.
+"""Claim (row S13): is a training step faster with the blocks compiled? Decides `runtime.COMPILE_PAYS` for a device, and
+for a captured step `runtime.compiling_pays`.
 
     python benchmarks/compile_on_off.py [--rounds N] [ARGUMENTS OF eco_train train …]
 
 Two copies of one model from the same weights, one compiled, take interleaved steps on the same batches in one process:
-the step that `eco_train` runs, on CUDA one graph. Gate: their first loss agrees to 1e-2 relative (bf16) or 1e-4 (fp32).
-A is eager, B compiled.
+the step that `eco_train` runs, weights in their stored type, on CUDA one graph. Gate: their first loss agrees to 1e-2
+relative (bf16) or 1e-4 (fp32). A is eager, B compiled.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> None:
         side = Ours(
             config.model, batches.cycle(), runtime,
             compile_blocks=compiled, settings=config.optimizer, c3o=config.c3o, seed=t.seed,
+            bf16_weights=config.runtime.weights_dtype == "bf16",
         )  # fmt: skip
         started = time.perf_counter()
         first = float(side.step())

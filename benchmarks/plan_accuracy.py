@@ -235,7 +235,7 @@ def _train(config: TrainConfig, runtime: Any) -> tuple[int, int]:
     from eco_llm.perf.phases import PhaseTimer
     from eco_llm.runtime import torch_dtype
     from eco_llm.training.evaluation import evaluate
-    from eco_llm.training.graph import GraphedStep, wants_graph
+    from eco_llm.training.graph import GraphedStep, compiles_blocks, wants_graph
     from eco_llm.training.step import Step, TrainStep
 
     t = config.training
@@ -243,7 +243,7 @@ def _train(config: TrainConfig, runtime: Any) -> tuple[int, int]:
     with torch.device(runtime.device):
         weights = torch_dtype(config.runtime.weights_dtype)
         model = SigmaLLM(config.model, config.instant, weights_dtype=weights)
-    if runtime.compile:
+    if compiles_blocks(config, config.model, runtime):
         model.compile_blocks()
     groups = model.parameter_groups(config.optimizer.weight_decay)
     rule = (config.optimizer, config.c3o, runtime.device)

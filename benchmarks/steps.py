@@ -20,13 +20,14 @@ from torch.optim import Optimizer
 
 from eco_llm.config import C3OConfig, InstantConfig, OptimizerConfig, SigmaConfig
 from eco_llm.data.loader import Batch, TokenLoader
+from eco_llm.model.serving import serving_kernels
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.ops.backend import kernels_for
 from eco_llm.optim.factory import build_optimizer
 from eco_llm.optim.release import ReleasedUpdate
 from eco_llm.optim.update import Update
 from eco_llm.perf.phases import PhaseTimer, StepTimes
-from eco_llm.runtime import Runtime
+from eco_llm.runtime import Runtime, compiling_pays
 from eco_llm.training.graph import GraphedStep
 from eco_llm.training.step import TrainStep
 
@@ -135,7 +136,7 @@ class Ours:
 
     Args:
         source: endless batches on the host.
-        compile_blocks: as `--torch-compile`.
+        compile_blocks: as `--torch-compile`; None: on CUDA as a run that says nothing, on a CPU compiled.
         graph: one CUDA graph a step; without CUDA it does nothing.
         seed: of the weights.
         instant: what is kept for backward; default: everything.
@@ -152,7 +153,7 @@ class Ours:
         source: Iterator[Batch],
         runtime: Runtime,
         *,
-        compile_blocks: bool = True,
+        compile_blocks: bool | None = None,
         graph: bool = True,
         settings: OptimizerConfig | None = None,
         c3o: C3OConfig | None = None,
@@ -167,6 +168,10 @@ class Ours:
         with torch.device(runtime.device):
             weights = torch.bfloat16 if bf16_weights else torch.float32
             self.model = SigmaLLM(shape, instant, weights_dtype=weights)
+        if compile_blocks is None:
+            modes = (instant or InstantConfig()).block_modes(shape.mixer_pattern)
+            triton = serving_kernels(shape, runtime.device, runtime.compute_dtype).name == "triton"
+            compile_blocks = not triton or compiling_pays(modes, captured=graph)
         if compile_blocks:
             self.model.compile_blocks()
         groups = self.model.parameter_groups(settings.weight_decay)

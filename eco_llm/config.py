@@ -341,7 +341,7 @@ class RuntimeConfig:
     """Storage of the model's matrices and of their gradients; norms, biases and SSM scalars stay fp32."""
     torch_compile: Literal["auto", "on", "off"] = "auto"
     """Compile each block (`--torch-compile`, `--no-torch-compile`); auto is what measured
-    faster, and off on a GPU that Triton does not serve."""
+    faster, off on a GPU that Triton does not serve, and off where our kernels make a step that is one CUDA graph."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Replay the whole training step as one CUDA graph; auto does so wherever it can."""
 

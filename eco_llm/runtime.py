@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
 # of a short run is not. Evidence: benchmarks/results/*/compile_on_off*.json and quickstart*.json; the tables are in
 # docs/configuration.md.
 COMPILE_PAYS = {"cpu": False, "cuda": True}
+PARTS_ARE_FUSED_BY_COMPILER = frozenset({"coupled", "fixed-point"})
+"""Memory modes that call a block's halves one by one, whose norms and sums are then PyTorch's own."""
+
+
+def compiling_pays(modes: Iterable[str], *, captured: bool) -> bool:
+    """Whether compiled blocks make a step faster on a GPU, with our Triton kernels and blocks of these memory modes.
+
+    Not if a CUDA graph launches it: every pass over activations is a kernel of ours already, and compiling took most of
+    a start. Launched one by one, fewer calls are faster calls.
+    """
+    return not captured or not PARTS_ARE_FUSED_BY_COMPILER.isdisjoint(modes)
 
 
 def set_cache_dirs(root: Path | None = None) -> None:
@@ -126,7 +138,9 @@ class Runtime:
             # fp32 products that are left under bf16 compute (optimizer, norms) need no full fp32 multiplier.
             torch.backends.cuda.matmul.allow_tf32 = self.compute_dtype != torch.float32
         if self.compile:
-            _cache_whole_graphs()
+            prepare_compiler()
+        else:
+            _leave_compiler_out()
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context for forward passes: autocast to bf16, or nothing for fp32."""
@@ -137,8 +151,23 @@ class Runtime:
         return torch.autocast(self.device.type, self.compute_dtype)
 
 
-def _cache_whole_graphs() -> None:
-    """Let PyTorch keep compiled forward and backward graphs between runs although they switch autocast off inside.
+def _leave_compiler_out() -> None:
+    """Let optimizers be made and called without the import of torch._dynamo, 2 to 5 seconds of a start.
+
+    Their base class asks for it at the first call of methods that are not to be compiled, in order to say so. Here each
+    is told that this was done. What compiles later, compiles no optimizer.
+    """
+    import torch
+
+    wrapper = torch._disable_dynamo.__code__.co_filename
+    for method in vars(torch.optim.Optimizer).values():
+        if getattr(getattr(method, "__code__", None), "co_filename", None) == wrapper:
+            method.__wrapped__.__dict__.setdefault("__dynamo_disable", method.__wrapped__)
+
+
+def prepare_compiler() -> None:
+    """Import it, and let PyTorch keep compiled forward and backward graphs between runs although they switch
+    autocast off inside.
 
     Its cache of whole graphs passes over any function that it does not know, `_enter_autocast` among them; then every
     start traces and partitions anew what it has the kernels for. Caching these two is sound: their arguments are

@@ -13,7 +13,7 @@ import torch
 from eco_llm import runtime as runtime_module
 from eco_llm.config import RuntimeConfig
 from eco_llm.errors import UserError
-from eco_llm.runtime import COMPILE_PAYS, Runtime, set_cache_dirs, without_openssl
+from eco_llm.runtime import COMPILE_PAYS, Runtime, compiling_pays, set_cache_dirs, without_openssl
 
 CPU = RuntimeConfig(device="cpu")
 
@@ -230,3 +230,50 @@ def test_a_graph_that_switches_autocast_off_is_cached_whole(tmp_path: Path) -> N
     ]
     assert "'autograd_cache_miss': 1" in said[0]
     assert "'autograd_cache_hit': 1" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("modes", "captured", "expected"),
+    [
+        ({"none"}, True, False), ({"none", "recompute", "compress"}, True, False), ({"none", "coupled"}, True, True),
+        ({"fixed-point", "recompute"}, True, True), ({"none"}, False, True), ({"coupled"}, False, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_captured_step_of_whole_blocks_gains_nothing_from_the_compiler(
+    modes: set[str], captured: bool, expected: bool
+) -> None:
+    assert compiling_pays(modes, captured=captured) is expected
+
+
+def test_training_uncompiled_imports_no_compiler() -> None:
+    """A model with both mixers, C3O: made, stepped, saved and loaded. The import takes seconds of every start."""
+    code = """
+import sys, torch
+from eco_llm.config import C3OConfig, OptimizerConfig, RuntimeConfig, SigmaConfig
+from eco_llm.model.sigma_llm import SigmaLLM
+from eco_llm.optim.factory import build_optimizer
+from eco_llm.optim.update import Update
+from eco_llm.runtime import Runtime
+
+runtime = Runtime.detect(RuntimeConfig(device=sys.argv[1], torch_compile="off"))
+runtime.setup(0)
+with torch.device(runtime.device):
+    shape = SigmaConfig(d_model=64, n_layers=6, n_heads=1, vocab_size=300, kv_latent_dim=32, rope_head_dim=16)
+    model = SigmaLLM(shape)
+    tokens = torch.randint(0, 300, (2, 32))
+settings = OptimizerConfig()
+optimizer = build_optimizer(model.parameter_groups(0.1), settings, C3OConfig(), runtime.device)
+update = Update(optimizer, settings)
+with runtime.autocast():
+    loss = model.loss(tokens, tokens)
+update.backward(loss)
+update.step(loss.detach())
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+print(sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)))
+"""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        done = subprocess.run([sys.executable, "-c", code, device], check=True, capture_output=True, text=True)
+        assert done.stdout.strip() == "[]", device

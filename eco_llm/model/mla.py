@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from eco_llm.config import SigmaConfig
 from eco_llm.model.linear import Linear
 from eco_llm.model.norm import RMSNorm
-from eco_llm.model.rotary import rotary_table, rotate
+from eco_llm.model.rotary import rotary_table
+from eco_llm.ops.mla_heads import mla_heads
+from eco_llm.ops.mla_heads.reference import rotate
 
 VECTOR = 16
 """Bytes that attention kernels read at once: values whose rows do not begin at a multiple of it are copied."""
@@ -68,7 +70,13 @@ class MLA(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         """What `forward` projects out, the heads' results side by side: x [B, T, D] -> [B, T, h·d]."""
-        return self._expanded(*self._project(x, start=0))
+        table = rotary_table(0, x.shape[1], self.rope_dim, self.rope_theta, x.device)
+        return self._attention(
+            *mla_heads(
+                self.q_proj(x), self.kv_down(x), self.kv_norm.weight, self.kv_up.weight, table,
+                heads=self.n_heads, eps=self.kv_norm.eps,
+            )
+        )  # fmt: skip
 
     def extend(self, x: Tensor, cache: MLACache) -> Tensor:
         """The next T tokens of a sequence whose past is in `cache`, which grows by them. x and result [B, T, D].
@@ -108,10 +116,14 @@ class MLA(nn.Module):
         batch, time, _ = c_kv.shape
         kv = self.kv_up(c_kv).view(batch, time, self.n_heads, self.nope_dim + self.head_dim).transpose(1, 2)
         k_nope, v = kv.split((self.nope_dim, self.head_dim), dim=-1)
-        if any(width * v.element_size() % VECTOR for width in (self.nope_dim, self.head_dim)):
-            v = v.contiguous()
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.n_heads, -1, -1)), dim=-1)
+        return self._attention(q, k, v)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Of every token over itself and those before it; all [B, h, T, d] -> [B, T, h·d]."""
+        if any(width * v.element_size() % VECTOR for width in (self.nope_dim, self.head_dim)):
+            v = v.contiguous()
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eco_llm.ops.opaque import operator
+
 
 def rotary_table(start: int, length: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, each [length, dim / 2] float32, for positions start … start + length − 1."""
@@ -42,7 +44,7 @@ def _from_memory(key: _Key) -> Tensor:
 # An operator, for torch.compile writes what it sees into the kernels that rotate: power, cosine and sine once for every
 # head and sequence, 15 µs a kernel at 4 × 512 tokens where the rotation is 2. A copy of what is kept, as operators'
 # results must be their own; a model keeps no table, which would fix its longest sequence.
-@torch.library.custom_op("eco_llm::rotary_table", mutates_args=())
+@operator("rotary_table")
 def _from_zero(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
     key = (length, dim, theta, device)
     if not _capturing(device):
@@ -61,10 +63,3 @@ def _capturing(device: torch.device) -> bool:
 @_from_zero.register_fake
 def _(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
     return torch.empty(2, length, dim // 2, dtype=torch.float32, device=device)
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn x [..., T, R] by `rotary_table(…, T, R, …)`; computed in at least float32, returned in the type of x."""
-    cos, sin = table
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)

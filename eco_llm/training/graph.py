@@ -23,14 +23,15 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from eco_llm.config import TrainConfig
+from eco_llm.config import SigmaConfig, TrainConfig
 from eco_llm.data.loader import Batch
 from eco_llm.errors import UserError
+from eco_llm.model.serving import serving_kernels
 from eco_llm.optim.factory import build_optimizer
 from eco_llm.optim.update import Update
 from eco_llm.perf.event_nodes import EventNodes
 from eco_llm.perf.phases import CapturedPhases, CudaMark, Mark, PhaseTimer
-from eco_llm.runtime import Runtime
+from eco_llm.runtime import Runtime, compiling_pays
 from eco_llm.training.outcome import headline, is_out_of_memory
 from eco_llm.training.step import StepOutput, TrainStep
 
@@ -57,6 +58,20 @@ def wants_graph(config: TrainConfig, runtime: Runtime) -> bool:
             " use auto"
         )
     return mode == "on" or (mode == "auto" and runtime.device.type == "cuda" and config.excludes_cuda_graph() is None)
+
+
+def compiles_blocks(config: TrainConfig, shape: SigmaConfig, runtime: Runtime) -> bool:
+    """Whether a training's blocks are compiled: as `--torch-compile` says, else where it makes the step faster.
+
+    Args:
+        shape: the model's, which need not be the one that `config` names.
+    """
+    asked = config.runtime.torch_compile != "auto"
+    kernels = serving_kernels(shape, runtime.device, runtime.compute_dtype)
+    if asked or runtime.device.type != "cuda" or kernels.name != "triton":
+        return runtime.compile
+    modes = config.instant.block_modes(shape.mixer_pattern)
+    return runtime.compile and compiling_pays(modes, captured=wants_graph(config, runtime))
 
 
 def _optimizer_is_capturable(config: TrainConfig, runtime: Runtime) -> bool:

@@ -34,7 +34,7 @@ from eco_llm.runtime import Runtime, torch_dtype
 from eco_llm.training import checkpoint
 from eco_llm.training.crash import write_crash_report
 from eco_llm.training.evaluation import Validation, evaluate
-from eco_llm.training.graph import CaptureError, GraphedStep, wants_graph
+from eco_llm.training.graph import CaptureError, GraphedStep, compiles_blocks, wants_graph
 from eco_llm.training.hooks.base import Hook
 from eco_llm.training.hooks.memory_report import MemoryReport
 from eco_llm.training.hooks.metrics_file import MetricsFile
@@ -130,12 +130,13 @@ class _Launch:
         hooks: Sequence[Hook],
     ) -> None:
         self.further_hooks = hooks
-        self.run, self.config, self.shape, self.runtime, self.data = run, config, shape, runtime, data
+        self.run, self.config, self.shape, self.data = run, config, shape, data
         self.command = list(command)
         self.graph = False
         self.ledger: MemoryLedger | None = None
         self.report: MemoryReport | None = None
         self.kernels = serving_kernels(shape, runtime.device, runtime.compute_dtype)
+        self.runtime = dataclasses.replace(runtime, compile=compiles_blocks(config, shape, runtime))
         self.display = ProgressDisplay(config.training.log_interval)
         self.say = self.display.on_message
 
@@ -239,6 +240,8 @@ class _Launch:
         self.say(f"the step could not be captured in a CUDA graph and runs without, slower: {reason}")
         content = self.run.saved()
         content["resolved"] |= {"cuda_graph": False, "cuda_graph_failure": reason}
+        if self.config.runtime.torch_compile == "auto":
+            self.say("if that is to stay, --torch-compile makes its steps faster")
         self.run.write_config(content)
 
     def _probe(self, step: int) -> dict[str, Any]:
@@ -278,6 +281,12 @@ class _Launch:
             changed = {k: [before[k], now[k]] for k in now if before[k] != now[k]}
             content["resumed"] = [*content.get("resumed", []), {**entry, "step": saved.step, "changed": changed}]
             content["config"] = to_dict(self.config)
+            if (was := content["resolved"].get("torch_compile")) not in (None, self.runtime.compile):
+                kinds = {True: "compiled", False: "not compiled"}
+                self.say(
+                    f"blocks are {kinds[self.runtime.compile]} now, before they were {kinds[was]}: last bits of losses"
+                    " may differ from what one run would have had"
+                )
             content["resolved"] |= self._how()
             content["resolved"].pop("cuda_graph_failure", None)
             if "steps" in changed:

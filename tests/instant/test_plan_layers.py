@@ -136,7 +136,9 @@ def kept_by_compiler(block: Block, x: Tensor) -> dict[int, int]:
 
 @pytest.mark.parametrize("mixer", ["mamba", "mla"])
 def test_compiled_blocks_keep_what_the_plan_says(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("eco_llm.ops.add_norm", "eco_llm.ops.mamba_mixer", "eco_llm.ops.swiglu"):
+    for module in (
+        "eco_llm.ops.add_norm", "eco_llm.ops.mamba_mixer", "eco_llm.ops.mla_heads", "eco_llm.ops.swiglu",
+    ):  # fmt: skip
         monkeypatch.setattr(f"{module}.uses_triton", lambda tensor: True)
     model = SigmaConfig(d_model=256, n_heads=4, n_layers=6, kv_latent_dim=64)
     batch, time = 2, 512
@@ -245,6 +247,31 @@ def test_temporaries_inside_operators(model: SigmaConfig, batch: int, time: int,
     assert planned_peak(parts, parts.mlp_backward) == pytest.approx(
         peak_of(mlp_backward, x, x, a, narrow_up, narrow_down, f32, f32), rel=0.05
     )
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_temporaries_of_mlas_heads(model: SigmaConfig, no_launches: None) -> None:
+    """The operator's share of the mixer's forward, and of its backward with attention's gradients given."""
+    from eco_llm.ops.mla_heads.triton import heads_backward, heads_forward
+
+    batch, time, heads, f32 = 16, 1024, model.n_heads, torch.float32
+    half = model.rope_head_dim // 2
+    q, latent = meta(batch, time, model.d_model), meta(batch, time, model.kv_latent_dim + 2 * half)
+    up = meta(heads * (2 * model.head_dim - 2 * half), model.kv_latent_dim)
+    norm, cos = meta(model.kv_latent_dim, dtype=f32), meta(time, half, dtype=f32)
+    forward = peak_of(heads_forward, q, latent, norm, up, cos, cos, heads, 1e-5)
+    tokens = 2 * batch * time
+    assert forward == tokens * (3 * model.d_model + up.shape[0])
+    parts = parts_of(model, batch, time, weight_bytes=2)
+    beside = tokens * (model.d_model + latent.shape[2])  # q and the latent, the projections'
+    assert planned_peak(parts, lambda: parts.mla_unread("activations")) == pytest.approx(forward + beside, rel=0.05)
+    d = meta(batch, time, heads, model.head_dim)
+    backward = peak_of(heads_backward, d, d, d, latent, norm, up, cos, cos, 1e-5, torch.bfloat16)
+    parts = parts_of(model, batch, time, weight_bytes=2)
+    grown = parts.tape.take(2 * model.d_model**2)  # the gradient of out_proj
+    beside = 3 * tokens * model.d_model + grown.block.size
+    parts.tape.give(grown)
+    assert planned_peak(parts, parts.mla_backward) == pytest.approx(backward + beside, rel=0.05)
 
 
 def test_backward_operators_return_what_the_plan_says() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from eco_llm.config import SigmaConfig
 from eco_llm.model.mla import MLA
-from eco_llm.model.rotary import rotary_table, rotate
+from eco_llm.model.rotary import rotary_table
+from eco_llm.ops.mla_heads.reference import rotate
 
 HEADS, HEAD_DIM, ROPE, LATENT = 3, 16, 6, 20
 WIDTH = HEADS * HEAD_DIM

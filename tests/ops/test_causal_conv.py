@@ -192,7 +192,7 @@ def test_taps_first_is_a_transposed_copy_that_compilers_may_trace(channels: int,
     factor = torch.randn(taps, channels, generator=generator)
     (grad,) = torch.autograd.grad((by_tap * factor).sum(), weight)
     assert torch.equal(grad, factor.t())
-    torch.library.opcheck(_taps_first, (weight,))
+    torch.library.opcheck(_taps_first.overload, (weight,))
 
 
 @pytest.mark.gpu

@@ -390,11 +390,11 @@ def test_operators_keep_the_rules(backend: str, device: str, bits: int) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     triton = backend == "triton"
     step = at(3, device)
-    torch.library.opcheck(quantizers._quantize_op, (x[:, :41], bits, step, 1, triton), test_utils=checks)
-    torch.library.opcheck(quantizers._error_op, (x, bits, step, 1, triton), test_utils=checks)
+    torch.library.opcheck(quantizers._quantize_op.overload, (x[:, :41], bits, step, 1, triton), test_utils=checks)
+    torch.library.opcheck(quantizers._error_op.overload, (x, bits, step, 1, triton), test_utils=checks)
     q = quantize(x, bits, step=step, stream=1, backend=backend)
     arguments = (q.codes, q.scales, list(q.shape), q.dtype, bits, triton)
-    torch.library.opcheck(quantizers._dequantize_op, arguments, test_utils=checks)
+    torch.library.opcheck(quantizers._dequantize_op.overload, arguments, test_utils=checks)
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------

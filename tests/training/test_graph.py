@@ -6,20 +6,30 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from eco_llm.config import C3OConfig, OptimizerConfig, PerfConfig, RuntimeConfig, SigmaConfig, TrainConfig
+from eco_llm.config import (
+    C3OConfig,
+    InstantConfig,
+    OptimizerConfig,
+    PerfConfig,
+    RuntimeConfig,
+    SigmaConfig,
+    TrainConfig,
+)
 from eco_llm.data.loader import Batch
 from eco_llm.errors import UserError
+from eco_llm.model.serving import Kernels
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
 from eco_llm.optim.release import ReleasedUpdate
 from eco_llm.optim.update import Update
 from eco_llm.perf.phases import CapturedPhases, HostMark, Mark, PhaseTimer
 from eco_llm.runtime import Runtime
-from eco_llm.training.graph import CaptureError, GraphedStep, wants_graph
+from eco_llm.training.graph import CaptureError, GraphedStep, compiles_blocks, wants_graph
 from eco_llm.training.step import StepOutput, TrainStep
 
 CPU = Runtime(torch.device("cpu"), torch.float32, compile=False)
@@ -321,6 +331,27 @@ def test_auto_is_a_graph_on_cuda_unless_a_setting_excludes_it() -> None:
     assert not wants_graph(dataclasses.replace(auto, runtime=RuntimeConfig(cuda_graph="off")), cuda)
     assert not wants_graph(dataclasses.replace(auto, optimizer=OptimizerConfig(optimizer="muon")), cuda)
     assert not wants_graph(dataclasses.replace(auto, perf=PerfConfig(perf_sync_boundaries=True)), cuda)
+
+
+def test_blocks_are_compiled_where_nothing_is_asked_and_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Kernels("triton", "")
+    monkeypatch.setattr("eco_llm.training.graph.serving_kernels", lambda *shape: kernels)
+    cuda = Runtime(torch.device("cuda", 0), torch.bfloat16, compile=True)
+
+    def compiled(**changes: Any) -> bool:
+        config = dataclasses.replace(TrainConfig(), **changes)
+        return compiles_blocks(config, config.model, cuda)
+
+    assert not compiled()  # one CUDA graph of our kernels
+    for mode, pays in (("recompute", False), ("compress", False), ("coupled", True), ("fixed-point", True)):
+        assert compiled(instant=InstantConfig(instant_mode=mode)) is pays
+    assert compiled(runtime=RuntimeConfig(cuda_graph="off"))
+    assert compiled(optimizer=OptimizerConfig(optimizer="muon"))
+    assert compiled(runtime=RuntimeConfig(torch_compile="on"))
+    kernels = Kernels("reference", "no Triton")
+    assert compiled()
+    assert not compiles_blocks(TrainConfig(), TrainConfig().model, dataclasses.replace(cuda, compile=False))
+    assert not compiles_blocks(TrainConfig(), TrainConfig().model, CPU)
 
 
 def test_a_replay_costs_microseconds_of_bookkeeping() -> None:

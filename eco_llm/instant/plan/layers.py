@@ -1,11 +1,11 @@
 """What the parts of a block allocate, keep and free, forward and backward, in the order in which the code does.
 
 Each function mirrors one of the model's: `ops/mamba_mixer/triton.py`, `ops/ssd/triton.py`, `ops/swiglu/triton.py`, the
-first and last with `coded.py` beside them, `model/mla.py`, `model/block.py`. Change the two together;
+first and last with `coded.py` beside them, `ops/mla_heads/triton.py`, `model/mla.py`, `model/block.py`. Change both;
 tests/instant/test_plan_layers.py runs the real operators on fake tensors and compares what they keep,
 benchmarks/plan_accuracy.py compares whole steps with a GPU's own count.
 
-Compiled blocks (`Job.compiled`): the elementwise parts are fused, so their intermediates never exist.
+Compiled blocks (`Job.compiles`): the elementwise parts are fused, so their intermediates never exist.
 """
 
 from __future__ import annotations
@@ -211,22 +211,22 @@ class Parts:
         return self.narrow(kind), kept
 
     def mla_unread(self, kind: Kind) -> list[Buffer]:
-        """`mla_forward` without its value; kept: latents, queries, keys, values, attention's result twice, casts
-        of the weights.
+        """`mla_forward` without its value; kept: latents, queries, keys, values, attention's result, casts of the
+        weights.
         """
         take, give, M, c, m = self.tape.take, self.tape.give, self.M, self.c, self.job.model
         width, weights = m.n_heads * m.head_dim, self.shapes.mla()
         kept = [b for w in weights.values() for b in self.cast(w.numbers, kind)]
         if m.q_latent_dim:
             kept += [take(c * M * m.q_latent_dim, kind), take(c * M * m.q_latent_dim, kind)]
-        raw = take(c * M * width)
+        q = take(c * M * width)
         kept.append(take(c * M * weights["kv_down"].rows, kind))
-        kept.append(take(c * M * m.kv_latent_dim, kind))
-        kept.append(take(c * M * weights["kv_up"].rows, kind))
-        kept += [take(c * M * width, kind), take(c * M * width, kind)]  # q, k with their rotary parts
-        give(raw)
+        normed = take(c * M * m.kv_latent_dim)
+        kv = take(c * M * weights["kv_up"].rows)
+        give(normed)
+        kept += [take(c * M * width, kind) for _ in range(3)]
+        give(q, kv)
         kept += [take(c * M * width, kind), take(F32 * M * m.n_heads, kind)]  # attention and its log-sums
-        kept.append(take(c * M * width, kind))  # heads side by side
         return kept
 
     def mla_backward(self) -> Buffer:
@@ -237,25 +237,21 @@ class Parts:
         self._mla_gradient(weights["out_proj"].numbers)
         # Attention's backward adds up the gradient of q in float32.
         sums = take(F32 * M * width)
-        d_q, d_k, d_v = take(c * M * width), take(c * M * width), take(c * M * width)
+        d_heads = [take(c * M * width) for _ in range(3)]
         give(sums, d_y)
-        d_kv = take(c * M * weights["kv_up"].rows)
-        give(d_k, d_v)
-        self._mla_gradient(weights["kv_up"].numbers)
-        d_latent = take(c * M * m.kv_latent_dim)
-        give(d_kv)
-        d_down = take(c * M * weights["kv_down"].rows)
-        give(d_latent)
+        d_q, d_down = take(c * M * width), take(c * M * weights["kv_down"].rows)
+        d_kv, normed = take(c * M * weights["kv_up"].rows), take(c * M * m.kv_latent_dim)
+        give(take(c * M * m.kv_latent_dim))  # the gradient of `normed`
+        self.gradient(weights["kv_up"].numbers)
+        give(d_kv, normed, *d_heads)
         self._mla_gradient(weights["kv_down"].numbers)
         d_u = self.narrow()
         give(d_down)
-        packed = take(c * M * width)
-        give(d_q)
         for name in weights:
             if name.startswith("q"):
                 self._mla_gradient(weights[name].numbers)
         second = self.narrow()
-        give(packed, second)
+        give(d_q, second)
         return d_u
 
     def _mla_gradient(self, numbers: int) -> None:
@@ -279,7 +275,7 @@ class Parts:
     def normed(self, kind: Kind) -> list[Buffer]:
         """A norm's result in the compute type, and its statistics; uncompiled, its float32 result passes by."""
         statistics = self.tape.take(F32 * self.M, kind)
-        if self.job.compiled or self.c == F32:
+        if self.job.compiles or self.c == F32:
             return [statistics, self.narrow(kind)]
         passing = self.wide()
         u = self.narrow(kind)
@@ -301,10 +297,10 @@ class Parts:
         dy = [] if self.c == F32 else [self.narrow()]
         d_u = self.mlp_backward() if part == "mlp" else self.mixer_backward(part)
         self.tape.give(*dy, *kept)
-        passing = [] if self.job.compiled or self.c == F32 else [self.wide()]
+        passing = [] if self.job.compiles or self.c == F32 else [self.wide()]
         if passing:
             self.tape.give(d_u)
-        d_x = into if into is not None and self.job.compiled else self.wide()
+        d_x = into if into is not None and self.job.compiles else self.wide()
         self.tape.give(*(passing or [d_u]))
         if into is not None and d_x is not into:
             self.tape.give(into)

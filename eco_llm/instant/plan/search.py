@@ -42,7 +42,7 @@ def job_of(config: TrainConfig) -> Job:
         weight_bytes=2 if r.weights_dtype == "bf16" else 4,
         error_bytes=1 if config.c3o.c3o_error_bits else 0,
         compute_bytes=4 if r.dtype == "fp32" else 2,
-        compiled=r.torch_compile != "off",
+        compiled={"on": True, "off": False}.get(r.torch_compile),
         graph=r.cuda_graph != "off" and config.excludes_cuda_graph() is None,
         release=o.gradient_release,
         bits=4 if instant.instant_bits == "4" else 8,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from eco_llm.config import SigmaConfig
 from eco_llm.errors import UserError
+from eco_llm.runtime import compiling_pays
 
 STATE_BYTES = {"fp32": 8.0, "bf16": 4.0, "int8": 2.0625, "int4": 1.0625}
 """C3O's two moments, bytes a parameter, scales included."""
@@ -43,7 +44,8 @@ class Job:
     """Kept beside a bf16 weight."""
     compute_bytes: int = 2
     """Of a number in a product: 2 bf16, 4 fp32."""
-    compiled: bool = True
+    compiled: bool | None = None
+    """As `--torch-compile` says; None: where it pays."""
     graph: bool = True
     release: bool = False
     """A block's gradients are freed as soon as its update is made."""
@@ -60,6 +62,11 @@ class Job:
     def tokens(self) -> int:
         """M."""
         return self.batch * self.seq_len
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled."""
+        return compiling_pays(self.modes, captured=self.graph) if self.compiled is None else self.compiled
 
     @property
     def coupled(self) -> bool:

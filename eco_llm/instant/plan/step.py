@@ -347,7 +347,7 @@ class _Step:
         """x + mix(x), then + feed: (output, kept), the input being the caller's."""
         parts, tape = self.parts, self.tape
         mixed, first = parts.sub_forward(mixer, kind)
-        if self.job.compiled:
+        if self.job.compiles:
             middle = mixed  # x + mix(x) is added again in backward
         else:
             middle = parts.wide(kind)
@@ -408,7 +408,7 @@ class _Step:
         own = [c * M * D, c * M * parts.shapes.mamba()["in_proj"].rows, c * M * parts.inner] if mixer == "mamba" else []
         mine = [tape.take(size) for size in (c * M * D, c * M * parts.shapes.mlp()["gate_up"].rows)]
         later: list[Buffer] = []
-        if job.compiled:
+        if job.compiles:
             mine.append(parts.narrow() if mixer == "mamba" else parts.wide())
             if mixer == "mamba":
                 later = [parts.wide(), *(tape.take(size) for size in own)]
@@ -524,7 +524,7 @@ class _Step:
             after = parts.wide()
             tape.give(fed, *kept, middle, streams.pop())
             streams.append(after)
-            if not self.job.compiled:
+            if not self.job.compiles:
                 shapes = [parts.shapes.mlp()] + ([parts.shapes.mla()] if mixer == "mla" else [])
                 weights = [w.numbers for matrices in shapes for w in matrices.values()]
                 cached += [b for numbers in weights for b in parts.cast(numbers, "temporaries")]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eco_llm.ops.add_norm.reference import add_rms_norm_reference, rms_norm_of_sum_reference
 from eco_llm.ops.backend import uses_triton
+from eco_llm.ops.opaque import operator
 from eco_llm.ops.products import compute_dtype
 
 __all__ = ["add_rms_norm", "rms_norm_of_sum"]
@@ -104,7 +105,7 @@ def _check(x: Tensor, added: Tensor, weight: Tensor, backend: str) -> None:
 
 
 # Operators, so that torch.compile sees one opaque node with known shapes: it would otherwise trace into the launchers.
-@torch.library.custom_op("eco_llm::add_rms_norm", mutates_args=())
+@operator("add_rms_norm")
 def _add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, keep_sum: bool
 ) -> tuple[Tensor, Tensor]:
@@ -121,7 +122,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("eco_llm::add_rms_norm_backward", mutates_args=())
+@operator("add_rms_norm_backward")
 def _add_norm_backward(
     d_total: Tensor | None, d_normed: Tensor, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float,
     narrow: torch.dtype,

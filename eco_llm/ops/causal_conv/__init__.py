@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.causal_conv.reference import causal_conv_silu_reference
+from eco_llm.ops.opaque import operator
 
 __all__ = ["causal_conv_silu"]
 
@@ -58,7 +59,7 @@ def causal_conv_silu(
 
 
 # Operators, so that torch.compile sees one opaque node with known shapes: it would otherwise trace into the launchers.
-@torch.library.custom_op("eco_llm::causal_conv_silu", mutates_args=())
+@operator("causal_conv_silu")
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from eco_llm.ops.causal_conv.triton import conv_silu_forward
 
@@ -70,7 +71,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("eco_llm::causal_conv_silu_backward", mutates_args=())
+@operator("causal_conv_silu_backward")
 def _convolve_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from eco_llm.ops.causal_conv.triton import conv_silu_backward
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eco_llm.ops.opaque import operator
+
 
 def causal_conv_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = None) -> Tensor:
     """Shapes as in `eco_llm.ops.causal_conv.causal_conv_silu`; sums are float32 (float64 for float64 inputs)."""
@@ -27,7 +29,7 @@ def causal_conv_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, past: Te
 
 # An operator, which a compiler must run as it is. It would move a plain transposition into whatever reads the taps, and
 # code that gathers its factors W numbers apart is not vectorised: 4.5 ms for what takes 1.8.
-@torch.library.custom_op("eco_llm::taps_first", mutates_args=())
+@operator("taps_first")
 def _taps_first(weight: Tensor) -> Tensor:
     """[C, W] -> [W, C] in memory."""
     return weight.t().clone(memory_format=torch.contiguous_format)

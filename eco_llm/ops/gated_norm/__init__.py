@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.gated_norm.reference import gated_rms_norm_reference
+from eco_llm.ops.opaque import operator
 
 __all__ = ["gated_rms_norm"]
 
@@ -53,7 +54,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, *, backend:
 
 
 # Operators, so that torch.compile sees one opaque node with known shapes: it would otherwise trace into the launchers.
-@torch.library.custom_op("eco_llm::gated_rms_norm", mutates_args=())
+@operator("gated_rms_norm")
 def _norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     from eco_llm.ops.gated_norm.triton import gated_norm_forward
 
@@ -65,7 +66,7 @@ def _(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("eco_llm::gated_rms_norm_backward", mutates_args=())
+@operator("gated_rms_norm_backward")
 def _norm_backward(dg: Tensor, y: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from eco_llm.ops.gated_norm.triton import gated_norm_backward
 

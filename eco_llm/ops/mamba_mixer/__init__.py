@@ -10,6 +10,7 @@ from torch import Tensor
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
 from eco_llm.ops.mamba_mixer.reference import mamba_mixer_reference
+from eco_llm.ops.opaque import operator
 from eco_llm.ops.products import compute_dtype
 from eco_llm.ops.quantize import GROUP, Keep
 from eco_llm.ops.ssd.operator import padded_length, unsupported_by_triton
@@ -91,7 +92,7 @@ _Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 # Opaque to torch.compile, which neither needs to see inside nor could fuse across these kernels.
-@torch.library.custom_op("eco_llm::mamba_mixer", mutates_args=())
+@operator("mamba_mixer")
 def _mixer(
     u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
     norm_weight: Tensor, out_weight: Tensor, state_dim: int, eps: float, chunk_size: int,
@@ -119,7 +120,7 @@ def _(
     )  # fmt: skip
 
 
-@torch.library.custom_op("eco_llm::mamba_mixer_backward", mutates_args=())
+@operator("mamba_mixer_backward")
 def _mixer_backward(
     d_out: Tensor, zxbcdt: Tensor, y: Tensor, decays: Tensor, narrow_in: Tensor, narrow_out: Tensor,
     u: Tensor, in_weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,

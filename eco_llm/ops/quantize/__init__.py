@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
+from eco_llm.ops.opaque import operator
 from eco_llm.ops.quantize.reference import (
     GROUP,
     dequantize_reference,
@@ -147,8 +148,7 @@ def _named(backend: Backend, x: Tensor) -> bool:
 
 
 # Operators, so that torch.compile sees opaque nodes with known shapes: it would trace into the launchers, and fuse the
-# reference's products and sums to other roundings. Eager code goes to the reference directly: calling an operator
-# imports the compiler, a second or more that a run on the CPU need not spend.
+# reference's products and sums to other roundings. Eager code goes to the reference directly.
 def _quantize_now(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) -> tuple[Tensor, Tensor]:
     if not triton:
         return quantize_reference(x, bits, step, stream)
@@ -157,7 +157,7 @@ def _quantize_now(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool)
     return quantize_triton(x, bits, step, stream)
 
 
-_quantize_op = torch.library.custom_op("eco_llm::quantize", _quantize_now, mutates_args=())
+_quantize_op = operator("quantize")(_quantize_now)
 
 
 @_quantize_op.register_fake
@@ -175,7 +175,7 @@ def _dequantize_now(
     return dequantize_triton(codes, scales, shape, dtype, bits)
 
 
-_dequantize_op = torch.library.custom_op("eco_llm::dequantize", _dequantize_now, mutates_args=())
+_dequantize_op = operator("dequantize")(_dequantize_now)
 
 
 @_dequantize_op.register_fake
@@ -191,7 +191,7 @@ def _error_now(x: Tensor, bits: int, step: Tensor, stream: int, triton: bool) ->
     return error_triton(x, bits, step, stream)
 
 
-_error_op = torch.library.custom_op("eco_llm::quantization_error", _error_now, mutates_args=())
+_error_op = operator("quantization_error")(_error_now)
 
 
 @_error_op.register_fake

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eco_llm.ops.opaque import operator
+
 __all__ = ["ssd_triton", "unsupported_by_triton"]
 
 
@@ -48,7 +50,7 @@ def ssd_triton(
     return result
 
 
-@torch.library.custom_op("eco_llm::ssd", mutates_args=())
+@operator("ssd")
 def _ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor]:
@@ -68,7 +70,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(batch, heads, width, B.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("eco_llm::ssd_backward", mutates_args=())
+@operator("ssd_backward")
 def _ssd_backward(
     dy: Tensor, d_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     initial: Tensor | None, chunk: int,

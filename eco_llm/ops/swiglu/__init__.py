@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.gated_norm import MAX_TRITON_CHANNELS
+from eco_llm.ops.opaque import operator
 from eco_llm.ops.products import cast_weight, compute_dtype, linear, unread
 from eco_llm.ops.quantize import GROUP, Keep
 from eco_llm.ops.swiglu.reference import swiglu_mlp_reference, swiglu_mlp_unread_reference
@@ -91,7 +92,7 @@ def _served(dtype: torch.dtype, gate_up: Tensor, down: Tensor) -> bool:
 
 
 # Operators, so that torch.compile sees opaque nodes with known shapes: it would otherwise trace into the launchers.
-@torch.library.custom_op("eco_llm::silu_mul", mutates_args=())
+@operator("silu_mul")
 def _silu_mul(a: Tensor) -> Tensor:
     from eco_llm.ops.swiglu.triton import silu_mul_forward
 
@@ -103,7 +104,7 @@ def _(a: Tensor) -> Tensor:
     return a.new_empty(*a.shape[:-1], a.shape[-1] // 2)
 
 
-@torch.library.custom_op("eco_llm::swiglu_mlp", mutates_args=())
+@operator("swiglu_mlp")
 def _mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from eco_llm.ops.swiglu.triton import mlp_forward
 
@@ -117,7 +118,7 @@ def _(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor,
     return x.new_empty(x.shape), x.new_empty(tokens, gate_up.shape[0]), w_gate_up, w_down
 
 
-@torch.library.custom_op("eco_llm::swiglu_mlp_backward", mutates_args=())
+@operator("swiglu_mlp_backward")
 def _mlp_backward(
     dy: Tensor, x: Tensor, a: Tensor, gate_up: Tensor, down: Tensor, gate_up_dtype: torch.dtype, down_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
