@@ -247,57 +247,85 @@ def _direction(p, g, m, v, lead, gain, shift, decay, S: tl.constexpr, NESTEROV: 
 
 
 @triton.jit
-def _where(chunks, program, programs, REVERSE: tl.constexpr):
-    """(row of the chunk table, tensor, chunk within the tensor) of this program."""
-    at = program
-    if REVERSE:
-        at = programs - 1 - program
+def _where(chunks, turn, count, backwards):
+    """(row of the chunk table, tensor, chunk within the tensor) of the `turn`th of `count` chunks."""
+    at = tl.where(backwards != 0, count - 1 - turn, turn)
     return at, tl.load(chunks + 2 * at), tl.load(chunks + 2 * at + 1)
 
 
-@triton.jit(do_not_specialize=["first", "grads"])
+@triton.jit
+def _sum_in_any_order(x):
+    """The sum of x >= 0, at most 4096 of them: the same bits for every order of addition, so for every layout.
+
+    Adding 2^13 times a power of two P with P <= max x < 2 P, and taking it away again, leaves float64 multiples of
+    2^-39 P, whose sums, below 2^13 P, have 52 bits: all are exact but the rounding to float32 at the end.
+    """
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    top = (bits * 0 + tl.max(bits)).to(tl.float32, bitcast=True)
+    rounder = tl.where(top < float("inf"), top, 0.0).to(tl.float64) * 8192.0
+    return tl.sum((x.to(tl.float64) + rounder) - rounder).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["first", "count", "grads"])
 def _squares_kernel(
-    chunks, grads, tensors, partials, first,
-    G: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    chunks, grads, tensors, plan, squares, first, count,
+    G: tl.constexpr, EARLY: tl.constexpr, PACK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """partials[first + i] = sum of squares of chunk i of the gradients; 0 for a tensor without one."""
-    program = tl.program_id(0)
-    tensor, part = tl.load(chunks + 2 * (first + program)), tl.load(chunks + 2 * (first + program) + 1)
-    lanes = tl.arange(0, TILE)
-    total = tl.zeros([TILE], tl.float32)
-    if tl.load(grads + tensor) != 0:
-        start = part.to(tl.int64) * CHUNK
-        g_base = _base(grads, tensor, G, ALIGN) + start
-        left = tl.minimum(tl.load(tensors + tensor * COLUMNS + 7) - start, CHUNK).to(tl.int32)
-        full = left // TILE * TILE
-        for at in range(0, full, TILE):
-            g = _read(g_base, at + lanes, left, False)
-            total = tl.fma(g, g, total)
-        if full < left:
-            g = _read(g_base, full + lanes, left, True)
-            total = tl.fma(g, g, total)
-    tl.store(partials + first + program, tl.sum(total))
+    """squares[first + i] = sum of squares of chunk i of the gradients; 0 for a tensor without one. With EARLY, chunks of
+    tensors that `_measure_kernel` measures in its first turn, and sums there, are left out.
+    """
+    lanes = tl.arange(0, TILE // PACK)
+    lanes = (lanes // 64) * (64 * PACK) + lanes % 64 if PACK > 1 else lanes
+    for at in range(tl.program_id(0), count, tl.num_programs(0)):
+        tensor, part = tl.load(chunks + 2 * (first + at)), tl.load(chunks + 2 * (first + at) + 1)
+        wanted = tl.load(grads + tensor) != 0
+        left_out = False
+        if EARLY:
+            left_out = tl.load(plan + tensor * PLAN + 14) == 1.0
+            wanted = wanted & (not left_out)
+        total = tl.zeros([TILE // PACK], tl.float32)
+        if wanted:
+            start = part.to(tl.int64) * CHUNK
+            g_base = _base(grads, tensor, G, ALIGN) + start
+            left = tl.minimum(tl.load(tensors + tensor * COLUMNS + 7) - start, CHUNK).to(tl.int32)
+            full = left // TILE * TILE
+            for begin in tl.range(0, full, TILE, loop_unroll_factor=4):
+                for half in tl.static_range(PACK):
+                    g = _read(g_base, begin + half * 64 + lanes, left, False)
+                    total = tl.fma(g, g, total)
+            if full < left:
+                for half in tl.static_range(PACK):
+                    g = _read(g_base, full + half * 64 + lanes, left, True)
+                    total = tl.fma(g, g, total)
+        if not left_out:
+            tl.store(squares + first + at, _sum_in_any_order(total))
 
 
 @triton.jit(
     do_not_specialize=[
-        "n_partials", "n_tensors", "known_norm", "loss", "found_inf", "grads", "norm_out", "applied_out", "clip_arena"
+        "n_chunks", "n_tensors", "known_norm", "loss", "found_inf", "grads", "norm_out", "applied_out", "clip_arena"
     ]
 )  # fmt: skip
 def _plan_kernel(
-    partials, n_partials, known_norm, loss, found_inf, arenas, lr_at, tensors, arena_of, grads, n_tensors,
+    squares, n_chunks, known_norm, loss, found_inf, arenas, lr_at, tensors, arena_of, grads, n_tensors,
     plan, stats, control, norm_out, applied_out, clip_arena,
-    MEASURED: tl.constexpr, KNOWN: tl.constexpr, GUARD: tl.constexpr, FLAG: tl.constexpr,
-    COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr,
+    DRAFT: tl.constexpr, EARLY: tl.constexpr, PATIENCE: tl.constexpr, MEASURED: tl.constexpr, KNOWN: tl.constexpr,
+    GUARD: tl.constexpr, FLAG: tl.constexpr, COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr,
     LANES: tl.constexpr, SUM_LANES: tl.constexpr,
 ):  # fmt: skip
-    """Everything about a step that is a scalar of the optimizer or of a tensor; see the module's docstring."""
+    """Everything about a step that is a scalar of the optimizer or of a tensor; see `c3o_triton`'s docstring.
+
+    DRAFT: before the norm is known; the plan of a step that is taken and not clipped. Changes nothing but the plan.
+    EARLY: there was a draft.
+    """
     norm = tl.zeros([], tl.float32)
+    unclipped = tl.load(control + 1)
     if MEASURED:
         sums = tl.zeros([SUM_LANES], tl.float64)
-        for at in range(0, n_partials, SUM_LANES):
+        for at in range(0, n_chunks, SUM_LANES):
             index = at + tl.arange(0, SUM_LANES)
-            sums += tl.load(partials + index, mask=index < n_partials, other=0.0).to(tl.float64)
+            sums += tl.load(squares + index, mask=index < n_chunks, other=0.0).to(tl.float64)
         norm = tl.sqrt(tl.sum(sums)).to(tl.float32)
     if KNOWN:
         norm = tl.load(known_norm).to(tl.float32)
@@ -309,13 +337,15 @@ def _plan_kernel(
     if FLAG:
         refused += tl.where(tl.load(found_inf) == 0, 0, 1)
     refused = tl.sum(refused)
-    tl.store(norm_out, norm)
-    tl.store(applied_out, tl.where(refused == 0, 1, 0).to(tl.uint8))
-    if refused == 0:
-        clip = tl.load(arenas + clip_arena * ARENA_COLUMNS + 11).to(tl.float32)
-        factor = clip / (norm + 1e-6)
-        tl.store(control, tl.where((factor > 1) | (clip == 0), 1.0, factor))
+    if not DRAFT:
+        tl.store(norm_out, norm)
+        tl.store(applied_out, tl.where(refused == 0, 1, 0).to(tl.uint8))
+        if refused == 0:
+            clip = tl.load(arenas + clip_arena * ARENA_COLUMNS + 11).to(tl.float32)
+            factor = clip / (norm + 1e-6)
+            tl.store(control, tl.where((factor > 1) | (clip == 0), 1.0, factor))
 
+    clipped, to_measure = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
     for at in range(0, n_tensors, LANES):
         i = at + tl.arange(0, LANES)
         inside = i < n_tensors
@@ -334,10 +364,13 @@ def _plan_kernel(
         clip = tl.load(a + 11).to(tl.float32)
         factor = clip / (norm + 1e-6)
         factor = tl.where((factor > 1) | (clip == 0), 1.0, factor)  # NaN stays
+        if DRAFT:
+            factor = tl.full([LANES], 1.0, tl.float32)
 
         step_at = tl.load(row + 3, mask=inside, other=0)
         t = _floats(step_at, inside) + 1
-        _store_floats(step_at, t, live)
+        if not DRAFT:
+            _store_floats(step_at, t, live)
         t64 = t.to(tl.float64)
         bias1, bias2 = 1 - tl.exp(t64 * tl.load(a + 3)), 1 - tl.exp(t64 * tl.load(a + 4))
 
@@ -366,9 +399,10 @@ def _plan_kernel(
         skipped = live & skip
         keep = tl.maximum(1 - lr * decay, 0.0)
         lower = tl.maximum(known * keep * (1 - SLACK) - lr * applied * (1 + SLACK), 0.0) * (1 - slack_param)
-        _store_floats(u_at, bound, skipped)
-        _store_floats(l_at, lower, skipped)
-        _store_floats(age_at, age + 1, skipped)
+        if not DRAFT:
+            _store_floats(u_at, bound, skipped)
+            _store_floats(l_at, lower, skipped)
+            _store_floats(age_at, age + 1, skipped)
 
         out = plan + i * PLAN
         tl.store(out, factor, mask=inside)
@@ -388,25 +422,43 @@ def _plan_kernel(
         tl.store(out + 8, lr.to(tl.float32), mask=inside)
         tl.store(out + 9, t, mask=inside)
         tl.store(out + 10, bound.to(tl.float32), mask=inside)
-        tl.store(out + 11, tl.where(live, tl.where((trust & (skip == 0)) | sphere, 2.0, 1.0), 0.0), mask=inside)
-        # A skipped tensor keeps the ratio last measured; one that is measured is written by `_trust_kernel`.
-        now = inside & (refused == 0)
-        tl.store(stats + i * 4, tl.where(skipped, 1.0, 0.0), mask=now)
-        tl.store(stats + i * 4 + 1, 0.0, mask=now)
-        tl.store(stats + i * 4 + 2, 0.0, mask=now)
-        tl.store(stats + i * 4 + 3, 0.0, mask=now & (skip == 0))
+        measured = (trust & (skip == 0)) | sphere
+        tl.store(out + 11, tl.where(live, tl.where(measured, 2.0, 1.0), 0.0), mask=inside)
+        if DRAFT:
+            turn = tl.where(live & measured & (tl.load(a + 19) != 0), tl.where(unclipped >= PATIENCE, 1.0, 0.0), 0.0)
+        else:
+            turn = tl.where(live & measured, 2.0, 0.0)
+            if EARLY:  # measured already, and as it should be
+                turn = tl.where((tl.load(out + 14, mask=inside, other=0.0) == 1.0) & (factor == 1.0), 0.0, turn)
+        tl.store(out + 14, turn, mask=inside)
+        to_measure = tl.maximum(to_measure, tl.where(inside & (turn != 0), 1, 0))
+        clipped = tl.maximum(clipped, tl.where(inside & has_grad & (factor != 1.0), 1, 0))
+        if not DRAFT:
+            # A skipped tensor keeps the ratio last measured; one that is measured is written by `_trust_kernel`.
+            now = inside & (refused == 0)
+            tl.store(stats + i * 4, tl.where(skipped, 1.0, 0.0), mask=now)
+            tl.store(stats + i * 4 + 1, 0.0, mask=now)
+            tl.store(stats + i * 4 + 2, 0.0, mask=now)
+            tl.store(stats + i * 4 + 3, 0.0, mask=now & (skip == 0))
+    if DRAFT:
+        tl.store(control + 2, tl.max(to_measure).to(tl.float32))
+    else:
+        tl.store(control + 3, tl.max(to_measure).to(tl.float32))
+        tl.store(control + 1, tl.where(tl.max(clipped) != 0, 0.0, tl.minimum(unclipped + 1, PATIENCE)))
 
 
 @triton.jit
 def _measure_tile(
-    p_base, e_base, g_base, m_base, v_base, at, left, factor, limit, w1, b2, w2, lead, gain, shift, decay, plain_sum,
-    ERROR: tl.constexpr, CLAMP: tl.constexpr, NESTEROV: tl.constexpr, PLAIN: tl.constexpr, ADVANCE: tl.constexpr,
+    p_base, e_base, g_base, m_base, v_base, at, left, factor, limit, w1, b2, w2, lead, gain, shift, decay, g_sum,
+    plain_sum, ERROR: tl.constexpr, CLAMP: tl.constexpr, NESTEROV: tl.constexpr, PLAIN: tl.constexpr, ADVANCE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """θ and d of one tile, and with PLAIN `plain_sum` with the squares of (1 - b1) u added, u being the direction
-    without Nesterov's look ahead; writes the advanced moments if ADVANCE.
+    """θ and d of one tile, `g_sum` with the squares of its gradients added as they are, and with PLAIN `plain_sum` with
+    those of (1 - b1) u, u being the direction without Nesterov's look ahead; writes the advanced moments if ADVANCE.
     """
-    g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
+    g = _read(g_base, at, left, MASKED)
+    g_sum = tl.fma(g, g, g_sum)
+    g = _clipped(g, factor, limit, CLAMP)
     p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
     m, v = _advance(g, _read(m_base, at, left, MASKED), _read(v_base, at, left, MASKED), w1, b2, w2)
     if ADVANCE:
@@ -416,16 +468,16 @@ def _measure_tile(
     if PLAIN:
         plain = _quotient_beside(m, v, gain, shift, S)
         plain_sum = tl.fma(plain, plain, plain_sum)
-    return p, _direction(p, g, m, v, lead, gain, shift, decay, S, NESTEROV), plain_sum
+    return p, _direction(p, g, m, v, lead, gain, shift, decay, S, NESTEROV), g_sum, plain_sum
 
 
 @triton.jit
 def _measure_coded(
     p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2, lead, gain,
-    shift, decay, d_sum, p_sum, dot, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, ERROR: tl.constexpr,
+    shift, decay, g_sum, d_sum, p_sum, dot, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, ERROR: tl.constexpr,
     CLAMP: tl.constexpr, NESTEROV: tl.constexpr, SPHERE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds d², θ² and, with SPHERE, θ d of the tile at `begin` to the sums, [rows, 64], for moments in codes."""
+    """Adds g², d², θ² and, with SPHERE, θ d of the tile at `begin` to the sums, [rows, 64], for moments in codes."""
     PACK: tl.constexpr = 8 // BITS
     row, lane = tl.arange(0, TILE // (64 * PACK)), tl.arange(0, 64)[None, :]
     byte_rows = begin // (64 * PACK) + row
@@ -441,7 +493,9 @@ def _measure_coded(
         m, v = _coded_moments(
             _part(r_bytes, half, BITS), _part(v_bytes, half, BITS), r_scale, v_scale, R, V, 1 << (BITS - 1), 1 << BITS
         )  # fmt: skip
-        g = _clipped(_read(g_base, at, left, MASKED), factor, limit, CLAMP)
+        g = _read(g_base, at, left, MASKED)
+        g_sum = tl.fma(g, g, g_sum)
+        g = _clipped(g, factor, limit, CLAMP)
         p = _read_weight(p_base, e_base, at, left, ERROR, MASKED)
         m, v = _advance(g, m, v, w1, b2, w2)
         d = _direction(p, g, m, v, lead, gain, shift, decay, m_base.dtype.element_ty, NESTEROV)
@@ -450,86 +504,87 @@ def _measure_coded(
         d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
         if SPHERE:
             dot = tl.fma(p, d, dot)
-    return d_sum, p_sum, dot
+    return g_sum, d_sum, p_sum, dot
 
 
-@triton.jit(do_not_specialize=["first", "programs", "all_chunks", "grads"])
+@triton.jit(do_not_specialize=["first", "count", "all_chunks", "grads", "turn", "backwards"])
 def _measure_kernel(
-    chunks, grads, tensors, plan, partials, first, programs, all_chunks,
+    chunks, grads, tensors, plan, control, partials, squares, first, count, all_chunks, turn, backwards,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     ERROR: tl.constexpr, CLAMP: tl.constexpr, NESTEROV: tl.constexpr, PLAIN: tl.constexpr, SPHERE: tl.constexpr,
-    ADVANCE: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr, PLAN: tl.constexpr,
+    ADVANCE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    PLAN: tl.constexpr,
 ):  # fmt: skip
-    """partials[i], partials[all_chunks + i] = |d|², |θ|² of chunk i, if its tensor must be measured; with SPHERE, for
-    some tensor of the step, partials[2 all_chunks + i] = <θ, d>; with PLAIN, for moments that are not codes,
-    partials[3 all_chunks + i] = |(1 - b1) u|², u being the direction without Nesterov's look ahead.
+    """partials[i], partials[all_chunks + i] = |d|², |θ|² of chunk i, if its tensor is to be measured in this turn; with
+    SPHERE, for some tensor of the step, partials[2 all_chunks + i] = <θ, d>; with PLAIN, for moments that are not codes,
+    partials[3 all_chunks + i] = |(1 - b1) u|², u being the direction without Nesterov's look ahead. squares[i] as
+    `_squares_kernel` has it.
     """
-    at, tensor, part = _where(chunks + 2 * first, tl.program_id(0), programs, REVERSE)
-    row = plan + tensor * PLAN
-    if tl.load(row + 11) == 2.0:
-        start = part.to(tl.int64) * CHUNK
-        line = tensor * COLUMNS
-        p_base = _base(tensors, line, P, ALIGN) + start
-        e_base = _base(tensors, line + 10, tl.int8, 16) + start
-        g_base = _base(grads, tensor, G, ALIGN) + start
-        left = tl.minimum(tl.load(tensors + line + 7) - start, CHUNK).to(tl.int32)
-        factor, limit, w1, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        w2, lead, gain = tl.load(row + 4), tl.load(row + 12), tl.load(row + 5)
-        shift, decay = tl.load(row + 6), tl.load(row + 7)
-        full = left // TILE * TILE
-        if BITS == 0:
-            m_base = _base(tensors, line + 1, S, 16) + start
-            v_base = _base(tensors, line + 2, S, 16) + start
-            lanes = tl.arange(0, TILE)
-            d_sum, p_sum = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-            dot, plain_sum = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-            for begin in tl.range(0, full, TILE, num_stages=STAGES):
-                p, d, plain_sum = _measure_tile(
-                    p_base, e_base, g_base, m_base, v_base, begin + lanes, left, factor, limit, w1, b2, w2, lead, gain,
-                    shift, decay, plain_sum, ERROR, CLAMP, NESTEROV, PLAIN, ADVANCE, False,
-                )  # fmt: skip
-                d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
+    if tl.load(control + 1 + turn) != 0.0:
+        for program in range(tl.program_id(0), count, tl.num_programs(0)):
+            at, tensor, part = _where(chunks + 2 * first, program, count, backwards)
+            row = plan + tensor * PLAN
+            if tl.load(row + 14) == turn:
+                start = part.to(tl.int64) * CHUNK
+                line = tensor * COLUMNS
+                p_base = _base(tensors, line, P, ALIGN) + start
+                e_base = _base(tensors, line + 10, tl.int8, 16) + start
+                g_base = _base(grads, tensor, G, ALIGN) + start
+                left = tl.minimum(tl.load(tensors + line + 7) - start, CHUNK).to(tl.int32)
+                factor, limit, w1, b2 = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+                w2, lead, gain = tl.load(row + 4), tl.load(row + 12), tl.load(row + 5)
+                shift, decay = tl.load(row + 6), tl.load(row + 7)
+                full = left // TILE * TILE
+                if BITS == 0:
+                    m_base = _base(tensors, line + 1, S, 16) + start
+                    v_base = _base(tensors, line + 2, S, 16) + start
+                    lanes = tl.arange(0, TILE)
+                    g_sum, d_sum = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+                    p_sum, dot = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+                    plain_sum = tl.zeros([TILE], tl.float32)
+                    for begin in tl.range(0, full, TILE, num_stages=STAGES):
+                        p, d, g_sum, plain_sum = _measure_tile(
+                            p_base, e_base, g_base, m_base, v_base, begin + lanes, left, factor, limit, w1, b2, w2,
+                            lead, gain, shift, decay, g_sum, plain_sum, ERROR, CLAMP, NESTEROV, PLAIN, ADVANCE, False,
+                        )  # fmt: skip
+                        d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
+                        if SPHERE:
+                            dot = tl.fma(p, d, dot)
+                    if full < left:
+                        p, d, g_sum, plain_sum = _measure_tile(
+                            p_base, e_base, g_base, m_base, v_base, full + lanes, left, factor, limit, w1, b2, w2,
+                            lead, gain, shift, decay, g_sum, plain_sum, ERROR, CLAMP, NESTEROV, PLAIN, ADVANCE, True,
+                        )  # fmt: skip
+                        d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
+                        if SPHERE:
+                            dot = tl.fma(p, d, dot)
+                    if PLAIN:
+                        tl.store(partials + 3 * all_chunks + first + at, tl.sum(plain_sum))
+                else:
+                    m_base = _base(tensors, line + 1, tl.uint8, 16) + start // (8 // BITS)
+                    v_base = _base(tensors, line + 2, tl.uint8, 16) + start // (8 // BITS)
+                    r_scales = _base(tensors, line + 8, tl.bfloat16, 16) + start // 64
+                    v_scales = _base(tensors, line + 9, tl.bfloat16, 16) + start // 64
+                    rows: tl.constexpr = TILE // (64 * (8 // BITS))
+                    g_sum, d_sum = tl.zeros([rows, 64], tl.float32), tl.zeros([rows, 64], tl.float32)
+                    p_sum, dot = tl.zeros([rows, 64], tl.float32), tl.zeros([rows, 64], tl.float32)
+                    for begin in tl.range(0, full, TILE, num_stages=STAGES):
+                        g_sum, d_sum, p_sum, dot = _measure_coded(
+                            p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1,
+                            b2, w2, lead, gain, shift, decay, g_sum, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP,
+                            NESTEROV, SPHERE, TILE, False,
+                        )  # fmt: skip
+                    if full < left:
+                        g_sum, d_sum, p_sum, dot = _measure_coded(
+                            p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, full, left, factor, limit, w1,
+                            b2, w2, lead, gain, shift, decay, g_sum, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP,
+                            NESTEROV, SPHERE, TILE, True,
+                        )  # fmt: skip
+                tl.store(squares + first + at, _sum_in_any_order(g_sum))
+                tl.store(partials + first + at, tl.sum(d_sum))
+                tl.store(partials + all_chunks + first + at, tl.sum(p_sum))
                 if SPHERE:
-                    dot = tl.fma(p, d, dot)
-            if full < left:
-                p, d, plain_sum = _measure_tile(
-                    p_base, e_base, g_base, m_base, v_base, full + lanes, left, factor, limit, w1, b2, w2, lead, gain,
-                    shift, decay, plain_sum, ERROR, CLAMP, NESTEROV, PLAIN, ADVANCE, True,
-                )  # fmt: skip
-                d_sum, p_sum = tl.fma(d, d, d_sum), tl.fma(p, p, p_sum)
-                if SPHERE:
-                    dot = tl.fma(p, d, dot)
-            tl.store(partials + first + at, tl.sum(d_sum))
-            tl.store(partials + all_chunks + first + at, tl.sum(p_sum))
-            if SPHERE:
-                tl.store(partials + 2 * all_chunks + first + at, tl.sum(dot))
-            if PLAIN:
-                tl.store(partials + 3 * all_chunks + first + at, tl.sum(plain_sum))
-        else:
-            m_base = _base(tensors, line + 1, tl.uint8, 16) + start // (8 // BITS)
-            v_base = _base(tensors, line + 2, tl.uint8, 16) + start // (8 // BITS)
-            r_scales = _base(tensors, line + 8, tl.bfloat16, 16) + start // 64
-            v_scales = _base(tensors, line + 9, tl.bfloat16, 16) + start // 64
-            rows: tl.constexpr = TILE // (64 * (8 // BITS))
-            d_sum, p_sum = tl.zeros([rows, 64], tl.float32), tl.zeros([rows, 64], tl.float32)
-            dot = tl.zeros([rows, 64], tl.float32)
-            for begin in tl.range(0, full, TILE, num_stages=STAGES):
-                d_sum, p_sum, dot = _measure_coded(
-                    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, begin, left, factor, limit, w1, b2, w2,
-                    lead, gain, shift, decay, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP, NESTEROV, SPHERE, TILE,
-                    False,
-                )  # fmt: skip
-            if full < left:
-                d_sum, p_sum, dot = _measure_coded(
-                    p_base, e_base, g_base, m_base, v_base, r_scales, v_scales, full, left, factor, limit, w1, b2, w2,
-                    lead, gain, shift, decay, d_sum, p_sum, dot, BITS, R, V, ERROR, CLAMP, NESTEROV, SPHERE, TILE,
-                    True,
-                )  # fmt: skip
-            tl.store(partials + first + at, tl.sum(tl.sum(d_sum, axis=1)))
-            tl.store(partials + all_chunks + first + at, tl.sum(tl.sum(p_sum, axis=1)))
-            if SPHERE:
-                tl.store(partials + 2 * all_chunks + first + at, tl.sum(tl.sum(dot, axis=1)))
+                    tl.store(partials + 2 * all_chunks + first + at, tl.sum(dot))
 
 
 @triton.jit(do_not_specialize=["all_chunks"])
@@ -697,19 +752,23 @@ def _write_rows(base, at, x, there, MASKED: tl.constexpr):
         tl.store(base + at, x)
 
 
-@triton.jit(do_not_specialize=["first", "programs", "grads"])
+@triton.jit(do_not_specialize=["first", "count", "grads", "measured"])
 def _update_kernel(
-    chunks, grads, tensors, plan, partials, first, programs,
+    chunks, grads, tensors, plan, control, partials, first, count, measured,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     R_SPAN: tl.constexpr, V_SPAN: tl.constexpr, ERROR: tl.constexpr, DITHER: tl.constexpr, WATCH: tl.constexpr,
-    CLAMP: tl.constexpr, NESTEROV: tl.constexpr, ADVANCE: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr, BLOCK: tl.constexpr,
+    CLAMP: tl.constexpr, NESTEROV: tl.constexpr, ADVANCE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """θ <- θ - lr scale d, and the moments where `_measure_kernel` has not advanced them.
 
+    Starts where the last pass ended: at the end, if it was one over the gradients alone (`measured`) or the measuring
+    one's first turn; at the start, if it was the second after either.
+
     WATCH, for codes: partials[first + i] = |r|² of chunk i as stored (`_stored_norm_kernel` ends it).
     """
-    chunk, tensor, part = _where(chunks + 2 * first, tl.program_id(0), programs, REVERSE)
+    backwards = measured ^ (tl.load(control + 3) != 0.0).to(tl.int32)
+    chunk, tensor, part = _where(chunks + 2 * first, tl.program_id(0), count, backwards)
     row = plan + tensor * PLAN
     mode = tl.load(row + 11)
     if mode != 0.0:
@@ -774,7 +833,7 @@ def _update_kernel(
                     NESTEROV, P, ERROR, DITHER, WATCH, BLOCK, TILE, True,
                 )  # fmt: skip
             if WATCH:
-                tl.store(partials + first + chunk, tl.sum(tl.sum(r_sum, axis=1)))
+                tl.store(partials + first + chunk, tl.sum(r_sum))
 
 
 @triton.jit

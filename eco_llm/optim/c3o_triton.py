@@ -65,8 +65,15 @@ CHUNK = 16384
 TILE = 1024
 """Elements in registers at a time, at 4 warps: 8 of each stream a thread."""
 WARPS = 4
-_LANES = 128  # tensors, or partial sums, that a scalar program takes at a time
-_SUM_LANES = 1024
+PATIENCE = 8
+"""Steps in a row without clipping after which the next is expected not to clip: a wrong guess costs four times what a
+right one saves."""
+SQUARES_PROGRAMS, MEASURE_PROGRAMS = 12, 4
+"""Programs to a multiprocessor that share the chunks: as many as run at once, so that a pass with nothing to do ends at
+once."""
+# Scalar programs wait for memory, not for arithmetic: as few turns of their loops as registers allow.
+_PLAN_SHAPE = {"LANES": 512, "SUM_LANES": 8192, "num_warps": 16}
+_LANES = 1024  # partial sums, or tensors, that other scalar programs take at a time
 _SPARE_TABLES = 8
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -80,11 +87,12 @@ _T = (
 _A = (
     "lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "radius", "floor", "drift", "refresh",
     "clip_norm", "clip_value", "slack_state", "slack_param", "may_skip", "coded", "sphere",
-    "nesterov",
+    "nesterov", "early",
 )  # fmt: skip
 # Plan, float32, made by the device in every step: 0 clip factor, 1 clip value, 2 1-b1, 3 b2, 4 1-b2, 5 gain, 6 shift,
 # 7 weight decay, 8 lr · scale (on a sphere both are its own), 9 step, 10 bound, 11 mode (0 leave alone, 1 update,
-# 2 measure and update), 12 weight of m beside g in Nesterov's direction, 13 gain of the plain direction.
+# 2 measure and update), 12 weight of m beside g in Nesterov's direction, 13 gain of the plain direction, 14 turn in which
+# it is to be measured (0: none).
 _PLAN = 16
 
 
@@ -94,7 +102,7 @@ class _Kind:
     def __init__(self, arena: Arena, group: dict[str, Any], first: int) -> None:
         p, storage = _TYPES[arena.param_dtype], arena.storage
         ratio, second = storage.ratio, storage.second
-        self.gradient = {"G": p}
+        self.gradient = {"G": p, "PACK": 2 if storage.bits == 4 else 1}
         # Two groups share a byte of 4-bit codes: as many elements a load as with 8 bits.
         self.shape = {"CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "num_warps": WARPS}
         self.types: dict[str, Any] = {
@@ -107,7 +115,7 @@ class _Kind:
             "DITHER": group["weight_rounding"] == "dithered",
         }  # fmt: skip
         self.nesterov = group["nesterov"]
-        self.advance = storage.dtype == torch.float32 and not self.nesterov
+        self.advance = KernelPlan._advances(arena, self.nesterov)
         self.coded = storage.bits > 0
         self.first, self.count = first, 0
 
@@ -152,9 +160,13 @@ class KernelPlan:
         self._grads = torch.zeros(n, dtype=torch.int64, device=self.device)
         self._plan = torch.zeros(n, _PLAN, device=self.device)
         self._stats = torch.zeros(n, 4, device=self.device)
-        self._control = torch.ones(1, device=self.device)
+        # Clip factor, steps in a row without clipping (at most PATIENCE), whether turn 1, turn 2 measures anything.
+        self._control = self._uploaded([1.0, 0.0, 0.0, 0.0], torch.float32)
         self._summary = torch.zeros(7, device=self.device)
         self._partials = torch.zeros(4 * self._chunk_count, device=self.device)
+        self._squares = torch.zeros(self._chunk_count, device=self.device)
+        cuda = self.device.type == "cuda"
+        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if cuda else 1
 
         self._param_at: list[int] = []
         self._grad_at: list[int] = []
@@ -172,6 +184,11 @@ class KernelPlan:
     @staticmethod
     def _kind_of(arena: Arena, group: dict[str, Any]) -> tuple[str, ...]:
         return str(arena.param_dtype), arena.storage.name, str(arena.error is None), *map(str, compiled_settings(group))
+
+    @staticmethod
+    def _advances(arena: Arena, nesterov: bool) -> bool:
+        """Whether the measuring pass stores the advanced moments for the update to read."""
+        return arena.storage.dtype == torch.float32 and not nesterov
 
     @property
     def capturing(self) -> bool:
@@ -302,6 +319,7 @@ class KernelPlan:
                     float(arena.storage.bits > 0),
                     rule.sphere,
                     float(rule.nesterov),
+                    float(not self._advances(arena, rule.nesterov)),
                 )
             )
             addresses.append(address)
@@ -315,6 +333,11 @@ class KernelPlan:
             raise RuntimeError("C3O: lr is a number, which a CUDA graph would freeze; call make_capturable() before")
         self._clamps = any(rule.clips_value for rule in rules)
         self._measures = any(rule.measures for rule in rules)
+        # Pays where tensors are measured in every step, and only where measuring writes nothing.
+        self._drafts = any(
+            rule.measures and (rule.has_sphere or not rule.may_skip_norms) and not self._advances(arena, rule.nesterov)
+            for rule, (arena, _) in zip(rules, self._arenas, strict=True)
+        )
         self._spheres = any(rule.has_sphere for rule in rules)
         self._skips = any(rule.may_skip_norms for rule in rules)
         self._watches_plain = [kind.nesterov and not kind.coded and self._skips for kind in self._kinds]
@@ -357,28 +380,40 @@ class KernelPlan:
         grads, table = self._bound_grads, self._tensors
         columns = {"COLUMNS": len(_T)}
         scalars = {**columns, "ARENA_COLUMNS": len(_A), "PLAN": _PLAN, "SLACK": 8 * torch.finfo(torch.float32).eps}
-        # Start where the last full pass ended; with the skip on, that of the measurement is usually empty.
-        backwards = measure if self._skips else measure != self._measures
+        early = measure and self._drafts
+
+        def plan(*, draft: bool) -> None:
+            _plan_kernel[(1,)](
+                self._squares, self._chunk_count, norm, loss, found_inf, self._settings, self._lr_at, table,
+                self._arena_of, grads, len(self.params), self._plan, self._stats, self._control, norm_out,
+                applied.view(torch.uint8), self._clip_arena, DRAFT=draft, EARLY=early, PATIENCE=PATIENCE,
+                MEASURED=measure and not draft, KNOWN=norm is not None, GUARD=loss is not None and not draft,
+                FLAG=found_inf is not None and not draft, **_PLAN_SHAPE, **scalars,
+            )  # fmt: skip
+
+        def measure_norms(turn: int) -> None:
+            for kind, plain in zip(self._kinds, self._watches_plain, strict=True):
+                if turn == 2 or not kind.advance:
+                    _measure_kernel[self._grid(kind, MEASURE_PROGRAMS)](
+                        self._chunks, grads, table, self._plan, self._control, self._partials, self._squares,
+                        kind.first, kind.count, self._chunk_count, turn, int(turn == 2 and measure),
+                        CLAMP=self._clamps, PLAIN=plain, SPHERE=self._spheres, ADVANCE=kind.advance,
+                        ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape,
+                    )  # fmt: skip
+
         with self._on_device():
+            if early:
+                plan(draft=True)
+                measure_norms(1)
             if measure:
                 for kind in self._kinds:
-                    _squares_kernel[(kind.count,)](
-                        self._chunks, grads, table, self._partials, kind.first,
-                        ALIGN=self._align, **kind.gradient, **columns, **kind.shape,
+                    _squares_kernel[self._grid(kind, SQUARES_PROGRAMS)](
+                        self._chunks, grads, table, self._plan, self._squares, kind.first, kind.count,
+                        EARLY=early, ALIGN=self._align, PLAN=_PLAN, **kind.gradient, **columns, **kind.shape,
                     )  # fmt: skip
-            _plan_kernel[(1,)](
-                self._partials, self._chunk_count, norm, loss, found_inf, self._settings, self._lr_at, table,
-                self._arena_of, grads, len(self.params), self._plan, self._stats, self._control, norm_out,
-                applied.view(torch.uint8), self._clip_arena, MEASURED=measure, KNOWN=norm is not None,
-                GUARD=loss is not None, FLAG=found_inf is not None, LANES=_LANES, SUM_LANES=_SUM_LANES, **scalars,
-            )  # fmt: skip
+            plan(draft=False)
             if self._measures:
-                for kind, plain in zip(self._kinds, self._watches_plain, strict=True):
-                    _measure_kernel[(kind.count,)](
-                        self._chunks, grads, table, self._plan, self._partials, kind.first, kind.count,
-                        self._chunk_count, CLAMP=self._clamps, PLAIN=plain, SPHERE=self._spheres, ADVANCE=kind.advance,
-                        REVERSE=measure, ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape,
-                    )  # fmt: skip
+                measure_norms(2)
                 _trust_kernel[(len(self.params),)](
                     self._partials, self._chunk_count, self._settings, table, self._arena_of, self._span,
                     self._plan, self._stats, SPHERE=self._spheres, PLAIN=any(self._watches_plain), LANES=_LANES,
@@ -386,8 +421,8 @@ class KernelPlan:
                 )  # fmt: skip
             for kind in self._kinds:
                 _update_kernel[(kind.count,)](
-                    self._chunks, grads, table, self._plan, self._partials, kind.first, kind.count,
-                    WATCH=kind.coded and self._watches, CLAMP=self._clamps, ADVANCE=kind.advance, REVERSE=backwards,
+                    self._chunks, grads, table, self._plan, self._control, self._partials, kind.first, kind.count,
+                    int(measure), WATCH=kind.coded and self._watches, CLAMP=self._clamps, ADVANCE=kind.advance,
                     ALIGN=self._align, PLAN=_PLAN, BLOCK=BLOCK, **kind.types, **kind.update, **columns, **kind.shape,
                 )  # fmt: skip
             if self._watches:
@@ -416,6 +451,9 @@ class KernelPlan:
             host = torch.zeros(len(self.params), dtype=torch.int64)
             host = host.pin_memory() if self.device.type == "cuda" else host
             self._spare.append((host, torch.zeros_like(self._grads)))
+
+    def _grid(self, kind: _Kind, programs: int) -> tuple[int]:
+        return (min(kind.count, programs * self._processors),)
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()

@@ -56,9 +56,10 @@ TYPES: tuple[tuple[torch.dtype, torch.dtype | str], ...] = (
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter's CPU tensors take the kernels too."""
     pytest.importorskip("triton")
-    if INTERPRETED:
-        from eco_llm.optim import c3o_triton
+    from eco_llm.optim import c3o_triton
 
+    monkeypatch.setattr(c3o_triton, "PATIENCE", 1)  # in few steps, guesses both right and wrong
+    if INTERPRETED:
         monkeypatch.setattr(C3O, "_force_kernels", True)
         # Fewer, larger operations: the interpreter's cost is their number. 4-bit codes take twice this.
         monkeypatch.setattr(c3o_triton, "TILE", 4096)
@@ -211,6 +212,57 @@ def test_skip_equals_exact_bit_for_bit(nesterov: bool, dtype: torch.dtype, state
     for p, q in zip(exact, skipping, strict=True):
         if p.numel():
             assert bits([a.state[p]["exp_avg"]]) == bits([b.state[q]["exp_avg"]])
+
+
+MIXED: dict[str, list[dict[str, Any]]] = {
+    "exact": [{"grad_clip": 1.0}],
+    "value": [{"grad_clip": 0.01, "grad_clip_mode": "value"}],
+    "groups": [{"grad_clip": 1.0}, {"grad_clip": 0.0}, {"grad_clip": 20.0, "sphere": 3.0, "lr": 1e-2}],
+    "sphere beside skip": [{"grad_clip": 1.0, "sphere": 3.0}, {"grad_clip": 1.0, "trust_norm_refresh_drift": 0.05}],
+    "plain beside nesterov": [{"grad_clip": 1.0, "nesterov": False}, {"grad_clip": 1.0, "sphere": 3.0}],
+}
+
+
+@pytest.mark.parametrize(("dtype", "state"), [TYPES[0], TYPES[3], TYPES[5], TYPES[6]], ids=str)
+@pytest.mark.parametrize("name", MIXED)
+def test_measuring_before_the_norm_is_known_changes_no_bit(
+    name: str, dtype: torch.dtype, state: torch.dtype | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess that nothing is clipped, right or wrong, against the norm first in every step."""
+    from eco_llm.optim import c3o_triton
+
+    never = 1 << 20
+    clipped = (False, False, True, True, False, True)
+    found: dict[int, list[tuple[list[bytes], list[float]]]] = {}
+    turns: dict[int, list[tuple[float, ...]]] = {}
+    for patience in (never, 0, 1):
+        monkeypatch.setattr(c3o_triton, "PATIENCE", patience)
+        shapes = ((63,), (), (17, 1000))
+        groups = [{"params": parameters(dtype, shapes), **rule} for rule in MIXED[name]]
+        params = [p for group in groups for p in group["params"]]
+        optimizer = C3O(groups, lr=3e-3, state_dtype=state)
+        found[patience], turns[patience] = [], []
+        for i, large in enumerate(clipped):
+            set_gradients(params, i, scale=1.0 if large else 1e-4)
+            params[1].grad = None if i % 2 else params[1].grad  # known to the plan, in some steps absent
+            norm, applied = optimizer.guarded_step(torch.zeros((), device=DEVICE))
+            assert applied
+            tensors = [*tensors_of(optimizer), norm]
+            found[patience].append((bits(tensors), list(optimizer.metrics().values())))
+            assert optimizer._kernel_metrics is not None
+            turns[patience].append(tuple(optimizer._kernel_metrics._control[2:].tolist()))
+    assert found[never] == found[0] == found[1]
+    assert set(turns[never]) == {(0.0, 1.0)}
+    if name == "value":
+        assert set(turns[0]) == {(1.0, 0.0)}
+    else:
+        # Right and wrong; a tensor of float32 moments without Nesterov always waits for the norm.
+        waits = float(name == "plain beside nesterov" and state == torch.float32)
+        assert set(turns[0]) == {(1.0, waits), (1.0, 1.0)}
+        assert turns[1] == [
+            (float(i > 0 and not clipped[i - 1]), max(waits, float(now or i == 0 or clipped[i - 1])))
+            for i, now in enumerate(clipped)
+        ]
 
 
 @pytest.mark.parametrize("name", ["skip", "sphere"])
@@ -566,17 +618,20 @@ def launches(step: Callable[[], object]) -> int:
 
 
 @on_gpu_only
-@pytest.mark.parametrize("sphere", [0.0, 2.0])
-def test_launches_do_not_depend_on_the_number_of_tensors(sphere: float) -> None:
+@pytest.mark.parametrize(
+    ("rule", "launches_of_a_step"),
+    [({}, 7), ({"sphere": 2.0}, 7), ({"trust_norm_refresh_drift": 0.05}, 5), ({"trust_radius": 0.0}, 3)],
+)
+def test_launches_do_not_depend_on_the_number_of_tensors(rule: dict[str, float], launches_of_a_step: int) -> None:
     counts = []
     for tensors in (4, 400):
         params = parameters(shapes=[(31, 33)] * tensors)
-        update = Update(C3O(params, grad_clip=1.0, sphere=sphere), OptimizerConfig())
+        update = Update(C3O(params, grad_clip=1.0, **rule), OptimizerConfig())
         loss = torch.zeros((), device=DEVICE)
         set_gradients(params, 0)
         update.step(loss)
         counts.append(launches(lambda update=update, loss=loss: update.step(loss)))  # type: ignore[misc]
-    assert counts[0] == counts[1] == 5
+    assert counts[0] == counts[1] == launches_of_a_step
 
 
 @on_gpu_only
@@ -629,7 +684,8 @@ def test_captured_and_replayed_equals_eager_bit_for_bit(kind: str) -> None:
     static = b.metrics_tensor()[1]
     gen = torch.Generator().manual_seed(1)
     for i in range(6):
-        data = torch.randn(16, 40, generator=gen).to(DEVICE)
+        # Gradients are clipped, or not: guesses that they are not are right in the third step, wrong in the last.
+        data = (1.0, 1e-3, 1e-3, 1.0, 1e-3, 1.0)[i] * torch.randn(16, 40, generator=gen).to(DEVICE)
         if i == 3:
             data[0, 0] = float("inf")
         for update in (a, b):
@@ -680,13 +736,13 @@ def test_passes_compile_for_every_card_and_need_little_shared_memory(
         "R_SPAN": storage.ratio.span if storage.ratio else 1.0,
         "V_SPAN": storage.second.span if storage.second else 1.0,
         "WATCH": storage.bits > 0, "CLAMP": True, "SPHERE": sphere, "NESTEROV": nesterov,
-        "PLAIN": plain, "ADVANCE": name == "float32" and not nesterov, "REVERSE": True,
+        "PLAIN": plain, "ADVANCE": name == "float32" and not nesterov,
         "ALIGN": 16, "CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "COLUMNS": len(_T), "PLAN": _PLAN,
         "BLOCK": 4096, "ARENA_COLUMNS": len(_A), "SLACK": 1e-6, "LANES": 128,
     }  # fmt: skip
     pointers = {
         "chunks": "*i32", "grads": "*i64", "tensors": "*i64", "plan": "*fp32", "partials": "*fp32", "arenas": "*fp64",
-        "arena_of": "*i32", "span": "*i32", "stats": "*fp32",
+        "arena_of": "*i32", "span": "*i32", "stats": "*fp32", "control": "*fp32", "squares": "*fp32",
     }  # fmt: skip
     names = ("_measure_kernel", "_trust_kernel", "_update_kernel", "_stored_norm_kernel")
     for kernel in (getattr(c3o_kernels, name) for name in names):
