@@ -71,6 +71,8 @@ right one saves."""
 SQUARES_PROGRAMS, MEASURE_PROGRAMS = 12, 4
 """Programs to a multiprocessor that share the chunks: as many as run at once, so that a pass with nothing to do ends at
 once."""
+REGISTERS = 128
+"""Of a thread, at most, where moments are codes: four programs run at once on a multiprocessor, and nothing spills."""
 # Scalar programs wait for memory, not for arithmetic: as few turns of their loops as registers allow.
 _PLAN_SHAPE = {"LANES": 512, "SUM_LANES": 8192, "num_warps": 16}
 _LANES = 1024  # partial sums, or tensors, that other scalar programs take at a time
@@ -91,8 +93,8 @@ _A = (
 )  # fmt: skip
 # Plan, float32, made by the device in every step: 0 clip factor, 1 clip value, 2 1-b1, 3 b2, 4 1-b2, 5 gain, 6 shift,
 # 7 weight decay, 8 lr · scale (on a sphere both are its own), 9 step, 10 bound, 11 mode (0 leave alone, 1 update,
-# 2 measure and update), 12 weight of m beside g in Nesterov's direction, 13 gain of the plain direction, 14 turn in which
-# it is to be measured (0: none).
+# 2 measure and update), 12 weight of m beside g in Nesterov's direction, 13 gain of the plain direction, 14 in which of
+# its turns the measuring pass measures it (0: in none that is left).
 _PLAN = 16
 
 
@@ -105,6 +107,7 @@ class _Kind:
         self.gradient = {"G": p, "PACK": 2 if storage.bits == 4 else 1}
         # Two groups share a byte of 4-bit codes: as many elements a load as with 8 bits.
         self.shape = {"CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "num_warps": WARPS}
+        self.limits = {"maxnreg": REGISTERS} if storage.bits else {}
         self.types: dict[str, Any] = {
             "P": p, "G": p, "S": _TYPES.get(storage.dtype, tl.uint8), "BITS": storage.bits,
             "R": ratio.mantissa if ratio else 0, "V": second.mantissa if second else 0,
@@ -398,7 +401,7 @@ class KernelPlan:
                         self._chunks, grads, table, self._plan, self._control, self._partials, self._squares,
                         kind.first, kind.count, self._chunk_count, turn, int(turn == 2 and measure),
                         CLAMP=self._clamps, PLAIN=plain, SPHERE=self._spheres, ADVANCE=kind.advance,
-                        ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape,
+                        ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape, **kind.limits,
                     )  # fmt: skip
 
         with self._on_device():
@@ -424,6 +427,7 @@ class KernelPlan:
                     self._chunks, grads, table, self._plan, self._control, self._partials, kind.first, kind.count,
                     int(measure), WATCH=kind.coded and self._watches, CLAMP=self._clamps, ADVANCE=kind.advance,
                     ALIGN=self._align, PLAN=_PLAN, BLOCK=BLOCK, **kind.types, **kind.update, **columns, **kind.shape,
+                    **kind.limits,
                 )  # fmt: skip
             if self._watches:
                 _stored_norm_kernel[(len(self.params),)](
