@@ -13,24 +13,32 @@ Tensors of one optimizer form a table on the device: addresses of parameter, mom
     5  update                                                              reads p g m v, writes p m v
     6  with the norm skip and coded moments: bounds of what 5 stored           scalars
 
+3 needs the clip factor, so 1 must be before it, unless the factor is 1. Where some tensors are measured in every step,
+a draft of the plan comes first, without norm and verdict. If the last `PATIENCE` steps were not clipped, 3 is launched
+on it before 1, sums the squares too, and 1 is left with the other tensors. The plan then knows whether 3 was right; if
+it was not, a second launch of 3 does it again. A guess costs what 3 reads when wrong and saves what 1 reads when right,
+a quarter of it. Launches with nothing to do are of as few programs as run at once, so that they end at once.
+
 Bytes decide between two forms of 3 and 5. As a rule 3 writes nothing and 5 repeats its arithmetic: it needs g for
 Nesterov's direction, and the unrounded moments where they are stored in fewer bits (the rule). Only without Nesterov
 and with moments stored as they are computed (float32) 3 writes the advanced moments, and 5 reads them back: g is not
-read a third time. (With Nesterov that would save nothing: 4 + 24 + 20.) Bytes per parameter:
+read a third time. (With Nesterov that would save nothing: 4 + 24 + 20.) Then nothing is guessed: that would save
+nothing either (16 + 28). Bytes per parameter:
 
-    parameters, gradients / moments   clip + exact           clip + skipped or no cap   as foreach
-    fp32 / fp32                       4 + 16 + 28 = 48       4 + 28 = 32                120 + 12
-      without Nesterov                4 + 24 + 16 = 44       4 + 28 = 32                100 + 12
-    fp32 / bf16                       4 + 12 + 20 = 36       4 + 20 = 24
-    bf16 / bf16                       2 +  8 + 14 = 24       2 + 14 = 16
-    bf16 / int8                       2 + 6.06 + 10.1 = 18.2   2 + 10.1 = 12.1
-    bf16 / int4                       2 + 5.06 + 8.1  = 15.2   2 + 8.1  = 10.1
+    parameters, gradients / moments   clip + exact           exact, clip idle       clip + skipped or no cap   as foreach
+    fp32 / fp32                       4 + 16 + 28 = 48       16 + 28 = 44           4 + 28 = 32                120 + 12
+      without Nesterov                4 + 24 + 16 = 44       the same               4 + 28 = 32                100 + 12
+    fp32 / bf16                       4 + 12 + 20 = 36       12 + 20 = 32           4 + 20 = 24
+    bf16 / bf16                       2 +  8 + 14 = 24        8 + 14 = 22           2 + 14 = 16
+    bf16 / int8                       2 + 6.06 + 10.1 = 18.2   6.06 + 10.1 = 16.2   2 + 10.1 = 12.1
+    bf16 / int4                       2 + 5.06 + 8.1  = 15.2   5.06 + 8.1  = 13.2   2 + 8.1  = 10.1
 
 Gradients are never written: the clip factor is applied as they are read. Passes
-walk the chunks in alternating directions, so that each starts on what the last one left in the L2 cache.
+walk the chunks in alternating directions, so that each starts on what the last one left in the L2 cache; which pass was
+the last is decided, and read, on the device.
 
-Sums have a fixed order (no atomics) and every multiply-add is written as one, so that all forms of the update give the
-same bits. Nothing is read by the host. Under CUDA-graph capture the only transfer is that of the gradients' addresses,
+Sums have a fixed order (no atomics), or are exact in any (`_sum_in_any_order`: squares, which two kernels sum), and
+every multiply-add is written as one, so that all forms of the update give the same bits, guessed or not. Nothing is read by the host. Under CUDA-graph capture the only transfer is that of the gradients' addresses,
 which autograd chooses while capturing: it is recorded from a pinned buffer of its own, made beforehand
 (`prepare_capture`), that lives and keeps its contents as long as this object: every replay copies the same addresses.
 """
@@ -367,7 +375,7 @@ class KernelPlan:
     def step(
         self, *, measure: bool, norm: Tensor | None, loss: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One step of what `bind` took up. No host sync; five kinds of launch.
+        """One step of what `bind` took up. No host sync; five to eight launches, and more if types differ.
 
         Args:
             measure: compute the norm of all bound gradients.
