@@ -130,7 +130,7 @@ def make(side: Side, params: list[Any], foreach: bool | None = None) -> tuple[An
         state = {"fp32": "float32", "bf16": "bfloat16"}.get(side.state, side.state)
         on_sphere = [p for p in params if side.sphere and (hidden(p.shape) or not side.skip)]
         others = [p for p in params if not side.sphere or (side.skip and not hidden(p.shape))]
-        groups = [{"params": on_sphere, "sphere": 20.0}, {"params": others}]
+        groups: list[dict[str, Any]] = [{"params": on_sphere, "sphere": 20.0}, {"params": others}]
         c3o = C3O(
             [group for group in groups if group["params"]], lr=1e-5, state_dtype=state, error_bits=side.error_bits,
             grad_clip=(1e3 if side.idle else 1.0) if side.clip else 0.0,

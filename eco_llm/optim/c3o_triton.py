@@ -25,22 +25,23 @@ and with moments stored as they are computed (float32) 3 writes the advanced mom
 read a third time. (With Nesterov that would save nothing: 4 + 24 + 20.) Then nothing is guessed: that would save
 nothing either (16 + 28). Bytes per parameter:
 
-    parameters, gradients / moments   clip + exact           exact, clip idle       clip + skipped or no cap   as foreach
-    fp32 / fp32                       4 + 16 + 28 = 48       16 + 28 = 44           4 + 28 = 32                120 + 12
-      without Nesterov                4 + 24 + 16 = 44       the same               4 + 28 = 32                100 + 12
-    fp32 / bf16                       4 + 12 + 20 = 36       12 + 20 = 32           4 + 20 = 24
-    bf16 / bf16                       2 +  8 + 14 = 24        8 + 14 = 22           2 + 14 = 16
-    bf16 / int8                       2 + 6.06 + 10.1 = 18.2   6.06 + 10.1 = 16.2   2 + 10.1 = 12.1
-    bf16 / int4                       2 + 5.06 + 8.1  = 15.2   5.06 + 8.1  = 13.2   2 + 8.1  = 10.1
+    parameters, gradients / moments  clip + exact            clip idle            clip + skipped or no cap  as foreach
+    fp32 / fp32                      4 + 16 + 28 = 48        16 + 28 = 44         4 + 28 = 32               120 + 12
+      without Nesterov               4 + 24 + 16 = 44        the same             4 + 28 = 32               100 + 12
+    fp32 / bf16                      4 + 12 + 20 = 36        12 + 20 = 32         4 + 20 = 24
+    bf16 / bf16                      2 +  8 + 14 = 24         8 + 14 = 22         2 + 14 = 16
+    bf16 / int8                      2 + 6.06 + 10.1 = 18.2  6.06 + 10.1 = 16.2   2 + 10.1 = 12.1
+    bf16 / int4                      2 + 5.06 + 8.1 = 15.2   5.06 + 8.1 = 13.2    2 + 8.1 = 10.1
 
 Gradients are never written: the clip factor is applied as they are read. Passes
 walk the chunks in alternating directions, so that each starts on what the last one left in the L2 cache; which pass was
 the last is decided, and read, on the device.
 
 Sums have a fixed order (no atomics), or are exact in any (`_sum_in_any_order`: squares, which two kernels sum), and
-every multiply-add is written as one, so that all forms of the update give the same bits, guessed or not. Nothing is read by the host. Under CUDA-graph capture the only transfer is that of the gradients' addresses,
-which autograd chooses while capturing: it is recorded from a pinned buffer of its own, made beforehand
-(`prepare_capture`), that lives and keeps its contents as long as this object: every replay copies the same addresses.
+every multiply-add is written as one, so that all forms of the update give the same bits, guessed or not. Nothing is
+read by the host. Under CUDA-graph capture the only transfer is that of the gradients' addresses, which autograd chooses
+while capturing: it is recorded from a pinned buffer of its own, made beforehand (`prepare_capture`), that lives and
+keeps its contents as long as this object: every replay copies the same addresses.
 """
 
 from __future__ import annotations
