@@ -321,7 +321,7 @@ def _sum_in_any_order(x):
 
 @triton.jit(do_not_specialize=["first", "count", "grads"])
 def _squares_kernel(
-    chunks, grads, tensors, plan, squares, first, count,
+    chunks, grads, tensors, plan, control, squares, first, count,
     G: tl.constexpr, EARLY: tl.constexpr, PACK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     ALIGN: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
@@ -330,7 +330,10 @@ def _squares_kernel(
     """
     lanes = tl.arange(0, TILE // PACK)
     lanes = (lanes // 64) * (64 * PACK) + lanes % 64 if PACK > 1 else lanes
-    for at in range(tl.program_id(0), count, tl.num_programs(0)):
+    programs = count
+    if EARLY:
+        programs = tl.where(tl.load(control + 4) != 0.0, count, 0)
+    for at in range(tl.program_id(0), programs, tl.num_programs(0)):
         tensor, part = tl.load(chunks + 2 * (first + at)), tl.load(chunks + 2 * (first + at) + 1)
         wanted = tl.load(grads + tensor) != 0
         left_out = False
@@ -362,15 +365,15 @@ def _squares_kernel(
 )  # fmt: skip
 def _plan_kernel(
     squares, n_chunks, known_norm, loss, found_inf, arenas, lr_at, tensors, arena_of, grads, n_tensors,
-    plan, stats, control, norm_out, applied_out, clip_arena,
-    DRAFT: tl.constexpr, EARLY: tl.constexpr, PATIENCE: tl.constexpr, MEASURED: tl.constexpr, KNOWN: tl.constexpr,
-    GUARD: tl.constexpr, FLAG: tl.constexpr, COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr,
-    SLACK: tl.constexpr, LANES: tl.constexpr, SUM_LANES: tl.constexpr,
+    plan, stats, control, tickets, norm_out, applied_out, clip_arena,
+    DRAFT: tl.constexpr, EARLY: tl.constexpr, PATIENCE: tl.constexpr, SKIPS: tl.constexpr, MEASURED: tl.constexpr,
+    KNOWN: tl.constexpr, GUARD: tl.constexpr, FLAG: tl.constexpr, COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr,
+    PLAN: tl.constexpr, TICKETS: tl.constexpr, SLACK: tl.constexpr, LANES: tl.constexpr, SUM_LANES: tl.constexpr,
 ):  # fmt: skip
     """Everything about a step that is a scalar of the optimizer or of a tensor; see `c3o_triton`'s docstring.
 
     DRAFT: before the norm is known; the plan of a step that is taken and not clipped. Changes nothing but the plan.
-    EARLY: there was a draft.
+    EARLY: there was a draft. SKIPS: some tensor may skip.
     """
     norm = tl.zeros([], tl.float32)
     unclipped = tl.load(control + 1)
@@ -399,6 +402,7 @@ def _plan_kernel(
             tl.store(control, tl.where((factor > 1) | (clip == 0), 1.0, factor))
 
     clipped, to_measure = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
+    to_square = tl.zeros([LANES], tl.int32)
     for at in range(0, n_tensors, LANES):
         i = at + tl.arange(0, LANES)
         inside = i < n_tensors
@@ -427,35 +431,36 @@ def _plan_kernel(
         t64 = t.to(tl.float64)
         bias1, bias2 = 1 - tl.exp(t64 * tl.load(a + 3)), 1 - tl.exp(t64 * tl.load(a + 4))
 
-        # norm_skip.update_norm_bound and may_skip; credit is off on this path.
-        may_skip = (tl.load(a + 15) != 0) & inside
-        u_at = tl.load(row + 4, mask=inside, other=0)
-        l_at = tl.load(row + 5, mask=inside, other=0)
-        age_at = tl.load(row + 6, mask=inside, other=0)
-        previous, known = _floats(u_at, may_skip).to(tl.float64), _floats(l_at, may_skip).to(tl.float64)
-        age = _floats(age_at, may_skip)
-        sqrt_n = tl.sqrt(tl.load(row + 7, mask=inside, other=0).to(tl.float64))
-        slack_state, slack_param = tl.load(a + 13), tl.load(a + 14)
-        shrink1 = tl.maximum((bias1 - (1 - b1)) / bias1, 0.0)
-        rho = tl.sqrt(tl.maximum((bias2 - (1 - b2)) / bias2, 0.0))
-        alpha = tl.where(t > 1, shrink1 / rho, 0.0)
-        beta = (1 - b1) / bias1 * tl.sqrt(bias2 / (1 - b2))
-        stored = (1 + slack_state) / tl.sqrt(1 - slack_state)
-        bound = (alpha * (stored * previous) + beta * sqrt_n) * (1 + SLACK)
         nesterov = tl.load(a + 18) != 0
         ahead = b1 * bias1 / ((1 - b1) + b1 * bias1)  # norm_skip.look_ahead
-        applied = tl.where(nesterov, (ahead * bound + beta * sqrt_n) * (1 + SLACK), bound)
-        room = (1 - drift) * radius - lr * decay
-        skip = (lr * applied <= room * tl.maximum(known, floor * sqrt_n)) & (age <= refresh) & may_skip
         trust = radius > 0
-
-        skipped = live & skip
-        keep = tl.maximum(1 - lr * decay, 0.0)
-        lower = tl.maximum(known * keep * (1 - SLACK) - lr * applied * (1 + SLACK), 0.0) * (1 - slack_param)
-        if not DRAFT:
-            _store_floats(u_at, bound, skipped)
-            _store_floats(l_at, lower, skipped)
-            _store_floats(age_at, age + 1, skipped)
+        skip = tl.zeros([LANES], tl.int32) != 0
+        bound = tl.zeros([LANES], tl.float64)
+        if SKIPS:
+            # norm_skip.update_norm_bound and may_skip; credit is off on this path.
+            may_skip = (tl.load(a + 15) != 0) & inside
+            u_at = tl.load(row + 4, mask=inside, other=0)
+            l_at = tl.load(row + 5, mask=inside, other=0)
+            age_at = tl.load(row + 6, mask=inside, other=0)
+            previous, known = _floats(u_at, may_skip).to(tl.float64), _floats(l_at, may_skip).to(tl.float64)
+            age = _floats(age_at, may_skip)
+            sqrt_n = tl.sqrt(tl.load(row + 7, mask=inside, other=0).to(tl.float64))
+            slack_state, slack_param = tl.load(a + 13), tl.load(a + 14)
+            shrink1 = tl.maximum((bias1 - (1 - b1)) / bias1, 0.0)
+            rho = tl.sqrt(tl.maximum((bias2 - (1 - b2)) / bias2, 0.0))
+            alpha = tl.where(t > 1, shrink1 / rho, 0.0)
+            beta = (1 - b1) / bias1 * tl.sqrt(bias2 / (1 - b2))
+            stored = (1 + slack_state) / tl.sqrt(1 - slack_state)
+            bound = (alpha * (stored * previous) + beta * sqrt_n) * (1 + SLACK)
+            applied = tl.where(nesterov, (ahead * bound + beta * sqrt_n) * (1 + SLACK), bound)
+            room = (1 - drift) * radius - lr * decay
+            skip = (lr * applied <= room * tl.maximum(known, floor * sqrt_n)) & (age <= refresh) & may_skip
+            if not DRAFT:
+                keep = tl.maximum(1 - lr * decay, 0.0)
+                lower = tl.maximum(known * keep * (1 - SLACK) - lr * applied * (1 + SLACK), 0.0) * (1 - slack_param)
+                _store_floats(u_at, bound, live & skip)
+                _store_floats(l_at, lower, live & skip)
+                _store_floats(age_at, age + 1, live & skip)
 
         out = plan + i * PLAN
         tl.store(out, factor, mask=inside)
@@ -476,6 +481,7 @@ def _plan_kernel(
         tl.store(out + 9, t, mask=inside)
         tl.store(out + 10, bound.to(tl.float32), mask=inside)
         measured = (trust & (skip == 0)) | sphere
+        skipped = live & skip
         tl.store(out + 11, tl.where(live, tl.where(measured, 2.0, 1.0), 0.0), mask=inside)
         if DRAFT:
             turn = tl.where(live & measured & (tl.load(a + 19) != 0), tl.where(unclipped >= PATIENCE, 1.0, 0.0), 0.0)
@@ -485,6 +491,7 @@ def _plan_kernel(
                 turn = tl.where((tl.load(out + 14, mask=inside, other=0.0) == 1.0) & (factor == 1.0), 0.0, turn)
         tl.store(out + 14, turn, mask=inside)
         to_measure = tl.maximum(to_measure, tl.where(inside & (turn != 0), 1, 0))
+        to_square = tl.maximum(to_square, tl.where(inside & (turn == 0), 1, 0))
         clipped = tl.maximum(clipped, tl.where(inside & has_grad & (factor != 1.0), 1, 0))
         if not DRAFT:
             # A skipped tensor keeps the ratio last measured; one that is measured is written by `_trust_kernel`.
@@ -495,7 +502,9 @@ def _plan_kernel(
             tl.store(stats + i * 4 + 3, 0.0, mask=now & (skip == 0))
     if DRAFT:
         tl.store(control + 2, tl.max(to_measure).to(tl.float32))
+        tl.store(control + 4, tl.max(to_square).to(tl.float32))
     else:
+        tl.store(tickets + tl.arange(0, TICKETS), tl.zeros([TICKETS], tl.int32))
         tl.store(control + 3, tl.max(to_measure).to(tl.float32))
         tl.store(control + 1, tl.where(tl.max(clipped) != 0, 0.0, tl.minimum(unclipped + 1, PATIENCE)))
 
@@ -559,9 +568,10 @@ def _measure_coded(
     return g_sum, d_sum, p_sum, dot
 
 
-@triton.jit(do_not_specialize=["first", "count", "all_chunks", "grads", "turn", "backwards"])
+@triton.jit(do_not_specialize=["first", "count", "all_chunks", "grads", "turn", "ticket", "backwards"])
 def _measure_kernel(
-    chunks, grads, tensors, plan, control, partials, squares, first, count, all_chunks, turn, backwards,
+    chunks, grads, tensors, plan, control, tickets, partials, squares, first, count, all_chunks, turn, ticket,
+    backwards,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     ERROR: tl.constexpr, CLAMP: tl.constexpr, NESTEROV: tl.constexpr, PLAIN: tl.constexpr, SPHERE: tl.constexpr,
     ADVANCE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
@@ -571,10 +581,13 @@ def _measure_kernel(
     SPHERE, for some tensor of the step, partials[2 all_chunks + i] = <θ, d>; with PLAIN, for moments that are not
     codes, partials[3 all_chunks + i] = |(1 - b1) u|², u being the direction without Nesterov's look ahead.
     squares[i] as `_squares_kernel` has it.
+
+    Programs take chunks as they get done with one: tickets[ticket], 0 at first, counts those beyond everyone's first.
     """
     if tl.load(control + 1 + turn) != 0.0:
-        for program in range(tl.program_id(0), count, tl.num_programs(0)):
-            at, tensor, part = _where(chunks + 2 * first, program, count, backwards)
+        taken = tl.program_id(0)
+        while taken < count:
+            at, tensor, part = _where(chunks + 2 * first, taken, count, backwards)
             row = plan + tensor * PLAN
             if tl.load(row + 14) == turn:
                 start = part.to(tl.int64) * CHUNK
@@ -641,6 +654,7 @@ def _measure_kernel(
                 tl.store(partials + all_chunks + first + at, tl.sum(p_sum))
                 if SPHERE:
                     tl.store(partials + 2 * all_chunks + first + at, tl.sum(dot))
+            taken = tl.atomic_add(tickets + ticket, 1, sem="relaxed") + tl.num_programs(0)
 
 
 @triton.jit(do_not_specialize=["all_chunks"])

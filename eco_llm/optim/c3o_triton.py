@@ -77,9 +77,11 @@ WARPS = 4
 PATIENCE = 8
 """Steps in a row without clipping after which the next is expected not to clip: a wrong guess costs four times what a
 right one saves."""
-SQUARES_PROGRAMS, MEASURE_PROGRAMS = 12, 4
-"""Programs to a multiprocessor that share the chunks: as many as run at once, so that a pass with nothing to do ends at
-once."""
+SQUARES_PROGRAMS, MEASURE_PROGRAMS = 12, 6
+"""Programs to a multiprocessor that share the chunks: about as many as run at once, so that a pass with nothing to do
+ends at once."""
+TICKETS = 256
+"""Room for the counters of two turns of the measuring pass over each combination of types."""
 REGISTERS = 128
 """Of a thread, at most, where moments are codes: four programs run at once on a multiprocessor, and nothing spills."""
 # Scalar programs wait for memory, not for arithmetic: as few turns of their loops as registers allow.
@@ -172,8 +174,10 @@ class KernelPlan:
         self._grads = torch.zeros(n, dtype=torch.int64, device=self.device)
         self._plan = torch.zeros(n, _PLAN, device=self.device)
         self._stats = torch.zeros(n, 4, device=self.device)
-        # Clip factor, steps in a row without clipping (at most PATIENCE), whether turn 1, turn 2 measures anything.
-        self._control = self._uploaded([1.0, 0.0, 0.0, 0.0], torch.float32)
+        # Clip factor, steps in a row without clipping (at most PATIENCE), whether turn 1, turn 2 measures anything, and
+        # whether turn 1 leaves anything for the squares' pass.
+        self._control = self._uploaded([1.0, 0.0, 0.0, 0.0, 0.0], torch.float32)
+        self._tickets = torch.zeros(TICKETS, dtype=torch.int32, device=self.device)
         self._summary = torch.zeros(7, device=self.device)
         self._partials = torch.zeros(4 * self._chunk_count, device=self.device)
         self._squares = torch.zeros(self._chunk_count, device=self.device)
@@ -397,18 +401,20 @@ class KernelPlan:
         def plan(*, draft: bool) -> None:
             _plan_kernel[(1,)](
                 self._squares, self._chunk_count, norm, loss, found_inf, self._settings, self._lr_at, table,
-                self._arena_of, grads, len(self.params), self._plan, self._stats, self._control, norm_out,
-                applied.view(torch.uint8), self._clip_arena, DRAFT=draft, EARLY=early, PATIENCE=PATIENCE,
-                MEASURED=measure and not draft, KNOWN=norm is not None, GUARD=loss is not None and not draft,
-                FLAG=found_inf is not None and not draft, **_PLAN_SHAPE, **scalars,
+                self._arena_of, grads, len(self.params), self._plan, self._stats, self._control, self._tickets,
+                norm_out, applied.view(torch.uint8), self._clip_arena, DRAFT=draft, EARLY=early, PATIENCE=PATIENCE,
+                SKIPS=self._skips, MEASURED=measure and not draft, KNOWN=norm is not None,
+                GUARD=loss is not None and not draft, FLAG=found_inf is not None and not draft, TICKETS=TICKETS,
+                **_PLAN_SHAPE, **scalars,
             )  # fmt: skip
 
         def measure_norms(turn: int) -> None:
-            for kind, plain in zip(self._kinds, self._watches_plain, strict=True):
+            for k, (kind, plain) in enumerate(zip(self._kinds, self._watches_plain, strict=True)):
                 if turn == 2 or not kind.advance:
                     _measure_kernel[self._grid(kind, MEASURE_PROGRAMS)](
-                        self._chunks, grads, table, self._plan, self._control, self._partials, self._squares,
-                        kind.first, kind.count, self._chunk_count, turn, int(turn == 2 and measure),
+                        self._chunks, grads, table, self._plan, self._control, self._tickets, self._partials,
+                        self._squares, kind.first, kind.count, self._chunk_count, turn, 2 * k + turn - 1,
+                        int(turn == 2 and measure),
                         CLAMP=self._clamps, PLAIN=plain, SPHERE=self._spheres, ADVANCE=kind.advance,
                         ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape, **kind.limits,
                     )  # fmt: skip
@@ -419,8 +425,8 @@ class KernelPlan:
                 measure_norms(1)
             if measure:
                 for kind in self._kinds:
-                    _squares_kernel[self._grid(kind, SQUARES_PROGRAMS)](
-                        self._chunks, grads, table, self._plan, self._squares, kind.first, kind.count,
+                    _squares_kernel[self._grid(kind, SQUARES_PROGRAMS) if early else (kind.count,)](
+                        self._chunks, grads, table, self._plan, self._control, self._squares, kind.first, kind.count,
                         EARLY=early, ALIGN=self._align, PLAN=_PLAN, **kind.gradient, **columns, **kind.shape,
                     )  # fmt: skip
             plan(draft=False)
@@ -466,7 +472,8 @@ class KernelPlan:
             self._spare.append((host, torch.zeros_like(self._grads)))
 
     def _grid(self, kind: _Kind, programs: int) -> tuple[int]:
-        return (min(kind.count, programs * self._processors),)
+        rounds = -(-kind.count // (programs * self._processors))
+        return (-(-kind.count // rounds),)  # no more programs than leave all of them as much to do
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
