@@ -55,6 +55,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from eco_llm.ops.rows import multiprocessors
 from eco_llm.optim.c3o_foreach import Arena
 from eco_llm.optim.c3o_kernels import (
     _measure_kernel,
@@ -181,8 +182,7 @@ class KernelPlan:
         self._summary = torch.zeros(7, device=self.device)
         self._partials = torch.zeros(4 * self._chunk_count, device=self.device)
         self._squares = torch.zeros(self._chunk_count, device=self.device)
-        cuda = self.device.type == "cuda"
-        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if cuda else 1
+        self._processors = multiprocessors(self.device, interpreted=1)
 
         self._param_at: list[int] = []
         self._grad_at: list[int] = []
