@@ -330,10 +330,10 @@ def _squares_kernel(
     """
     lanes = tl.arange(0, TILE // PACK)
     lanes = (lanes // 64) * (64 * PACK) + lanes % 64 if PACK > 1 else lanes
-    programs = count
+    end = count
     if EARLY:
-        programs = tl.where(tl.load(control + 4) != 0.0, count, 0)
-    for at in range(tl.program_id(0), programs, tl.num_programs(0)):
+        end = tl.where(tl.load(control + 4) != 0.0, count, 0)
+    for at in range(tl.program_id(0), end, tl.num_programs(0)):
         tensor, part = tl.load(chunks + 2 * (first + at)), tl.load(chunks + 2 * (first + at) + 1)
         wanted = tl.load(grads + tensor) != 0
         left_out = False

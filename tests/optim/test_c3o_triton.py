@@ -265,6 +265,37 @@ def test_measuring_before_the_norm_is_known_changes_no_bit(
         ]
 
 
+@pytest.mark.parametrize("state", [torch.float32, "int4"], ids=str)
+def test_norms_of_any_gradients_are_right_whichever_kernel_sums_them(
+    state: torch.dtype | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty orders of magnitude beside each other, none at all, too large to square, infinite, NaN."""
+    from eco_llm.optim import c3o_triton
+
+    gen = torch.Generator().manual_seed(0)
+    n = 16384 + 70
+    wide = torch.randn(n, generator=gen) * 10.0 ** torch.linspace(-15, 15, n)[torch.randperm(n, generator=gen)]
+    cases = [wide, torch.zeros(n), torch.full((n,), 1e30), torch.where(torch.arange(n) == 5, torch.inf, wide)]
+    cases.append(torch.where(torch.arange(n) == n - 1, torch.nan, wide))
+    found = []
+    for patience in (0, 1 << 20):
+        monkeypatch.setattr(c3o_triton, "PATIENCE", patience)
+        p = nn.Parameter(torch.ones(n, device=DEVICE))
+        optimizer = C3O([p], state_dtype=state, grad_clip=1e30)
+        for g in cases:
+            p.grad = g.to(DEVICE)
+            before = bits([p.detach()])
+            norm, applied = optimizer.guarded_step(torch.zeros((), device=DEVICE))
+            want = g.double().norm() if bool(g.abs().max() < 1e18) else g.norm()
+            torch.testing.assert_close(norm.cpu(), want.float(), rtol=2e-7, atol=0, equal_nan=True)
+            assert bool(applied) == bool(torch.isfinite(norm))
+            assert bool(applied) or bits([p.detach()]) == before
+            found.append(bits([norm, p.detach()]))
+        assert optimizer._kernel_metrics is not None
+        assert float(optimizer._kernel_metrics._control[2]) == float(patience == 0)  # guessed
+    assert found[: len(cases)] == found[len(cases) :]
+
+
 @pytest.mark.parametrize("name", ["skip", "sphere"])
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, "int8", "int4"], ids=str)
 @pytest.mark.parametrize("order", ["kernels-first", "foreach-first"])
