@@ -380,7 +380,7 @@ class KernelPlan:
     def step(
         self, *, measure: bool, norm: Tensor | None, loss: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One step of what `bind` took up. No host sync; five to eight launches, and more if types differ.
+        """One step of what `bind` took up. No host sync; three to eight launches, and more if types differ.
 
         Args:
             measure: compute the norm of all bound gradients.
