@@ -8,7 +8,7 @@ step and 16 that are not); a step is a CUDA graph where the optimizer can be rec
 optimi and bitsandbytes take part if they are installed and are named as absent if not. The gradients' norm is above 10:
 a clip at 1 binds in every step, one at 1000 ("clip idle") in none.
 
-Gate: three steps of every C3O side (eleven with the clip idle: from the ninth it is expected to be) change the
+Gate: eleven steps of every C3O side (from the ninth on tensors may be measured before the norm is known) change the
 parameters of odd shapes as the for-loop reference does, within the tolerances below (relative 2-norm of the change; a
 wider one for bfloat16 weights, whose last-place rounding may differ and whose gradients the for-loop clips in place),
 C3O without Nesterov and a trust region equals AdamW, and a side said to skip does.
@@ -38,7 +38,7 @@ from eco_llm.runtime import set_cache_dirs
 TOLERANCE = {"fp32": 1e-2, "bf16": 4e-2}
 ADAMW_TOLERANCE = 1e-5
 PERIOD = 17
-GUESSED_STEPS = 11  # after 8 that were not clipped a ninth is measured before the norm is known
+GUESSED_STEPS = 11  # from the ninth on C3O may measure before the norm is known
 GATE_SHAPES = ((4097,), (130, 257), (3, 5, 7), ())
 _BYTES = {"fp32": 8.0, "bf16": 4.0, "int8": 2.0625, "int4": 1.0625}
 
@@ -83,8 +83,10 @@ class Side:
         measure = 2 * p + state + error
         always = (hidden_share if self.sphere else 0.0) if self.skip else 1.0  # measured in every step
         measured = always + (1 - always) / PERIOD
-        # Of tensors that are always measured, the measuring pass sums the gradients' squares while the clip is idle.
-        return update + measured * measure + p * self.clip * (1 - always * self.idle)
+        # Of tensors that are always measured, the measuring pass sums the gradients' squares: on a sphere while the
+        # clip is idle, under a cap while that is idle, as it is here.
+        early = always if self.idle or not self.sphere else 0.0
+        return update + measured * measure + p * self.clip * (1 - early)
 
 
 def hidden(shape: Sequence[int]) -> bool:
@@ -102,8 +104,8 @@ SIDES = (
     Side("bf16", state="int4"), Side("bf16", state="int4", skip=True),
     Side("bf16", state="int4", skip=True, error_bits=8),
     Side("fp32", sphere=True), Side("bf16", state="bf16", sphere=True), Side("bf16", state="int8", sphere=True),
-    Side("fp32", idle=True), Side("bf16", state="bf16", idle=True), Side("bf16", state="int8", idle=True),
-    Side("bf16", state="bf16", sphere=True, skip=True), Side("bf16", state="bf16", sphere=True, skip=True, idle=True),
+    Side("bf16", state="bf16", sphere=True, idle=True), Side("bf16", state="bf16", sphere=True, skip=True),
+    Side("bf16", state="bf16", sphere=True, skip=True, idle=True),
 )  # fmt: skip
 
 
@@ -207,7 +209,7 @@ def check(side: Side, device: Any) -> float:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3
         before = [p.detach().double() for p in params]
-        for i in range(GUESSED_STEPS if side.idle else 3):
+        for i in range(GUESSED_STEPS):
             fresh = parameters(GATE_SHAPES, side.weights, device)
             for p, q in zip(params, fresh, strict=True):
                 p.grad = q.grad * (1 + i) ** 2

@@ -372,11 +372,12 @@ def _plan_kernel(
 ):  # fmt: skip
     """Everything about a step that is a scalar of the optimizer or of a tensor; see `c3o_triton`'s docstring.
 
-    DRAFT: before the norm is known; the plan of a step that is taken and not clipped. Changes nothing but the plan.
-    EARLY: there was a draft. SKIPS: some tensor may skip.
+    DRAFT: before the norm is known; the plan of a step that is taken, with the last one's norm. Changes nothing but the
+    plan. EARLY: there was a draft. SKIPS: some tensor may skip.
     """
     norm = tl.zeros([], tl.float32)
-    unclipped = tl.load(control + 1)
+    if DRAFT:
+        norm = tl.load(control + 1)
     if MEASURED:
         sums = tl.zeros([SUM_LANES], tl.float64)
         for at in range(0, n_chunks, SUM_LANES):
@@ -400,9 +401,9 @@ def _plan_kernel(
             clip = tl.load(arenas + clip_arena * ARENA_COLUMNS + 11).to(tl.float32)
             factor = clip / (norm + 1e-6)
             tl.store(control, tl.where((factor > 1) | (clip == 0), 1.0, factor))
+            tl.store(control + 1, norm)
 
-    clipped, to_measure = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
-    to_square = tl.zeros([LANES], tl.int32)
+    to_measure, to_square = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
     for at in range(0, n_tensors, LANES):
         i = at + tl.arange(0, LANES)
         inside = i < n_tensors
@@ -421,8 +422,6 @@ def _plan_kernel(
         clip = tl.load(a + 11).to(tl.float32)
         factor = clip / (norm + 1e-6)
         factor = tl.where((factor > 1) | (clip == 0), 1.0, factor)  # NaN stays
-        if DRAFT:
-            factor = tl.full([LANES], 1.0, tl.float32)
 
         step_at = tl.load(row + 3, mask=inside, other=0)
         t = _floats(step_at, inside) + 1
@@ -463,6 +462,7 @@ def _plan_kernel(
                 _store_floats(age_at, age + 1, live & skip)
 
         out = plan + i * PLAN
+        drafted = tl.load(out, mask=inside, other=1.0)
         tl.store(out, factor, mask=inside)
         tl.store(out + 1, tl.load(a + 12).to(tl.float32), mask=inside)
         tl.store(out + 2, (1 - b1).to(tl.float32), mask=inside)
@@ -484,15 +484,25 @@ def _plan_kernel(
         skipped = live & skip
         tl.store(out + 11, tl.where(live, tl.where(measured, 2.0, 1.0), 0.0), mask=inside)
         if DRAFT:
-            turn = tl.where(live & measured & (tl.load(a + 19) != 0), tl.where(unclipped >= PATIENCE, 1.0, 0.0), 0.0)
+            expected = tl.load(out + 15, mask=inside, other=0.0) >= PATIENCE
+            turn = tl.where(live & measured & (tl.load(a + 19) != 0) & expected, 1.0, 0.0)
+            to_measure = tl.maximum(to_measure, tl.where(inside & (turn != 0), 1, 0))
+            to_square = tl.maximum(to_square, tl.where(inside & (turn == 0), 1, 0))
         else:
             turn = tl.where(live & measured, 2.0, 0.0)
-            if EARLY:  # measured already, and as it should be
-                turn = tl.where((tl.load(out + 14, mask=inside, other=0.0) == 1.0) & (factor == 1.0), 0.0, turn)
+            if EARLY:
+                change = factor / tl.where(inside, drafted, 1.0)
+                early = tl.load(out + 14, mask=inside, other=0.0) == 1.0
+                bounded = sphere | (tl.load(a + 15) != 0)  # their steps, or bounds, need the norms themselves
+                same = (factor == 1.0) & (change == 1.0)
+                turn = tl.where(early & live, tl.where(same, 0.0, tl.where(bounded, 2.0, 3.0)), turn)
+                # K √n of docs/c3o.md, "Before the norm is known".
+                most = (1 - b1) / bias1 * tl.sqrt(bias2 / (1 - b2)) * tl.where(nesterov, 1 + ahead, 1.0)
+                most *= tl.sqrt(tl.load(row + 7, mask=inside, other=0).to(tl.float64))
+                tl.store(out + 16, change, mask=inside)
+                tl.store(out + 17, most.to(tl.float32), mask=inside)
+            to_measure = tl.maximum(to_measure, tl.where(inside & (turn == 2.0), 1, 0))
         tl.store(out + 14, turn, mask=inside)
-        to_measure = tl.maximum(to_measure, tl.where(inside & (turn != 0), 1, 0))
-        to_square = tl.maximum(to_square, tl.where(inside & (turn == 0), 1, 0))
-        clipped = tl.maximum(clipped, tl.where(inside & has_grad & (factor != 1.0), 1, 0))
         if not DRAFT:
             # A skipped tensor keeps the ratio last measured; one that is measured is written by `_trust_kernel`.
             now = inside & (refused == 0)
@@ -506,7 +516,6 @@ def _plan_kernel(
     else:
         tl.store(tickets + tl.arange(0, TICKETS), tl.zeros([TICKETS], tl.int32))
         tl.store(control + 3, tl.max(to_measure).to(tl.float32))
-        tl.store(control + 1, tl.where(tl.max(clipped) != 0, 0.0, tl.minimum(unclipped + 1, PATIENCE)))
 
 
 @triton.jit
@@ -657,11 +666,54 @@ def _measure_kernel(
             taken = tl.atomic_add(tickets + ticket, 1, sem="relaxed") + tl.num_programs(0)
 
 
+@triton.jit
+def _total(partials, first, count, LANES: tl.constexpr):
+    """float64 sum of `count` partial sums from `first` on."""
+    total = tl.zeros([LANES], tl.float64)
+    for at in range(0, count, LANES):
+        k = at + tl.arange(0, LANES)
+        total += tl.load(partials + first + k, mask=k < count, other=0.0).to(tl.float64)
+    return tl.sum(total)
+
+
+@triton.jit
+def _stays_idle(d_norm, p_norm, lr, sqrt_n, row, a):
+    """Whether the cap is idle with this step's clip factor and with the one that was expected, whichever of the two d
+    was measured with: docs/c3o.md, "Before the norm is known".
+    """
+    change, most = tl.load(row + 16).to(tl.float64), tl.load(row + 17).to(tl.float64)
+    decay = tl.load(a + 6)
+    least = tl.minimum(change, 1 / change)
+    u_norm = (d_norm + decay * p_norm + (1 / least - 1) * most) / least
+    limit = tl.load(a + 7) * tl.maximum(p_norm, tl.load(a + 8) * sqrt_n)
+    return lr * (u_norm + decay * p_norm) * (1 + 1e-4) <= limit  # 1e-4: arithmetic, with room; NaN is False
+
+
+@triton.jit(do_not_specialize=["all_chunks"])
+def _check_kernel(
+    partials, all_chunks, arenas, tensors, arena_of, span, plan, control,
+    COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Whether one tensor that was measured with another clip factor than this step's is to be measured again."""
+    i = tl.program_id(0)
+    row = plan + i * PLAN
+    if tl.load(row + 14) == 3.0:
+        first, count = tl.load(span + 2 * i), tl.load(span + 2 * i + 1)
+        d_norm = tl.sqrt(_total(partials, first, count, LANES))
+        p_norm = tl.sqrt(_total(partials + all_chunks, first, count, LANES))
+        a = arenas + tl.load(arena_of + i) * ARENA_COLUMNS
+        sqrt_n = tl.sqrt(tl.load(tensors + i * COLUMNS + 7).to(tl.float64))
+        idle = _stays_idle(d_norm, p_norm, tl.load(row + 8).to(tl.float64), sqrt_n, row, a)
+        tl.store(row + 14, tl.where(idle, 0.0, 2.0))
+        if not idle:
+            tl.store(control + 3, 1.0)
+
+
 @triton.jit(do_not_specialize=["all_chunks"])
 def _trust_kernel(
     partials, all_chunks, arenas, tensors, arena_of, span, plan, stats,
-    SPHERE: tl.constexpr, PLAIN: tl.constexpr, COLUMNS: tl.constexpr, ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr,
-    SLACK: tl.constexpr, LANES: tl.constexpr,
+    EARLY: tl.constexpr, PATIENCE: tl.constexpr, SPHERE: tl.constexpr, PLAIN: tl.constexpr, COLUMNS: tl.constexpr,
+    ARENA_COLUMNS: tl.constexpr, PLAN: tl.constexpr, SLACK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The cap of one measured tensor: lr · scale, statistics, and the bounds that its norms give; or its step on the
     sphere (`c3o_foreach._onto_sphere`, of which this is the float64 twin).
@@ -670,32 +722,31 @@ def _trust_kernel(
     row = plan + i * PLAN
     if tl.load(row + 11) == 2.0:
         first, count = tl.load(span + 2 * i), tl.load(span + 2 * i + 1)
-        d_sum, p_sum = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
-        dots, plain_sum = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
-        for at in range(0, count, LANES):
-            k = at + tl.arange(0, LANES)
-            d_sum += tl.load(partials + first + k, mask=k < count, other=0.0).to(tl.float64)
-            p_sum += tl.load(partials + all_chunks + first + k, mask=k < count, other=0.0).to(tl.float64)
-            if SPHERE:
-                dots += tl.load(partials + 2 * all_chunks + first + k, mask=k < count, other=0.0).to(tl.float64)
-            if PLAIN:
-                plain_sum += tl.load(partials + 3 * all_chunks + first + k, mask=k < count, other=0.0).to(tl.float64)
-        d_square, p_square = tl.sum(d_sum), tl.sum(p_sum)
+        d_square = _total(partials, first, count, LANES)
+        p_square = _total(partials + all_chunks, first, count, LANES)
         p_norm = tl.sqrt(p_square)
         a = arenas + tl.load(arena_of + i) * ARENA_COLUMNS
         sphere, decay = tl.load(a + 17), tl.load(a + 6)
-        u_square, dot = d_square, tl.sum(dots)
-        if SPHERE:  # what was measured is u; d, for where the cap's rule holds, follows
+        u_square, dot = d_square, d_square
+        if SPHERE:
+            dot = _total(partials + 2 * all_chunks, first, count, LANES)
+            # What was measured is u; d, for where the cap's rule holds, follows.
             with_decay = tl.maximum(u_square + decay * (2 * dot + decay * p_square), 0.0)
             d_square = tl.where(sphere > 0, with_decay, d_square)
         d_norm = tl.sqrt(d_square)
         tensor = tensors + i * COLUMNS
         lr = tl.load(row + 8).to(tl.float64)
-        weight = tl.maximum(p_norm, tl.load(a + 8) * tl.sqrt(tl.load(tensor + 7).to(tl.float64)))
+        sqrt_n = tl.sqrt(tl.load(tensor + 7).to(tl.float64))
+        weight = tl.maximum(p_norm, tl.load(a + 8) * sqrt_n)
         limit, delta = tl.load(a + 7) * weight, lr * d_norm
         binds = (delta > limit) & (tl.load(a + 7) > 0)
         scale = tl.where(binds, limit / tl.where(binds, delta, 1.0), 1.0)
         size = lr * scale
+        if EARLY:  # would a guess have been right?
+            bounded = (sphere > 0) | (tl.load(a + 15) != 0)
+            same = (tl.load(row) == 1.0) & (tl.load(row + 16) == 1.0)
+            right = same | ((not bounded) & _stays_idle(d_norm, p_norm, lr, sqrt_n, row, a))
+            tl.store(row + 15, tl.where(right, tl.minimum(tl.load(row + 15) + 1, PATIENCE), 0.0))
         ratio = tl.where(weight > 0, delta * scale / tl.where(weight > 0, weight, 1.0), 0.0)
         if SPHERE:
             radius_at = tl.load(tensor + 11)
@@ -722,7 +773,7 @@ def _trust_kernel(
             bound = tl.load(row + 10).to(tl.float64)
             measured = d_norm + tl.load(a + 6) * p_norm
             if PLAIN:  # with codes `_stored_norm_kernel` has the last word
-                plain = tl.sqrt(tl.sum(plain_sum)) / (1 - tl.load(a + 1))
+                plain = tl.sqrt(_total(partials + 3 * all_chunks, first, count, LANES)) / (1 - tl.load(a + 1))
                 measured = tl.where(tl.load(a + 18) != 0, plain, measured)
             measured *= 1 + SLACK
             lower = p_norm * (1 - SLACK) - lr * scale * d_norm * (1 + SLACK)
@@ -923,12 +974,8 @@ def _stored_norm_kernel(
     row = plan + i * PLAN
     if (tl.load(row + 11) != 0.0) & (tl.load(a + 15) != 0) & (tl.load(a + 16) != 0):
         first, count = tl.load(span + 2 * i), tl.load(span + 2 * i + 1)
-        total = tl.zeros([LANES], tl.float64)
-        for at in range(0, count, LANES):
-            k = at + tl.arange(0, LANES)
-            total += tl.load(partials + first + k, mask=k < count, other=0.0).to(tl.float64)
         # bias1 / sqrt(bias2)
-        bound = tl.sqrt(tl.sum(total)) / tl.load(row + 13).to(tl.float64) * (1 + SLACK)
+        bound = tl.sqrt(_total(partials, first, count, LANES)) / tl.load(row + 13).to(tl.float64) * (1 + SLACK)
         _store_floats(tl.load(tensors + i * COLUMNS + 4), bound, True)
 
 

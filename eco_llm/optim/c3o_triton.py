@@ -13,11 +13,13 @@ Tensors of one optimizer form a table on the device: addresses of parameter, mom
     5  update                                                              reads p g m v, writes p m v
     6  with the norm skip and coded moments: bounds of what 5 stored           scalars
 
-3 needs the clip factor, so 1 must be before it, unless the factor is 1. Where some tensors are measured in every step,
-a draft of the plan comes first, without norm and verdict. If the last `PATIENCE` steps were not clipped, 3 is launched
-on it before 1, sums the squares too, and 1 is left with the other tensors. The plan then knows whether 3 was right; if
-it was not, a second launch of 3 does it again. A guess costs what 3 reads when wrong and saves what 1 reads when right,
-a quarter of it. Launches with nothing to do are of as few programs as run at once, so that they end at once.
+3 needs the clip factor, so 1 must be before it; unless the factor is known, or too near the last one to matter. Where
+some tensors are measured in every step, a draft of the plan comes first, with the last step's norm. A tensor for which
+that would have done in each of the last `PATIENCE` steps is measured on the draft, before 1, which is left with the
+other tensors: 3 sums its squares too. The plan then knows the factor; what was measured holds if the factor is and was
+expected to be 1, or if the cap is provably idle with both (`_check_kernel`; docs/c3o.md, "Before the norm is known").
+Otherwise a second turn of 3 measures again. A guess costs what 3 reads when wrong and saves what 1 reads when right, a
+quarter of it. Launches with nothing to do are of as few programs as run at once, so that they end at once.
 
 Bytes decide between two forms of 3 and 5. As a rule 3 writes nothing and 5 repeats its arithmetic: it needs g for
 Nesterov's direction, and the unrounded moments where they are stored in fewer bits (the rule). Only without Nesterov
@@ -25,7 +27,7 @@ and with moments stored as they are computed (float32) 3 writes the advanced mom
 read a third time. (With Nesterov that would save nothing: 4 + 24 + 20.) Then nothing is guessed: that would save
 nothing either (16 + 28). Bytes per parameter:
 
-    parameters, gradients / moments  clip + exact            clip idle            clip + skipped or no cap  as foreach
+    parameters, gradients / moments  clip + exact            guessed              clip + skipped or no cap  as foreach
     fp32 / fp32                      4 + 16 + 28 = 48        16 + 28 = 44         4 + 28 = 32               120 + 12
       without Nesterov               4 + 24 + 16 = 44        the same             4 + 28 = 32               100 + 12
     fp32 / bf16                      4 + 12 + 20 = 36        12 + 20 = 32         4 + 20 = 24
@@ -58,6 +60,7 @@ from torch import Tensor
 from eco_llm.ops.rows import multiprocessors
 from eco_llm.optim.c3o_foreach import Arena
 from eco_llm.optim.c3o_kernels import (
+    _check_kernel,
     _measure_kernel,
     _plan_kernel,
     _squares_kernel,
@@ -76,8 +79,8 @@ TILE = 1024
 """Elements in registers at a time, at 4 warps: 8 of each stream a thread."""
 WARPS = 4
 PATIENCE = 8
-"""Steps in a row without clipping after which the next is expected not to clip: a wrong guess costs four times what a
-right one saves."""
+"""Steps in a row in which a tensor could have been measured before the norm was known, after which it is: a wrong guess
+costs four times what a right one saves."""
 SQUARES_PROGRAMS, MEASURE_PROGRAMS = 12, 6
 """Programs to a multiprocessor that share the chunks: about as many as run at once, so that a pass with nothing to do
 ends at once."""
@@ -106,8 +109,10 @@ _A = (
 # Plan, float32, made by the device in every step: 0 clip factor, 1 clip value, 2 1-b1, 3 b2, 4 1-b2, 5 gain, 6 shift,
 # 7 weight decay, 8 lr · scale (on a sphere both are its own), 9 step, 10 bound, 11 mode (0 leave alone, 1 update,
 # 2 measure and update), 12 weight of m beside g in Nesterov's direction, 13 gain of the plain direction, 14 in which of
-# its turns the measuring pass measures it (0: in none that is left).
-_PLAN = 16
+# its turns the measuring pass measures it (0: in none that is left; 3: `_check_kernel` decides), 15 steps in a row in
+# which it could be measured before the norm was known (at most PATIENCE), 16 clip factor over the one expected, 17 what
+# that may change |u| by (K √n).
+_PLAN = 18
 
 
 class _Kind:
@@ -175,8 +180,8 @@ class KernelPlan:
         self._grads = torch.zeros(n, dtype=torch.int64, device=self.device)
         self._plan = torch.zeros(n, _PLAN, device=self.device)
         self._stats = torch.zeros(n, 4, device=self.device)
-        # Clip factor, steps in a row without clipping (at most PATIENCE), whether turn 1, turn 2 measures anything, and
-        # whether turn 1 leaves anything for the squares' pass.
+        # Clip factor, norm of the gradients, whether turn 1, turn 2 measures anything, and whether turn 1 leaves
+        # anything for the squares' pass.
         self._control = self._uploaded([1.0, 0.0, 0.0, 0.0, 0.0], torch.float32)
         self._tickets = torch.zeros(TICKETS, dtype=torch.int32, device=self.device)
         self._summary = torch.zeros(7, device=self.device)
@@ -431,11 +436,16 @@ class KernelPlan:
                     )  # fmt: skip
             plan(draft=False)
             if self._measures:
+                if early:
+                    _check_kernel[(len(self.params),)](
+                        self._partials, self._chunk_count, self._settings, table, self._arena_of, self._span,
+                        self._plan, self._control, LANES=_LANES, **columns, ARENA_COLUMNS=len(_A), PLAN=_PLAN,
+                    )  # fmt: skip
                 measure_norms(2)
                 _trust_kernel[(len(self.params),)](
                     self._partials, self._chunk_count, self._settings, table, self._arena_of, self._span,
-                    self._plan, self._stats, SPHERE=self._spheres, PLAIN=any(self._watches_plain), LANES=_LANES,
-                    **scalars,
+                    self._plan, self._stats, EARLY=early, PATIENCE=PATIENCE, SPHERE=self._spheres,
+                    PLAIN=any(self._watches_plain), LANES=_LANES, **scalars,
                 )  # fmt: skip
             for kind in self._kinds:
                 _update_kernel[(kind.count,)](
