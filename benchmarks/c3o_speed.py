@@ -249,7 +249,7 @@ def compile_kernels(side: Side) -> None:
     set_cache_dirs()
     import torch
 
-    params = parameters(((64, 64),), side.weights, torch.device("cuda"))
+    params = parameters(((64, 64), (9,)), side.weights, torch.device("cuda"))
     optimizer, step = make(side, params)
     step()
     optimizer.make_capturable()
