@@ -606,7 +606,8 @@ class C3O(Optimizer):
             with a sphere.
         c3o_trust_capped: tensors whose update the cap reduced; none that moved on its sphere.
         c3o_update_to_weight: mean over those tensors of |Δ| / max(|θ|, trust_floor sqrt(n)), or sphere · lr; with the
-            Triton kernels, a tensor whose norm was skipped counts with the ratio last measured.
+            Triton kernels, a tensor whose norm was skipped counts with the ratio last measured, and one that was
+            measured before the norm of the gradients was known with that of the last step's clip factor.
         c3o_grad_clip_scale: factor that "norm" clipping applied (of the last group clipped); 1 if it did not.
         c3o_foreach_groups: multi-tensor buckets in a step.
         c3o_grad_clip_foreach_groups: buckets whose gradients were clipped by multi-tensor calls.

@@ -13,26 +13,37 @@ Tensors of one optimizer form a table on the device: addresses of parameter, mom
     5  update                                                              reads p g m v, writes p m v
     6  with the norm skip and coded moments: bounds of what 5 stored           scalars
 
+3 needs the clip factor, so 1 must be before it; unless the factor is known, or too near the last one to matter. Where
+some tensors are measured in every step, a draft of the plan comes first, with the last step's norm. A tensor for which
+that would have done in each of the last `PATIENCE` steps is measured on the draft, before 1, which is left with the
+other tensors: 3 sums its squares too. The plan then knows the factor; what was measured holds if the factor is and was
+expected to be 1, or if the cap is provably idle with both (`_check_kernel`; docs/c3o.md, "Before the norm is known").
+Otherwise a second turn of 3 measures again. A guess costs what 3 reads when wrong and saves what 1 reads when right, a
+quarter of it. Launches with nothing to do are of as few programs as run at once, so that they end at once.
+
 Bytes decide between two forms of 3 and 5. As a rule 3 writes nothing and 5 repeats its arithmetic: it needs g for
 Nesterov's direction, and the unrounded moments where they are stored in fewer bits (the rule). Only without Nesterov
 and with moments stored as they are computed (float32) 3 writes the advanced moments, and 5 reads them back: g is not
-read a third time. (With Nesterov that would save nothing: 4 + 24 + 20.) Bytes per parameter:
+read a third time. (With Nesterov that would save nothing: 4 + 24 + 20.) Then nothing is guessed: that would save
+nothing either (16 + 28). Bytes per parameter:
 
-    parameters, gradients / moments   clip + exact           clip + skipped or no cap   as foreach
-    fp32 / fp32                       4 + 16 + 28 = 48       4 + 28 = 32                120 + 12
-      without Nesterov                4 + 24 + 16 = 44       4 + 28 = 32                100 + 12
-    fp32 / bf16                       4 + 12 + 20 = 36       4 + 20 = 24
-    bf16 / bf16                       2 +  8 + 14 = 24       2 + 14 = 16
-    bf16 / int8                       2 + 6.06 + 10.1 = 18.2   2 + 10.1 = 12.1
-    bf16 / int4                       2 + 5.06 + 8.1  = 15.2   2 + 8.1  = 10.1
+    parameters, gradients / moments  clip + exact            guessed              clip + skipped or no cap  as foreach
+    fp32 / fp32                      4 + 16 + 28 = 48        16 + 28 = 44         4 + 28 = 32               120 + 12
+      without Nesterov               4 + 24 + 16 = 44        the same             4 + 28 = 32               100 + 12
+    fp32 / bf16                      4 + 12 + 20 = 36        12 + 20 = 32         4 + 20 = 24
+    bf16 / bf16                      2 +  8 + 14 = 24         8 + 14 = 22         2 + 14 = 16
+    bf16 / int8                      2 + 6.06 + 10.1 = 18.2  6.06 + 10.1 = 16.2   2 + 10.1 = 12.1
+    bf16 / int4                      2 + 5.06 + 8.1 = 15.2   5.06 + 8.1 = 13.2    2 + 8.1 = 10.1
 
 Gradients are never written: the clip factor is applied as they are read. Passes
-walk the chunks in alternating directions, so that each starts on what the last one left in the L2 cache.
+walk the chunks in alternating directions, so that each starts on what the last one left in the L2 cache; which pass was
+the last is decided, and read, on the device.
 
-Sums have a fixed order (no atomics) and every multiply-add is written as one, so that all forms of the update give the
-same bits. Nothing is read by the host. Under CUDA-graph capture the only transfer is that of the gradients' addresses,
-which autograd chooses while capturing: it is recorded from a pinned buffer of its own, made beforehand
-(`prepare_capture`), that lives and keeps its contents as long as this object: every replay copies the same addresses.
+Sums have a fixed order (no atomics), or are exact in any (`_sum_in_any_order`: squares, which two kernels sum), and
+every multiply-add is written as one, so that all forms of the update give the same bits, guessed or not. Nothing is
+read by the host. Under CUDA-graph capture the only transfer is that of the gradients' addresses, which autograd chooses
+while capturing: it is recorded from a pinned buffer of its own, made beforehand (`prepare_capture`), that lives and
+keeps its contents as long as this object: every replay copies the same addresses.
 """
 
 from __future__ import annotations
@@ -46,8 +57,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from eco_llm.ops.rows import multiprocessors
 from eco_llm.optim.c3o_foreach import Arena
 from eco_llm.optim.c3o_kernels import (
+    _check_kernel,
     _measure_kernel,
     _plan_kernel,
     _squares_kernel,
@@ -65,8 +78,19 @@ CHUNK = 16384
 TILE = 1024
 """Elements in registers at a time, at 4 warps: 8 of each stream a thread."""
 WARPS = 4
-_LANES = 128  # tensors, or partial sums, that a scalar program takes at a time
-_SUM_LANES = 1024
+PATIENCE = 8
+"""Steps in a row in which a tensor could have been measured before the norm was known, after which it is: a wrong guess
+costs four times what a right one saves."""
+SQUARES_PROGRAMS, MEASURE_PROGRAMS = 12, 6
+"""Programs to a multiprocessor that share the chunks: about as many as run at once, so that a pass with nothing to do
+ends at once."""
+TICKETS = 256
+"""Room for the counters of two turns of the measuring pass over each combination of types."""
+REGISTERS = 128
+"""Of a thread, at most, where moments are codes: four programs run at once on a multiprocessor, and nothing spills."""
+# Scalar programs wait for memory, not for arithmetic: as few turns of their loops as registers allow.
+_PLAN_SHAPE = {"LANES": 512, "SUM_LANES": 8192, "num_warps": 16}
+_LANES = 1024  # partial sums, or tensors, that other scalar programs take at a time
 _SPARE_TABLES = 8
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -80,12 +104,15 @@ _T = (
 _A = (
     "lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "radius", "floor", "drift", "refresh",
     "clip_norm", "clip_value", "slack_state", "slack_param", "may_skip", "coded", "sphere",
-    "nesterov",
+    "nesterov", "early",
 )  # fmt: skip
 # Plan, float32, made by the device in every step: 0 clip factor, 1 clip value, 2 1-b1, 3 b2, 4 1-b2, 5 gain, 6 shift,
 # 7 weight decay, 8 lr · scale (on a sphere both are its own), 9 step, 10 bound, 11 mode (0 leave alone, 1 update,
-# 2 measure and update), 12 weight of m beside g in Nesterov's direction, 13 gain of the plain direction.
-_PLAN = 16
+# 2 measure and update), 12 weight of m beside g in Nesterov's direction, 13 gain of the plain direction, 14 in which of
+# its turns the measuring pass measures it (0: in none that is left; 3: `_check_kernel` decides), 15 steps in a row in
+# which it could be measured before the norm was known (at most PATIENCE), 16 clip factor over the one expected, 17 what
+# that may change |u| by (K √n).
+_PLAN = 18
 
 
 class _Kind:
@@ -94,9 +121,10 @@ class _Kind:
     def __init__(self, arena: Arena, group: dict[str, Any], first: int) -> None:
         p, storage = _TYPES[arena.param_dtype], arena.storage
         ratio, second = storage.ratio, storage.second
-        self.gradient = {"G": p}
+        self.gradient = {"G": p, "PACK": 2 if storage.bits == 4 else 1}
         # Two groups share a byte of 4-bit codes: as many elements a load as with 8 bits.
         self.shape = {"CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "num_warps": WARPS}
+        self.limits = {"maxnreg": REGISTERS} if storage.bits else {}
         self.types: dict[str, Any] = {
             "P": p, "G": p, "S": _TYPES.get(storage.dtype, tl.uint8), "BITS": storage.bits,
             "R": ratio.mantissa if ratio else 0, "V": second.mantissa if second else 0,
@@ -107,7 +135,7 @@ class _Kind:
             "DITHER": group["weight_rounding"] == "dithered",
         }  # fmt: skip
         self.nesterov = group["nesterov"]
-        self.advance = storage.dtype == torch.float32 and not self.nesterov
+        self.advance = KernelPlan._advances(arena, self.nesterov)
         self.coded = storage.bits > 0
         self.first, self.count = first, 0
 
@@ -152,9 +180,14 @@ class KernelPlan:
         self._grads = torch.zeros(n, dtype=torch.int64, device=self.device)
         self._plan = torch.zeros(n, _PLAN, device=self.device)
         self._stats = torch.zeros(n, 4, device=self.device)
-        self._control = torch.ones(1, device=self.device)
+        # Clip factor, norm of the gradients, whether turn 1, turn 2 measures anything, and whether turn 1 leaves
+        # anything for the squares' pass.
+        self._control = self._uploaded([1.0, 0.0, 0.0, 0.0, 0.0], torch.float32)
+        self._tickets = torch.zeros(TICKETS, dtype=torch.int32, device=self.device)
         self._summary = torch.zeros(7, device=self.device)
         self._partials = torch.zeros(4 * self._chunk_count, device=self.device)
+        self._squares = torch.zeros(self._chunk_count, device=self.device)
+        self._processors = multiprocessors(self.device, interpreted=1)
 
         self._param_at: list[int] = []
         self._grad_at: list[int] = []
@@ -172,6 +205,11 @@ class KernelPlan:
     @staticmethod
     def _kind_of(arena: Arena, group: dict[str, Any]) -> tuple[str, ...]:
         return str(arena.param_dtype), arena.storage.name, str(arena.error is None), *map(str, compiled_settings(group))
+
+    @staticmethod
+    def _advances(arena: Arena, nesterov: bool) -> bool:
+        """Whether the measuring pass stores the advanced moments for the update to read."""
+        return arena.storage.dtype == torch.float32 and not nesterov
 
     @property
     def capturing(self) -> bool:
@@ -302,6 +340,7 @@ class KernelPlan:
                     float(arena.storage.bits > 0),
                     rule.sphere,
                     float(rule.nesterov),
+                    float(not self._advances(arena, rule.nesterov)),
                 )
             )
             addresses.append(address)
@@ -315,6 +354,11 @@ class KernelPlan:
             raise RuntimeError("C3O: lr is a number, which a CUDA graph would freeze; call make_capturable() before")
         self._clamps = any(rule.clips_value for rule in rules)
         self._measures = any(rule.measures for rule in rules)
+        # Pays where tensors are measured in every step, and only where measuring writes nothing.
+        self._drafts = any(
+            rule.measures and (rule.has_sphere or not rule.may_skip_norms) and not self._advances(arena, rule.nesterov)
+            for rule, (arena, _) in zip(rules, self._arenas, strict=True)
+        )
         self._spheres = any(rule.has_sphere for rule in rules)
         self._skips = any(rule.may_skip_norms for rule in rules)
         self._watches_plain = [kind.nesterov and not kind.coded and self._skips for kind in self._kinds]
@@ -341,7 +385,7 @@ class KernelPlan:
     def step(
         self, *, measure: bool, norm: Tensor | None, loss: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One step of what `bind` took up. No host sync; five kinds of launch.
+        """One step of what `bind` took up. No host sync; three to eight launches, and more if types differ.
 
         Args:
             measure: compute the norm of all bound gradients.
@@ -357,38 +401,58 @@ class KernelPlan:
         grads, table = self._bound_grads, self._tensors
         columns = {"COLUMNS": len(_T)}
         scalars = {**columns, "ARENA_COLUMNS": len(_A), "PLAN": _PLAN, "SLACK": 8 * torch.finfo(torch.float32).eps}
-        # Start where the last full pass ended; with the skip on, that of the measurement is usually empty.
-        backwards = measure if self._skips else measure != self._measures
+        early = measure and self._drafts
+
+        def plan(*, draft: bool) -> None:
+            _plan_kernel[(1,)](
+                self._squares, self._chunk_count, norm, loss, found_inf, self._settings, self._lr_at, table,
+                self._arena_of, grads, len(self.params), self._plan, self._stats, self._control, self._tickets,
+                norm_out, applied.view(torch.uint8), self._clip_arena, DRAFT=draft, EARLY=early, PATIENCE=PATIENCE,
+                SKIPS=self._skips, MEASURED=measure and not draft, KNOWN=norm is not None,
+                GUARD=loss is not None and not draft, FLAG=found_inf is not None and not draft, TICKETS=TICKETS,
+                **_PLAN_SHAPE, **scalars,
+            )  # fmt: skip
+
+        def measure_norms(turn: int) -> None:
+            for k, (kind, plain) in enumerate(zip(self._kinds, self._watches_plain, strict=True)):
+                if turn == 2 or not kind.advance:
+                    _measure_kernel[self._grid(kind, MEASURE_PROGRAMS)](
+                        self._chunks, grads, table, self._plan, self._control, self._tickets, self._partials,
+                        self._squares, kind.first, kind.count, self._chunk_count, turn, 2 * k + turn - 1,
+                        int(turn == 2 and measure),
+                        CLAMP=self._clamps, PLAIN=plain, SPHERE=self._spheres, ADVANCE=kind.advance,
+                        ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape, **kind.limits,
+                    )  # fmt: skip
+
         with self._on_device():
+            if early:
+                plan(draft=True)
+                measure_norms(1)
             if measure:
                 for kind in self._kinds:
-                    _squares_kernel[(kind.count,)](
-                        self._chunks, grads, table, self._partials, kind.first,
-                        ALIGN=self._align, **kind.gradient, **columns, **kind.shape,
+                    _squares_kernel[self._grid(kind, SQUARES_PROGRAMS) if early else (kind.count,)](
+                        self._chunks, grads, table, self._plan, self._control, self._squares, kind.first, kind.count,
+                        EARLY=early, ALIGN=self._align, PLAN=_PLAN, **kind.gradient, **columns, **kind.shape,
                     )  # fmt: skip
-            _plan_kernel[(1,)](
-                self._partials, self._chunk_count, norm, loss, found_inf, self._settings, self._lr_at, table,
-                self._arena_of, grads, len(self.params), self._plan, self._stats, self._control, norm_out,
-                applied.view(torch.uint8), self._clip_arena, MEASURED=measure, KNOWN=norm is not None,
-                GUARD=loss is not None, FLAG=found_inf is not None, LANES=_LANES, SUM_LANES=_SUM_LANES, **scalars,
-            )  # fmt: skip
+            plan(draft=False)
             if self._measures:
-                for kind, plain in zip(self._kinds, self._watches_plain, strict=True):
-                    _measure_kernel[(kind.count,)](
-                        self._chunks, grads, table, self._plan, self._partials, kind.first, kind.count,
-                        self._chunk_count, CLAMP=self._clamps, PLAIN=plain, SPHERE=self._spheres, ADVANCE=kind.advance,
-                        REVERSE=measure, ALIGN=self._align, PLAN=_PLAN, **kind.types, **columns, **kind.shape,
+                if early:
+                    _check_kernel[(len(self.params),)](
+                        self._partials, self._chunk_count, self._settings, table, self._arena_of, self._span,
+                        self._plan, self._control, LANES=_LANES, **columns, ARENA_COLUMNS=len(_A), PLAN=_PLAN,
                     )  # fmt: skip
+                measure_norms(2)
                 _trust_kernel[(len(self.params),)](
                     self._partials, self._chunk_count, self._settings, table, self._arena_of, self._span,
-                    self._plan, self._stats, SPHERE=self._spheres, PLAIN=any(self._watches_plain), LANES=_LANES,
-                    **scalars,
+                    self._plan, self._stats, EARLY=early, PATIENCE=PATIENCE, SPHERE=self._spheres,
+                    PLAIN=any(self._watches_plain), LANES=_LANES, **scalars,
                 )  # fmt: skip
             for kind in self._kinds:
                 _update_kernel[(kind.count,)](
-                    self._chunks, grads, table, self._plan, self._partials, kind.first, kind.count,
-                    WATCH=kind.coded and self._watches, CLAMP=self._clamps, ADVANCE=kind.advance, REVERSE=backwards,
+                    self._chunks, grads, table, self._plan, self._control, self._partials, kind.first, kind.count,
+                    int(measure), WATCH=kind.coded and self._watches, CLAMP=self._clamps, ADVANCE=kind.advance,
                     ALIGN=self._align, PLAN=_PLAN, BLOCK=BLOCK, **kind.types, **kind.update, **columns, **kind.shape,
+                    **kind.limits,
                 )  # fmt: skip
             if self._watches:
                 _stored_norm_kernel[(len(self.params),)](
@@ -416,6 +480,10 @@ class KernelPlan:
             host = torch.zeros(len(self.params), dtype=torch.int64)
             host = host.pin_memory() if self.device.type == "cuda" else host
             self._spare.append((host, torch.zeros_like(self._grads)))
+
+    def _grid(self, kind: _Kind, programs: int) -> tuple[int]:
+        rounds = -(-kind.count // (programs * self._processors))
+        return (-(-kind.count // rounds),)  # no more programs than leave all of them as much to do
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()

@@ -19,15 +19,30 @@ def speed(script: Callable[[str], Any]) -> Any:
 
 
 def test_traffic_is_the_documented_count(speed: Any) -> None:
-    side = speed.Side
-    assert side("fp32").traffic == 48  # Nesterov: the gradient is read a third time
-    assert side("fp32", "adamw").traffic == 40
-    assert side("bf16", "adamw", state="bf16").traffic == 20
-    assert side("bf16", state="bf16").traffic == 24
-    assert side("bf16", state="bf16", sphere=True).traffic == 24
-    assert side("bf16", state="bf16", skip=True).traffic == pytest.approx(16 + 8 / 17)
-    assert side("bf16", state="int8").traffic == pytest.approx(18.1875)
-    assert side("bf16", state="int4", error_bits=8).traffic == pytest.approx(2 + 6.0625 + 10.125)
+    def bytes_of(*kind: str, hidden_share: float = 0.0, **settings: Any) -> float:
+        return float(speed.Side(*kind, **settings).traffic(hidden_share))
+
+    assert bytes_of("fp32") == 44
+    assert bytes_of("fp32", sphere=True) == 48  # the gradient is read a third time
+    assert bytes_of("fp32", "adamw") == 40
+    assert bytes_of("bf16", "adamw", state="bf16") == 20
+    assert bytes_of("bf16", state="bf16") == 22
+    assert bytes_of("bf16", state="bf16", sphere=True) == 24
+    assert bytes_of("bf16", state="bf16", sphere=True, idle=True) == 22
+    assert bytes_of("bf16", state="bf16", skip=True) == pytest.approx(16 + 8 / 17)
+    assert bytes_of("bf16", state="bf16", skip=True, idle=True) == pytest.approx(16 + 8 / 17)
+    for share, measured, idle in ((0.0, 1 / 17, 0.0), (0.5, 0.5 + 0.5 / 17, 1.0), (1.0, 1.0, 2.0)):
+        both = {"state": "bf16", "sphere": True, "skip": True, "hidden_share": share}
+        assert bytes_of("bf16", **both) == pytest.approx(16 + 8 * measured)
+        assert bytes_of("bf16", idle=True, **both) == pytest.approx(16 + 8 * measured - idle)
+    assert bytes_of("bf16", state="int8") == pytest.approx(16.1875)
+    assert bytes_of("bf16", state="int4", error_bits=8) == pytest.approx(6.0625 + 10.125)
+
+
+def test_hidden_matrices_are_told_from_the_rest(speed: Any) -> None:
+    shapes = [(50304, 1024), (768, 3072), (768,), (1536, 1, 4), (30_000, 8)]
+    assert [speed.hidden(shape) for shape in shapes] == [False, True, False, False, False]
+    assert 0.8 < sum(torch.Size(s).numel() for s in speed.sigma_shapes() if speed.hidden(s)) / 171_685_176 < 0.9
 
 
 def test_decoder_has_the_size_it_is_named_for(speed: Any) -> None:

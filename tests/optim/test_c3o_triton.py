@@ -20,6 +20,7 @@ from eco_llm.optim.rounding import FIRST_MOMENT, SECOND_MOMENT, dithered_bfloat1
 from eco_llm.optim.update import Update
 
 pytestmark = pytest.mark.gpu
+NEVER = 1 << 20  # patience that no test exhausts
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="needs CUDA itself")
@@ -56,9 +57,10 @@ TYPES: tuple[tuple[torch.dtype, torch.dtype | str], ...] = (
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter's CPU tensors take the kernels too."""
     pytest.importorskip("triton")
-    if INTERPRETED:
-        from eco_llm.optim import c3o_triton
+    from eco_llm.optim import c3o_triton
 
+    monkeypatch.setattr(c3o_triton, "PATIENCE", 1)  # in few steps, guesses both right and wrong
+    if INTERPRETED:
         monkeypatch.setattr(C3O, "_force_kernels", True)
         # Fewer, larger operations: the interpreter's cost is their number. 4-bit codes take twice this.
         monkeypatch.setattr(c3o_triton, "TILE", 4096)
@@ -92,7 +94,12 @@ def served_whole(optimizer: C3O) -> bool:
 
 @pytest.mark.parametrize(("dtype", "state"), TYPES, ids=str)
 @pytest.mark.parametrize("name", RULES)
-def test_equals_for_loop(name: str, dtype: torch.dtype, state: torch.dtype | str) -> None:
+def test_equals_for_loop(
+    name: str, dtype: torch.dtype, state: torch.dtype | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eco_llm.optim import c3o_triton
+
+    monkeypatch.setattr(c3o_triton, "PATIENCE", NEVER)  # a guess may leave a metric, compared here, at the last factor
     ours, theirs = parameters(dtype), parameters(dtype)
     rule = RULES[name]
     if dtype == torch.bfloat16 and isinstance(state, str):
@@ -211,6 +218,144 @@ def test_skip_equals_exact_bit_for_bit(nesterov: bool, dtype: torch.dtype, state
     for p, q in zip(exact, skipping, strict=True):
         if p.numel():
             assert bits([a.state[p]["exp_avg"]]) == bits([b.state[q]["exp_avg"]])
+
+
+def guarded_steps(
+    optimizer: C3O, scales: list[float], patience: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[list[bytes]], list[tuple[float, float]]]:
+    """For each step, with gradients of that scale: all bits; and whether anything was measured in turn 1, in turn 2."""
+    from eco_llm.optim import c3o_triton
+
+    monkeypatch.setattr(c3o_triton, "PATIENCE", patience)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    found, turns = [], []
+    for i, scale in enumerate(scales):
+        set_gradients(params, i, scale=scale)
+        params[1].grad = None if i % 2 else params[1].grad  # known to the plan, in some steps absent
+        norm, applied = optimizer.guarded_step(torch.zeros((), device=DEVICE))
+        assert applied
+        counts = [value for key, value in optimizer.metrics().items() if key != "c3o_update_to_weight"]
+        found.append(bits([*tensors_of(optimizer), norm, torch.tensor(counts)]))
+        assert optimizer._kernel_metrics is not None
+        first, second = optimizer._kernel_metrics._control[2:4].tolist()
+        turns.append((first, second))
+    return found, turns
+
+
+MIXED: dict[str, list[dict[str, Any]]] = {
+    "exact": [{"grad_clip": 1.0}],
+    "value": [{"grad_clip": 0.01, "grad_clip_mode": "value"}],
+    "groups": [{"grad_clip": 1.0}, {"grad_clip": 0.0}, {"grad_clip": 20.0, "sphere": 3.0, "lr": 1e-2}],
+    "sphere beside skip": [{"grad_clip": 1.0, "sphere": 3.0}, {"grad_clip": 1.0, "trust_norm_refresh_drift": 0.05}],
+    "plain beside nesterov": [{"grad_clip": 1.0, "nesterov": False}, {"grad_clip": 1.0, "sphere": 3.0}],
+}
+
+
+@pytest.mark.parametrize(("dtype", "state"), [TYPES[0], TYPES[3], TYPES[5], TYPES[6]], ids=str)
+@pytest.mark.parametrize("name", MIXED)
+def test_measuring_before_the_norm_is_known_changes_no_bit(
+    name: str, dtype: torch.dtype, state: torch.dtype | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess that the clip factor is the last one, right or wrong, against the norm first in every step."""
+    clipped = (False, False, True, True, False, True)
+    found: dict[int, list[list[bytes]]] = {}
+    turns: dict[int, list[tuple[float, float]]] = {}
+    for patience in (NEVER, 0, 1):
+        groups = [{"params": parameters(dtype, ((63,), (), (17, 1000))), **rule} for rule in MIXED[name]]
+        optimizer = C3O(groups, lr=3e-3, state_dtype=state)
+        found[patience], turns[patience] = guarded_steps(
+            optimizer, [1.0 if large else 1e-4 for large in clipped], patience, monkeypatch
+        )
+    assert found[NEVER] == found[0] == found[1]
+    assert set(turns[NEVER]) == {(0.0, 1.0)}
+    # A tensor of float32 moments without Nesterov always waits for the norm; one of zeros, whose cap binds, and one on
+    # a sphere are measured again whenever the factor is another.
+    waits = float(name == "plain beside nesterov" and state == torch.float32)
+    changes = [name != "value" and (now or (i > 0 and clipped[i - 1])) for i, now in enumerate(clipped)]
+    assert turns[0] == [(1.0, max(waits, float(change))) for change in changes]
+    assert turns[1][:2] == [(0.0, 1.0), (1.0, waits)]
+    assert turns[1][2] == (1.0, max(waits, float(changes[2])))
+
+
+@pytest.mark.parametrize(("dtype", "state"), [TYPES[0], TYPES[3], TYPES[5], TYPES[6]], ids=str)
+@pytest.mark.parametrize("radius", [0.2, 0.012, 0.0062, 0.0055, 0.005, 0.003])
+def test_a_guess_holds_where_the_cap_is_idle_whatever_the_factor(
+    radius: float, dtype: torch.dtype, state: torch.dtype | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is clipped, by another factor. |Δ| of lr 5e-3 is about 0.0055 |θ|: idle, near its cap, and capped."""
+    found, turns = {}, {}
+    for patience in (NEVER, 0):
+        params = parameters(dtype, ((63,), (5,), (17, 1000)))[:-1]
+        optimizer = C3O(params, lr=5e-3, state_dtype=state, grad_clip=1.0, trust_radius=radius)
+        found[patience], turns[patience] = guarded_steps(
+            optimizer, [1.0, 1.1, 0.98, 1.15, 1.0, 1.01], patience, monkeypatch
+        )
+        assert radius > 0.003 or optimizer.metrics()["c3o_trust_capped"] == 2  # one has no gradient
+    assert found[NEVER] == found[0]
+    if radius == 0.2:
+        assert turns[0][1:] == [(1.0, 0.0)] * 5
+    if radius == 0.003:
+        assert turns[0][1:] == [(1.0, 1.0)] * 5
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_directions_of_two_clip_factors_are_bounded_by_each_other(nesterov: bool) -> None:
+    """docs/c3o.md, "Before the norm is known", elementwise and in float64, on adversarial moments."""
+    gen = torch.Generator().manual_seed(0)
+    b1, b2, eps = 0.9, 0.95, 1e-8
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen).double() * 10.0 ** torch.randint(-6, 3, shape, generator=gen)
+
+    m, g, t = values(40_000), values(40_000), torch.randint(1, 50, (40_000,), generator=gen).double()
+    v = values(40_000).square() * (torch.rand(40_000, generator=gen) < 0.8)
+    g[:1000], m[:1000], v[:1000] = 1.0, 0.0, 0.0
+    c, measured = torch.rand(40_000, generator=gen).double(), torch.rand(40_000, generator=gen).double()
+    bias1, bias2 = 1 - b1**t, 1 - b2**t
+    ahead = b1 * bias1 / (1 - b1 + b1 * bias1)
+
+    def direction(c: Tensor) -> Tensor:
+        first, second = b1 * m + (1 - b1) * c * g, b2 * v + (1 - b2) * (c * g).square()
+        over = (second / bias2).sqrt() + eps
+        plain = first / bias1
+        return ((ahead * plain + (1 - b1) / bias1 * c * g) if nesterov else plain) / over
+
+    least = torch.minimum(c / measured, measured / c)
+    most = (1 - b1) / bias1 * (bias2 / (1 - b2)).sqrt() * (1 + ahead if nesterov else 1.0)
+    bound = (direction(measured).abs() + (1 / least - 1) * most) / least
+    assert (direction(c).abs() <= bound * (1 + 1e-12)).all()
+    assert (direction(c).abs() > 0.9 * bound).any()
+
+
+@pytest.mark.parametrize("state", [torch.float32, "int4"], ids=str)
+def test_norms_of_any_gradients_are_right_whichever_kernel_sums_them(
+    state: torch.dtype | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty orders of magnitude beside each other, none at all, too large to square, infinite, NaN."""
+    from eco_llm.optim import c3o_triton
+
+    gen = torch.Generator().manual_seed(0)
+    n = 16384 + 70
+    wide = torch.randn(n, generator=gen) * 10.0 ** torch.linspace(-15, 15, n)[torch.randperm(n, generator=gen)]
+    cases = [wide, torch.zeros(n), torch.full((n,), 1e30), torch.where(torch.arange(n) == 5, torch.inf, wide)]
+    cases.append(torch.where(torch.arange(n) == n - 1, torch.nan, wide))
+    found = []
+    for patience in (0, 1 << 20):
+        monkeypatch.setattr(c3o_triton, "PATIENCE", patience)
+        p = nn.Parameter(torch.ones(n, device=DEVICE))
+        optimizer = C3O([p], state_dtype=state, grad_clip=1e30)
+        for g in cases:
+            p.grad = g.to(DEVICE)
+            before = bits([p.detach()])
+            norm, applied = optimizer.guarded_step(torch.zeros((), device=DEVICE))
+            want = g.double().norm() if bool(g.abs().max() < 1e18) else g.norm()
+            torch.testing.assert_close(norm.cpu(), want.float(), rtol=2e-7, atol=0, equal_nan=True)
+            assert bool(applied) == bool(torch.isfinite(norm))
+            assert bool(applied) or bits([p.detach()]) == before
+            found.append(bits([norm, p.detach()]))
+        assert optimizer._kernel_metrics is not None
+        assert float(optimizer._kernel_metrics._control[2]) == float(patience == 0)  # guessed
+    assert found[: len(cases)] == found[len(cases) :]
 
 
 @pytest.mark.parametrize("name", ["skip", "sphere"])
@@ -421,8 +566,12 @@ def test_norm_and_verdict() -> None:
     assert optimizer.metrics()["c3o_grad_clip_scale"] == pytest.approx(0.5e-3)
 
 
-def test_prepared_for_capture_steps_as_before_and_changes_nothing() -> None:
+def test_prepared_for_capture_steps_as_before_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of `make_capturable` that needs no graph: parameters without a gradient, moving gradients, learning rates."""
+    from eco_llm.optim import c3o_triton
+
+    # A new table, made when a parameter joins, has seen no step; and a guess may leave a metric at the last factor.
+    monkeypatch.setattr(c3o_triton, "PATIENCE", NEVER)
     ours, theirs = parameters(), parameters()
     config = OptimizerConfig()
     a, b = Update(C3O(ours, grad_clip=1.0), config), Update(C3O(theirs, grad_clip=1.0), config)
@@ -566,17 +715,20 @@ def launches(step: Callable[[], object]) -> int:
 
 
 @on_gpu_only
-@pytest.mark.parametrize("sphere", [0.0, 2.0])
-def test_launches_do_not_depend_on_the_number_of_tensors(sphere: float) -> None:
+@pytest.mark.parametrize(
+    ("rule", "launches_of_a_step"),
+    [({}, 8), ({"sphere": 2.0}, 8), ({"trust_norm_refresh_drift": 0.05}, 5), ({"trust_radius": 0.0}, 3)],
+)
+def test_launches_do_not_depend_on_the_number_of_tensors(rule: dict[str, float], launches_of_a_step: int) -> None:
     counts = []
     for tensors in (4, 400):
         params = parameters(shapes=[(31, 33)] * tensors)
-        update = Update(C3O(params, grad_clip=1.0, sphere=sphere), OptimizerConfig())
+        update = Update(C3O(params, grad_clip=1.0, **rule), OptimizerConfig())
         loss = torch.zeros((), device=DEVICE)
         set_gradients(params, 0)
         update.step(loss)
         counts.append(launches(lambda update=update, loss=loss: update.step(loss)))  # type: ignore[misc]
-    assert counts[0] == counts[1] == 5
+    assert counts[0] == counts[1] == launches_of_a_step
 
 
 @on_gpu_only
@@ -629,7 +781,8 @@ def test_captured_and_replayed_equals_eager_bit_for_bit(kind: str) -> None:
     static = b.metrics_tensor()[1]
     gen = torch.Generator().manual_seed(1)
     for i in range(6):
-        data = torch.randn(16, 40, generator=gen).to(DEVICE)
+        # Gradients are clipped, or not: guesses that they are not are right in the third step, wrong in the last.
+        data = (1.0, 1e-3, 1e-3, 1.0, 1e-3, 1.0)[i] * torch.randn(16, 40, generator=gen).to(DEVICE)
         if i == 3:
             data[0, 0] = float("inf")
         for update in (a, b):
@@ -680,15 +833,16 @@ def test_passes_compile_for_every_card_and_need_little_shared_memory(
         "R_SPAN": storage.ratio.span if storage.ratio else 1.0,
         "V_SPAN": storage.second.span if storage.second else 1.0,
         "WATCH": storage.bits > 0, "CLAMP": True, "SPHERE": sphere, "NESTEROV": nesterov,
-        "PLAIN": plain, "ADVANCE": name == "float32" and not nesterov, "REVERSE": True,
+        "PLAIN": plain, "ADVANCE": name == "float32" and not nesterov,
         "ALIGN": 16, "CHUNK": CHUNK, "TILE": TILE * (2 if storage.bits == 4 else 1), "COLUMNS": len(_T), "PLAN": _PLAN,
-        "BLOCK": 4096, "ARENA_COLUMNS": len(_A), "SLACK": 1e-6, "LANES": 128,
+        "EARLY": True, "PATIENCE": 8, "BLOCK": 4096, "ARENA_COLUMNS": len(_A), "SLACK": 1e-6, "LANES": 128,
     }  # fmt: skip
     pointers = {
         "chunks": "*i32", "grads": "*i64", "tensors": "*i64", "plan": "*fp32", "partials": "*fp32", "arenas": "*fp64",
-        "arena_of": "*i32", "span": "*i32", "stats": "*fp32",
+        "arena_of": "*i32", "span": "*i32", "stats": "*fp32", "control": "*fp32", "squares": "*fp32",
+        "tickets": "*i32",
     }  # fmt: skip
-    names = ("_measure_kernel", "_trust_kernel", "_update_kernel", "_stored_norm_kernel")
+    names = ("_measure_kernel", "_check_kernel", "_trust_kernel", "_update_kernel", "_stored_norm_kernel")
     for kernel in (getattr(c3o_kernels, name) for name in names):
         signature, constexprs, attributes = {}, {}, {}
         for i, argument in enumerate(kernel.arg_names):
