@@ -48,6 +48,11 @@ def _c_compiler() -> str | None:
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
+def forced_reference() -> bool:
+    """Whether `reference_only` is on."""
+    return _forced_reference
+
+
 def uses_triton(tensor: Tensor) -> bool:
     """Whether ops on `tensor` take the Triton path now."""
     if _forced_reference:

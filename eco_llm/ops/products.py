@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eco_llm.ops.onednn import matmul, onednn_matmul, serves
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -29,7 +31,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     A weight stored in another type is cast; without autocast its copy is kept for backward.
     """
-    return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
+    if torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight)
+    weight = weight.to(x.dtype)
+    if serves(x, weight.t()):
+        return onednn_matmul(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight)
 
 
 def unread(like: Tensor, shape: torch.Size) -> Tensor:
@@ -49,7 +56,7 @@ class _LinearUnread(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d_y = gradients[0].flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):  # backward may be called inside one
-            return (d_y @ weight).view(x.shape), d_y.t() @ x.flatten(0, -2)
+            return matmul(d_y, weight).view(x.shape), d_y.t() @ x.flatten(0, -2)
 
 
 def linear_unread(x: Tensor, weight: Tensor) -> Tensor:
@@ -88,7 +95,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype in HALF:
         return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
-    return a @ b
+    return matmul(a, b)
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:

@@ -319,6 +319,7 @@ class _Launch:
             "torch_compile": self.runtime.compile,
             "cuda_graph": self.graph,
             "kernels": self.kernels.name,
+            "kernels_why": self.kernels.why,
             "torch": torch.__version__,
         }
 

@@ -10,6 +10,7 @@ import torch
 from eco_llm.config import SigmaConfig
 from eco_llm.model.serving import serving_kernels
 from eco_llm.ops import backend
+from eco_llm.ops.onednn import products_by
 
 CUDA = torch.device("cuda", 0)
 
@@ -27,6 +28,13 @@ def cuda_machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_a_cpu_takes_the_reference() -> None:
     assert backend.kernels_for(torch.device("cpu")).name == "reference"
+
+
+def test_a_cpu_names_the_library_of_its_products() -> None:
+    served = serving_kernels(SigmaConfig(), torch.device("cpu"), torch.float32)
+    assert served.name == "reference"
+    assert served.why.endswith(f"float32 products by {products_by().name}: {products_by().why}")
+    assert "products" not in serving_kernels(SigmaConfig(), torch.device("cpu"), torch.bfloat16).why
 
 
 def test_cuda_takes_the_kernels(cuda_machine: pytest.MonkeyPatch) -> None:

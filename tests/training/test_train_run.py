@@ -155,7 +155,9 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_norm_skip_switched_on(tiny
     file.write_text(json.dumps(content))
     assert main(tiny_flags(f"--steps 8 {settings} --c3o-trust-norm-refresh-drift 0.02", run="old")) == 0
     assert losses(tmp_path / "old") == losses(tmp_path / "whole")
-    assert json.loads(file.read_text())["resolved"]["kernels"] == "reference"
+    resolved = json.loads(file.read_text())["resolved"]
+    assert resolved["kernels"] == "reference"
+    assert "float32 products by" in resolved["kernels_why"]
 
 
 def test_finished_runs_say_so_and_longer_ones_go_on(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eco_llm.ops.onednn import matmul
 from eco_llm.ops.products import product, product_into
 
 
@@ -70,7 +71,7 @@ class SummedLinearCrossEntropy(torch.autograd.Function):
             d_logits.scatter_add_(1, target_column, d_logits.new_full((), -1.0).expand_as(target_column))
             d_logits = d_logits.to(compute_dtype)
             if d_hidden is not None:
-                d_hidden[part] = (d_logits @ w) * kept
+                d_hidden[part] = matmul(d_logits, w) * kept
             if d_weight is not None and d_weight.dtype == torch.bfloat16:
                 product_into(d_weight, d_logits.t(), h[part] * kept)
             elif d_weight is not None:
