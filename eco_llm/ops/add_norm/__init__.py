@@ -171,7 +171,7 @@ def _differentiate(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) ->
 _add_norm.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("eco_llm::rms_norm_of_sum", mutates_args=())
+@operator("rms_norm_of_sum")
 def _norm_of_sum(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     from eco_llm.ops.add_norm.triton import norm_forward
 
