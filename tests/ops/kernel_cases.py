@@ -38,8 +38,8 @@ def compile_instead_of_running(
 ) -> list[tuple[str, Any]]:
     """Launches of `kernels` by `launchers` are compiled for a card, which need not be there, and run nowhere.
 
-    Tensors and numbers count as divisible by 16 where the launcher would find them so, but for arguments that are not
-    specialized.
+    Numbers count as divisible by 16 where they are, but for arguments that are not specialized, as in a launch. Unlike
+    there tensors always do, wherever they begin, and an int of 1 is not made a constant.
 
     Returns:
         A list that fills with (kernel's name, what Triton compiled).

@@ -223,40 +223,48 @@ def test_launchers_refuse_what_does_not_fit() -> None:
         conv_silu_backward(x, weight, bias, x[..., :4], x[None], torch.empty_like(x))
 
 
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("nan_filled_buffers")
-@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("head", "tail", "taps"), [(64, 0, 4), (128, 64, 4), (64, 128, 8)])
-@pytest.mark.parametrize("time", [1, 3, 70])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "time", "strip"), [(2, 1, None), (2, 3, None), (1, 63, None), (1, 70, 8)])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 4)], ids=str)
 def test_codes_are_what_they_stand_for(
-    dtype: torch.dtype, time: int, head: int, tail: int, taps: int, bits: int
-) -> None:
-    """From codes, what is had from `dequantize`'s result, bit for bit."""
+    dtype: torch.dtype, bits: int, batch: int, time: int, strip: int | None, head: int, tail: int, taps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """From codes, any bytes beside any scales, what is had from `dequantize`'s result, bit for bit."""
     from eco_llm.ops.causal_conv import triton as conv
-    from eco_llm.ops.quantize import dequantize, quantize
+    from eco_llm.ops.quantize import Quantized, dequantize
+    from eco_llm.ops.quantize.reference import empty_codes
 
-    channels = head + tail
-    x, weight, bias = (
-        normal(2, time, channels, seed=0, dtype=dtype),
-        normal(channels, taps, seed=1),
-        normal(channels, seed=2),
-    )
-    x[0, 0, :5] *= 40.0
-    q = quantize(x, bits, step=torch.tensor(3, device=x.device), stream=4, backend="reference")
-    codes, plain = conv.Codes(q.codes, q.scales, bits), dequantize(q, backend="reference")
-    out = torch.full((2, time, channels + 8), float("nan"), dtype=dtype, device=x.device)[
-        ..., 8:
-    ]  # a slice, of shape and type
-    assert torch.equal(conv.conv_silu_forward(out, weight, bias, codes), conv.conv_silu_forward(plain, weight, bias))
-    dy_head = normal(2, time, head, seed=5, dtype=dtype)
-    dy_tail = normal(3, 2, time, tail, seed=6) if tail else None
-    expected = torch.empty_like(x)
-    sums = conv.conv_silu_backward(plain, weight, bias, dy_head, dy_tail, expected)
-    partials = conv.conv_silu_backward_partials(out, weight, bias, dy_head, dy_tail, out, codes)
-    assert torch.equal(out, expected)
-    for part, want in zip(partials, sums, strict=True):
-        assert_close(part.sum(dim=0), want.flatten(), SUM_TOLERANCE)
+    if strip is not None:
+        monkeypatch.setattr(conv, "_strip_tokens", lambda *_: strip)
+    shape = (batch, time, head + tail)
+    weight, bias = normal(head + tail, taps, seed=1), normal(head + tail, seed=2)
+    codes, scales = empty_codes(batch * time * (head + tail), bits, weight)
+    every = torch.randint(0, 256, codes.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes.view(torch.uint8).copy_(every)
+    scales.copy_(normal(*scales.shape, seed=4).abs() / 40)
+    scales[0], scales[-1] = float("nan"), 2.0**120
+    plain = dequantize(Quantized(codes, scales, shape, dtype, bits), backend="reference")
+    assert plain.isnan().sum() == 64
+    coded = conv.Codes(codes, scales, bits)
+    wide = torch.full((*shape[:2], shape[2] + 8), float("nan"), dtype=dtype, device=plain.device)
+    out = wide[..., 8:]  # gives shape and type, then holds dx
+    assert_same_bits(conv.conv_silu_forward(out, weight, bias, coded), conv.conv_silu_forward(plain, weight, bias))
+    dy_head = normal(batch, time, head, seed=5, dtype=dtype)
+    dy_tail = normal(3, batch, time, tail, seed=6) if tail else None
+    expected = torch.empty_like(plain)
+    sums = conv.conv_silu_backward_partials(plain, weight, bias, dy_head, dy_tail, expected)
+    partials = conv.conv_silu_backward_partials(out, weight, bias, dy_head, dy_tail, out, coded)
+    for actual, want in zip((out, *partials), (expected, *sums), strict=True):
+        assert_same_bits(actual, want)
+    assert expected.isfinite().any()
+    assert not expected.isfinite().all()
 
 
 @pytest.mark.gpu
@@ -287,8 +295,8 @@ def test_codes_are_written_as_quantize_writes_them(
     assert broken.sum() == 1
     means = ~broken.repeat_interleave(8 * bits)  # codes of a group that is not finite mean nothing
     assert torch.equal(got.codes[means], want.codes[means])
-    for actual, expected in ((got.scales, want.scales), (y, conv.conv_silu_forward(x, weight, bias))):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    assert_same_bits(got.scales, want.scales)
+    assert_same_bits(y, conv.conv_silu_forward(x, weight, bias))
 
 
 @pytest.mark.gpu
@@ -317,7 +325,7 @@ def test_codes_are_written_without_a_detour(
 
 
 @pytest.mark.gpu
-def test_codes_without_whole_groups_are_refused() -> None:
+def test_codes_that_do_not_fit_are_refused() -> None:
     from eco_llm.ops.causal_conv import triton as conv
 
     assert not conv.takes_codes(96, 4)
@@ -327,3 +335,8 @@ def test_codes_without_whole_groups_are_refused() -> None:
         conv.conv_silu_forward(x, weight, bias, conv.Codes(x, x.bfloat16(), 8))
     with pytest.raises(ValueError, match="whole groups"):
         conv.conv_silu_forward_to_codes(x, weight, bias, 8, torch.tensor(0, device=x.device), 0)
+    x, weight, bias = normal(1, 5, 64, seed=0), normal(64, 4, seed=1), normal(64, seed=2)
+    with pytest.raises(ValueError, match="8 or 4 bits, not 5"):
+        conv.conv_silu_forward(x, weight, bias, conv.Codes(x, x.bfloat16(), 5))
+    with pytest.raises(ValueError, match="8 or 4 bits, not 5"):
+        conv.conv_silu_forward_to_codes(x, weight, bias, 5, torch.tensor(0, device=x.device), 0)

@@ -18,6 +18,7 @@ from eco_llm.ops.quantize.reference import empty_codes
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")]
 
 TOKENS, WIDTH, INNER, CHANNELS, HIDDEN = 64, 768, 1536, 1792, 1664  # the default profile's
+CAPABILITIES = (80, 89, 90, 120)
 ALONE = re.compile(r"cvt\.rn\.(?:f32\.[su]\d+|bf16\.f32)\b")  # one number from an integer, one to bfloat16
 
 
@@ -34,7 +35,7 @@ def barriers(compiled: Any) -> int:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_codes_are_read_and_results_rounded_in_pairs(
     capability: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +78,7 @@ def test_codes_are_read_and_results_rounded_in_pairs(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_thread_waits_for_others_on_behalf_of_codes(
     capability: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

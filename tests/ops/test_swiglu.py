@@ -335,12 +335,14 @@ def test_offsets_beyond_32_bits() -> None:
 
 @pytest.mark.gpu
 def test_launcher_refuses_what_does_not_fit() -> None:
-    from eco_llm.ops.swiglu.triton import silu_mul_backward
+    from eco_llm.ops.swiglu.triton import silu_mul_backward, silu_mul_to_codes
 
     with pytest.raises(ValueError, match="contiguous"):
         silu_mul_backward(normal(4, 12, seed=0), normal(4, 12, seed=0)[:, ::2])
     with pytest.raises(ValueError, match="2F"):
         silu_mul_backward(normal(4, 12, seed=0), normal(4, 5, seed=0))
+    with pytest.raises(ValueError, match="8 or 4 bits, not 5"):
+        silu_mul_to_codes(normal(4, 128, seed=0), 5, torch.tensor(0, device=KERNEL_DEVICE), 0)
 
 
 # ---- u and a kept as codes: bit for bit what quantizing and dequantizing them does ----------------------------------

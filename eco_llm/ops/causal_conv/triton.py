@@ -31,7 +31,7 @@ from torch import Tensor
 
 from eco_llm.ops.partials import sum_partials
 from eco_llm.ops.quantize import reference as numbers
-from eco_llm.ops.quantize.triton import GROUP, from_words, signed_keys, step_keys, to_codes
+from eco_llm.ops.quantize.triton import GROUP, from_words, signed_keys, step_keys, store_scales, to_codes
 from eco_llm.ops.rows import multiprocessors
 from eco_llm.ops.sigmoid import sigmoid
 
@@ -43,16 +43,20 @@ _STRIP_OVERHEAD = 8  # tokens that would take as long as what a strip costs besi
 
 
 class _Tuning(NamedTuple):
-    """What a kernel asks of a multiprocessor, with 4 taps and bfloat16 inputs."""
+    """How a kernel uses a multiprocessor, with 4 taps and bfloat16 inputs."""
 
     channels: int  # a thread, at most
     step: int  # tokens loaded ahead
-    resident: int  # programs that the registers of a multiprocessor hold
+    resident: int  # programs that share a multiprocessor, as strips are chosen: what measured best
 
 
-# Registers a thread, by ptxas for compute capability 9.0: 96 and 96. A multiprocessor of an H200 needs some 25 kB in
-# flight for full bandwidth; these keep 40 kB. Issue slots come next: 15 instructions a channel and token forward, 31 to
-# 35 backward. Four channels a thread would be the cheaper backward, but take 162 registers.
+# Registers a thread, by ptxas for compute capability 9.0, and programs that they leave room for:
+#     forward 72, 7; of codes 72, 7; to 8 bits 96, 5; to 4 bits 72, 7
+#     backward 96, 5, with one or two summands of dy's tail; 122, 4, with three; 124, 4, with eight; of codes 128, 4
+# `resident` is that number in some rows and one off in others: it was not derived, strips were measured with it, on an
+# H200. A multiprocessor there needs some 25 kB in flight for full bandwidth; 7 programs forward keep 28 kB, 5 backward
+# 40 kB. Issue slots come next: 15 instructions a channel and token forward, 31 to 35 backward. Four channels a thread
+# would be the cheaper backward, but take 162 registers.
 _FORWARD = _Tuning(channels=4, step=4, resident=7)
 _BACKWARD = _Tuning(channels=2, step=8, resident=5)
 _FORWARD_CODED = _Tuning(channels=4, step=4, resident=6)
@@ -207,9 +211,6 @@ def conv_silu_forward_kernel(
         code_pointers, code_scales = _code_pointers(x_codes, x_scales, row, group, C, KEEP)
         quads = ((row * scale_row + group) * (GROUP // 4)).to(tl.uint32) + lane.to(tl.uint32)
         coded = tl.where(group < scale_row, tl.minimum(T - first, strip), 0)  # tokens to write codes of
-        # Scales are stored as rows of 16 of which the first counts: one column would change hands through shared memory
-        # for every token.
-        code_scales += lane
 
     left = tl.minimum(T - start, strip)  # tokens still to compute
     unread = tl.minimum(T - begin, strip)
@@ -231,8 +232,7 @@ def conv_silu_forward_kernel(
                 tile = tl.reshape(x_t, (GROUPS, GROUP))
                 packed, scale_bits = to_codes(tile, of_token, key0, key1, GROUPS, KEEP, SLOPE)
                 tl.store(code_pointers + (i + u) * (C * KEEP // 8), packed, mask=i + u < coded)
-                repeated = tl.broadcast_to(scale_bits, (GROUPS, GROUP // 4))
-                tl.store(code_scales + (i + u) * scale_row, repeated, mask=(i + u < coded) & (lane == 0))
+                store_scales(code_scales, (i + u) * scale_row, scale_bits, i + u < coded, GROUP // 4)
             window = window[1:] + (x_t,)
         left -= STEP
 
@@ -444,7 +444,10 @@ _WORDS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 
 class Codes(NamedTuple):
-    """x [B, T, C], C a multiple of 64, as `quantize` makes it."""
+    """x [B, T, C], C a multiple of 64, as `quantize` makes it.
+
+    Codes begin at a multiple of 4 bytes of their storage, as tensors of their own do: they are read as words.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -452,7 +455,10 @@ class Codes(NamedTuple):
 
 
 def takes_codes(channels: int, taps: int) -> bool:
-    """Whether the kernels read codes of x: a block of channels is a group then."""
+    """Whether the kernels read and write codes of x: a block of channels is one group or two then.
+
+    More than 8 taps leave a thread registers for one channel (`_columns`), and a block is half a group.
+    """
     return channels % numbers.GROUP == 0 and taps <= 8
 
 
@@ -463,6 +469,7 @@ def _coded(x: Tensor, codes: Codes | None, columns: int, taps: int, head: int = 
     if codes is None:
         return x, x, 0
     _check_groups(x, taps, head)
+    numbers.check_bits(codes.bits)
     word = _WORDS[columns // WORDS.value * codes.bits]
     return codes.codes.view(word), codes.scales.view(torch.int16), codes.bits
 
@@ -505,11 +512,11 @@ def conv_silu_forward_to_codes(
         bits, step, stream: as in `eco_llm.ops.quantize.quantize`.
 
     Raises:
-        ValueError: shapes, types or strides that do not fit.
+        ValueError: shapes, types, strides or bits that do not fit.
     """
     _check(x, weight, bias)
-    codes = Codes(*numbers.empty_codes(x.numel(), bits, x), bits)
     _check_groups(x, weight.shape[1])
+    codes = Codes(*numbers.empty_codes(x.numel(), bits, x), bits)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch_forward(
         x, x, x, weight, bias, y, _FORWARD_TO_CODES[bits], codes.codes, codes.scales.view(torch.int16), step,

@@ -12,6 +12,7 @@ from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.opaque import operator
 from eco_llm.ops.quantize.reference import (
     GROUP,
+    check_bits,
     dequantize_reference,
     empty_codes,
     error_reference,
@@ -133,8 +134,7 @@ def _takes_triton(x: Tensor, bits: int, step: Tensor, stream: int, backend: Back
 
 
 def _check(device: torch.device, bits: int, step: Tensor) -> None:
-    if bits not in (8, 4):
-        raise ValueError(f"can quantize to 8 or 4 bits, not {bits}")
+    check_bits(bits)
     if step.ndim or step.dtype not in (torch.int32, torch.int64) or step.device != device:
         raise ValueError(
             f"step must be a 0-dim int32 or int64 tensor on {device}, not {step.ndim}-dim {step.dtype} on {step.device}"

@@ -44,8 +44,18 @@ def slope(bits: int) -> float:
     return value
 
 
+def check_bits(bits: int) -> None:
+    """
+    Raises:
+        ValueError: neither 8 nor 4.
+    """
+    if bits not in LARGEST:
+        raise ValueError(f"can quantize to 8 or 4 bits, not {bits}")
+
+
 def empty_codes(numel: int, bits: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, scales), flat and not yet written, for `numel` elements; on the device of `like`."""
+    """(codes, scales), flat and not yet written, for `numel` elements; on the device of `like`. As `check_bits`."""
+    check_bits(bits)
     size, dtype = (numel, torch.int8) if bits == 8 else (-(-numel // 2), torch.uint8)
     return like.new_empty(size, dtype=dtype), like.new_empty(-(-numel // GROUP), dtype=torch.bfloat16)
 

@@ -4,7 +4,8 @@ A program owns 64 groups of 64 elements. Integer work is what could make a kerne
 number costs little of it: two wide products serve four elements, and their words another one each. Products and sums
 are not contracted into multiply-adds: the reference in PyTorch ops has no such thing, and the bits are the same.
 
-Ops that quantize what they have in registers anyway take `step_keys`, `to_codes` and `from_codes` from here.
+Ops that quantize what they have in registers anyway take `step_keys`, `to_codes` and `store_scales` from here, those
+that read codes `from_codes` or `from_words`, and `narrowed` to round results as `dequantize` rounds.
 """
 
 from __future__ import annotations
@@ -266,7 +267,8 @@ def store_scales(scales, groups, scale_bits, inside, LANES: tl.constexpr):
     """Store what `to_codes` returned as scales of `groups`, all but the first argument [GROUPS, 1].
 
     As rows of which the first number counts, one for each of the LANES threads that share a group: a column of them
-    would change hands through shared memory, and so would rows that seem to follow each other in memory.
+    would change hands through shared memory, and so would rows that seem to follow each other in memory. LANES is 8
+    where a thread has 8 channels of a group, 16 where it has 4; any other power of two costs that detour, no more.
     """
     lane = tl.arange(0, LANES)[None, :]
     repeated = tl.broadcast_to(scale_bits, (scale_bits.shape[0], LANES))
@@ -288,25 +290,30 @@ def from_codes(
     return rounded(code * scale, DTYPE, LARGEST)
 
 
+# Four codes of a byte become float32. Each is the lower bits of 2²³ + code + 128, from which the rest is subtracted:
+# `cvt` runs in the unit of exponentials and reciprocals, which kernels that read codes keep busy already.
+_FOUR_BYTES = tl.constexpr(
+    """{
+    .reg .b32 v, a;
+    xor.b32 v, $4, 0x80808080;
+    prmt.b32 a, v, 0x4B000000, 0x7440;
+    sub.rn.f32 $0, a, 0f4B000080;
+    prmt.b32 a, v, 0x4B000000, 0x7441;
+    sub.rn.f32 $1, a, 0f4B000080;
+    prmt.b32 a, v, 0x4B000000, 0x7442;
+    sub.rn.f32 $2, a, 0f4B000080;
+    prmt.b32 a, v, 0x4B000000, 0x7443;
+    sub.rn.f32 $3, a, 0f4B000080;
+    }"""
+)
+
+
 @triton.jit
 def _numbers_of_bytes(packed):
-    """float32 of int8. A byte becomes the lower bits of 2²³ + code + 128, from which the rest is subtracted: `cvt`
-    runs in the unit of exponentials and reciprocals, of which kernels that read codes have enough.
-    """
+    """float32 of int8."""
     if _PTX:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 v, a;
-            xor.b32 v, $4, 0x80808080;
-            prmt.b32 a, v, 0x4B000000, 0x7440;
-            sub.rn.f32 $0, a, 0f4B000080;
-            prmt.b32 a, v, 0x4B000000, 0x7441;
-            sub.rn.f32 $1, a, 0f4B000080;
-            prmt.b32 a, v, 0x4B000000, 0x7442;
-            sub.rn.f32 $2, a, 0f4B000080;
-            prmt.b32 a, v, 0x4B000000, 0x7443;
-            sub.rn.f32 $3, a, 0f4B000080;
-            }""",
+            _FOUR_BYTES,
             "=f,=f,=f,=f,r",
             [packed],
             dtype=tl.float32,
@@ -421,18 +428,7 @@ def _numbers_of_quad(words, BITS: tl.constexpr):
     """As `_numbers_of_bytes`, of the four lowest codes of an int32."""
     if _PTX and BITS == 8:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 v, a;
-            xor.b32 v, $4, 0x80808080;
-            prmt.b32 a, v, 0x4B000000, 0x7440;
-            sub.rn.f32 $0, a, 0f4B000080;
-            prmt.b32 a, v, 0x4B000000, 0x7441;
-            sub.rn.f32 $1, a, 0f4B000080;
-            prmt.b32 a, v, 0x4B000000, 0x7442;
-            sub.rn.f32 $2, a, 0f4B000080;
-            prmt.b32 a, v, 0x4B000000, 0x7443;
-            sub.rn.f32 $3, a, 0f4B000080;
-            }""",
+            _FOUR_BYTES,
             "=f,=f,=f,=f,r",
             [words],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
@@ -531,6 +527,7 @@ def quantize_kernel(
         tl.store(codes + start + lanes, packed, mask=lanes < size - start)
     group = tl.arange(0, GROUPS)[:, None]
     left = (numel + (GROUP - 1)) // GROUP - program * GROUPS
+    # A column, not `store_scales`: its barrier comes once a program, and rows would take 8 more registers a thread.
     tl.store(scales + program * GROUPS + group, scale_bits, mask=group < left)
 
 
@@ -569,7 +566,7 @@ def error_kernel(
     scale = _scales(values, SLOPE).to(tl.float32, bitcast=True)
     sum0, sum1, sum2, sum3 = _sums(values, scale, _quads(GROUPS), key0, key1, GROUPS)
     sums = tl.reshape(tl.join(tl.join(sum0, sum2), tl.join(sum1, sum3)), (GROUPS, GROUP))
-    code = _third_bytes(sums).to(tl.float32)
+    code = _numbers_of_bytes(_third_bytes(sums))
     error = rounded(code * scale, x.dtype.element_ty, LARGEST).to(tl.float32) - values
     program = tl.program_id(0)
     tl.store(partials + program, tl.sum(error * error))

@@ -208,13 +208,13 @@ def silu_mul_to_codes(a: Tensor, bits: int, step: Tensor, stream: int) -> tuple[
         (h [rows, F] in the type of a, the codes).
 
     Raises:
-        ValueError: a shape or strides that do not fit.
+        ValueError: a shape, strides or bits that do not fit.
     """
     rows, width = a.shape[0], a.shape[1] // 2
     if a.shape[1] % (2 * numbers.GROUP) or not a.is_contiguous():
         raise ValueError(f"need a [rows, 2F], contiguous, F a multiple of {numbers.GROUP}, got {tuple(a.shape)}")
-    h = torch.empty((rows, width), dtype=a.dtype, device=a.device)
     codes, scales = numbers.empty_codes(a.numel(), bits, a)
+    h = torch.empty((rows, width), dtype=a.dtype, device=a.device)
     if groups := h.numel() // numbers.GROUP:
         of_program = _TO_CODES[bits]
         silu_mul_to_codes_kernel[(triton.cdiv(groups, of_program),)](
