@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 # docs/configuration.md.
 COMPILE_PAYS = {"cpu": False, "cuda": True}
 PARTS_ARE_FUSED_BY_COMPILER = frozenset({"coupled", "fixed-point"})
-"""Memory modes that call a block's halves one by one, whose norms and sums are then PyTorch's own."""
+"""Memory modes whose blocks are compiled all the same. `fixed-point` calls a block's halves one by one, whose norms and
+sums are PyTorch's own. `coupled` did too; it has kernels for both now, and stays here until it is measured again."""
 
 
 def compiling_pays(modes: Iterable[str], *, captured: bool) -> bool:
     """Whether compiled blocks make a step faster on a GPU, with our Triton kernels and blocks of these memory modes.
 
-    Not if a CUDA graph launches it: every pass over activations is a kernel of ours already, and compiling took most of
-    a start. Launched one by one, fewer calls are faster calls.
+    Of most modes not if a CUDA graph launches it: every pass over activations is a kernel of ours already, and
+    compiling took most of a start. Launched one by one, fewer calls are faster calls.
     """
     return not captured or not PARTS_ARE_FUSED_BY_COMPILER.isdisjoint(modes)
 

@@ -102,11 +102,13 @@ class _Coupled(torch.autograd.Function):
             b, c = a, b
             # Before gradients are made: with a block's last one, gradient release applies the block's update.
             ctx.gate.expect_equal(index, sums.pop(), rebuilt)
-            torch.autograd.backward(ys, [received.to(y.dtype) for y in ys])
+            edges = [(torch.autograd.graph.get_gradient_edge(y), received.to(y.dtype)) for y in ys]
+            del ys  # their places in the graph are enough; the MLP's result is freed, the mixer's when its norm is done
+            torch.autograd.backward([edge for edge, _ in edges], [gradient for _, gradient in edges])
             of_mlp, of_mixer = (cast(Tensor, leaf.grad) for leaf in leaves)
             total, received = add_up(da, of_mlp, of_mixer, ctx.read)
             da, db = db, total
-            del leaves, ys, of_mlp, of_mixer
+            del leaves, edges, of_mlp, of_mixer
         return (da + db).to(ctx.type), None, None, None
 
 

@@ -330,7 +330,7 @@ class Stack:
 
     def _consequence(self) -> str:
         if self._config.coupled:
-            return "; every state is kept for now, which takes more memory than recompute"
+            return "; every state is kept for now, about as much memory as recompute"
         return "; recomputed until a stricter probe lets it in"
 
     def _probe(self, blocks: Sequence[Block], x: Tensor) -> None:

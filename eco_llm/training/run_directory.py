@@ -106,9 +106,14 @@ class RunDirectory:
             if not present <= set(_OURS):
                 self.saved()  # somebody else's config.json must not be moved
             return "set aside"
-        changed = differences(self.saved_config(), config)
-        if changed and next(self.checkpoints.glob("step_*"), None) is None:
+        content = self.saved()
+        earlier = self._config_in(content)
+        changed = differences(earlier, config)
+        network_gone = _of_earlier_network(earlier, content)
+        if (changed or network_gone) and next(self.checkpoints.glob("step_*"), None) is None:
             return "set aside"  # it died before it had saved anything: out of memory, say, and is tried again smaller
+        if network_gone:
+            raise self._network_gone()
         if changed:
             shown = ", ".join(_change(k, old, new) for k, (old, new) in list(changed.items())[:3])
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -190,13 +195,20 @@ class RunDirectory:
             UserError: there are none, they are damaged, or the run is of a network that this version does not have.
         """
         content = self.saved()
-        config = from_dict(content["config"], source=str(self.config_file))
-        if config.instant.coupled and content.get("resolved", {}).get("coupled_form") != COUPLED_FORM:
-            raise UserError(
-                f"{self.path} holds a run of --instant-mode coupled as an earlier version had it, another network than"
-                " this version's; use that version for it, or --no-resume to begin anew"
-            )
+        config = self._config_in(content)
+        if _of_earlier_network(config, content):
+            raise self._network_gone()
         return config
+
+    def _config_in(self, content: dict[str, Any]) -> TrainConfig:
+        return from_dict(content["config"], source=str(self.config_file))
+
+    def _network_gone(self) -> UserError:
+        return UserError(
+            f"{self.path} holds a run of --instant-mode coupled as an earlier version had it, another network than"
+            " this version's; use that version for it, or train it anew (`eco_train train` with --no-resume or another"
+            " --output-dir)"
+        )
 
     def write_config(self, content: dict[str, Any]) -> None:
         """Replace config.json atomically."""
@@ -229,6 +241,11 @@ class RunDirectory:
             with replacing(self.metrics_file) as temporary:
                 temporary.write_bytes(kept)
         return len(move)
+
+
+def _of_earlier_network(config: TrainConfig, content: dict[str, Any]) -> bool:
+    """Whether a run's settings and config.json are of the coupled form as an earlier version had it."""
+    return config.instant.coupled and (content.get("resolved") or {}).get("coupled_form") != COUPLED_FORM
 
 
 def _change(name: str, old: Any, new: Any) -> str:

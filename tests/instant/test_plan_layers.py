@@ -109,7 +109,7 @@ class _Found(Exception):
     """The graph was seen; nothing needs to run."""
 
 
-def kept_by_compiler(block: Block, x: Tensor) -> dict[int, int]:
+def kept_by_compiler(block: torch.nn.Module, x: Tensor) -> dict[int, int]:
     """{storage: bytes} of what the compiled forward keeps, but for parameters and x."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -134,21 +134,35 @@ def kept_by_compiler(block: Block, x: Tensor) -> dict[int, int]:
     return found
 
 
+class _Change(torch.nn.Module):
+    """What a block adds to x, as `coupled` has it."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mixed, v = self.block.to_change(x, x.view_as(x))
+        return mixed, self.block.mlp(v)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("mixer", ["mamba", "mla"])
-def test_compiled_blocks_keep_what_the_plan_says(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_keep_what_the_plan_says(mixer: Any, coupled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (
         "eco_llm.ops.add_norm", "eco_llm.ops.mamba_mixer", "eco_llm.ops.mla_heads", "eco_llm.ops.swiglu",
     ):  # fmt: skip
         monkeypatch.setattr(f"{module}.uses_triton", lambda tensor: True)
     model = SigmaConfig(d_model=256, n_heads=4, n_layers=6, kv_latent_dim=64)
     batch, time = 2, 512
-    x = torch.zeros(batch, time, model.d_model, requires_grad=True)
-    found = kept_by_compiler(Block(model, mixer), x)
+    x = torch.zeros(batch, time, model.d_model, dtype=torch.bfloat16 if coupled else torch.float32, requires_grad=True)
+    block = Block(model, mixer)
+    found = kept_by_compiler(_Change(block) if coupled else block, x)
     parts = parts_of(model, batch, time)
-    total = parts.wide("activations")
+    total = [] if coupled else [parts.wide("activations")]  # of x itself, which is not counted, nothing is added up
     mixed, first = parts.part_forward(mixer, "activations")
     _, second = parts.part_forward("mlp", "activations")
-    planned = sum(b.block.size for b in (total, *first, mixed, *second))
+    planned = sum(b.block.size for b in (*total, *first, mixed, *second))
     assert planned == pytest.approx(sum(found.values()), rel=0.02)
 
 

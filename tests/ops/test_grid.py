@@ -41,6 +41,14 @@ def in_whole_numbers(a: int, y: float, sign: int) -> tuple[int, bool]:
     return wrapped, fits and wrapped == exact
 
 
+@pytest.mark.parametrize("shapes", [((2, 8), (1, 8)), ((1, 8), (2, 8)), ((2, 8), (2, 8), (8,)), ((2, 8), (16,))])
+def test_nothing_is_broadcast(shapes: tuple[tuple[int, ...], ...]) -> None:
+    a, *ys = (torch.ones(shape) for shape in shapes)
+    for move in (advance, retreat):
+        with pytest.raises(ValueError, match="one shape"):
+            move(a.int(), *ys)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("dtype", TYPES)

@@ -104,11 +104,13 @@ def test_a_run_of_the_earlier_coupled_network_is_refused(
     assert content["resolved"].pop("coupled_form") == "blocks"
     file.write_text(json.dumps(content))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    for command in (tiny_flags(settings), ["evaluate", "--run", str(tmp_path / "run"), "--device", "cpu"]):
+    run = ["--run", str(tmp_path / "run"), "--device", "cpu"]
+    for command in (tiny_flags(settings), ["evaluate", *run], ["sample", *run]):
         capsys.readouterr()
         assert main(command) == 2
         error = capsys.readouterr().err.strip()
         assert "as an earlier version had it" in error
+        assert error.endswith("or train it anew (`eco_train train` with --no-resume or another --output-dir)")
         assert len(error.splitlines()) == 1
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     assert main(tiny_flags(f"{settings} --no-resume")) == 0
@@ -201,7 +203,7 @@ def test_a_gate_does_not_hide_a_loss_that_is_not_finite(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["coupled", "compress"])  # one of halves of blocks, one of whole blocks under hooks
+@pytest.mark.parametrize("mode", ["coupled", "fixed-point", "compress"])  # changes; whole and halves; under hooks
 def test_compiled_modes_train_to_the_same_losses(mode: str, tiny_flags: Flags, tmp_path: Path) -> None:
     settings = f"--steps 3 {STEADY} --instant-mode {mode} --instant-bits 8"
     assert main(tiny_flags(settings, run="eager")) == 0

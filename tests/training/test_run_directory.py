@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from eco_llm.config import TrainConfig, to_dict
+from eco_llm.config import COUPLED_FORM, InstantConfig, TrainConfig, to_dict
 from eco_llm.errors import UserError
 from eco_llm.training.run_directory import RunDirectory
 
@@ -431,3 +431,36 @@ def test_a_crash_within_the_superseded_lines_costs_none(run: RunDirectory) -> No
     (run.path / "metrics.superseded.jsonl").write_bytes(lines(2)[0][:9])
     run.rewind_metrics(1)
     assert set(lines(2, 3)) <= set(superseded(run).splitlines(keepends=True))
+
+
+def coupled(**training: Any) -> TrainConfig:
+    return dataclasses.replace(config(**training), instant=InstantConfig(instant_mode="coupled"))
+
+
+@pytest.mark.parametrize("resolved", [{}, {"resolved": None}, {"resolved": {"coupled_form": "halves"}}], ids=str)
+def test_a_run_of_the_earlier_coupled_network(tmp_path: Path, resolved: dict[str, Any]) -> None:
+    """Refused if it saved anything; set aside like any other that did not, with the settings it had or with others."""
+    run = run_at(tmp_path, coupled())
+    run.write_config({"config": to_dict(coupled()), **resolved})
+    for settings in (coupled(), coupled(seed=7), config()):
+        assert "as an earlier version had it" in refusal(run, settings)
+    assert run.check(coupled(resume=False)) == "set aside"
+    with pytest.raises(UserError, match="as an earlier version had it"):
+        run.saved_config()
+    shutil.rmtree(run.checkpoints / "step_00000001")
+    for settings in (coupled(), coupled(seed=7), config()):
+        assert run.check(settings) == "set aside"
+
+
+def test_a_plain_run_needs_no_coupled_form(tmp_path: Path) -> None:
+    run = run_at(tmp_path)
+    assert "resolved" not in run.saved()
+    assert run.saved_config() == config()
+    assert run.check(config()) == "resume"
+
+
+def test_a_run_of_this_coupled_network_goes_on(tmp_path: Path) -> None:
+    run = run_at(tmp_path, coupled())
+    run.write_config({"config": to_dict(coupled()), "resolved": {"coupled_form": COUPLED_FORM}})
+    assert run.saved_config() == coupled()
+    assert run.check(coupled()) == "resume"

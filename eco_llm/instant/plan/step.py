@@ -480,15 +480,16 @@ class _Step:
             rebuilt = tape.take(checksums)
             tape.give(c)
             b, c = a, b
+            tape.give(fed)  # of which only the place in the graph is needed; mixed is kept for the norm after it
             d_v = parts.part_backward("mlp", [], second)
             d_sum = parts.narrow()  # of x + mixed, and so of both
-            tape.give(d_v)
+            tape.give(d_v, mixed)
             d_u = parts.part_backward(mixer, [parts.narrow()], first)
             d_x = parts.narrow()
             tape.give(d_u)
             total = parts.wide()
             sent, received = received, [parts.narrow() for _ in received]
-            tape.give(d_sum, d_x, *sent, mixed, fed, rebuilt, value, *([da] if da is not dy else []))
+            tape.give(d_sum, d_x, *sent, rebuilt, value, *([da] if da is not dy else []))
             da, db, value = db, total, older
             self._settle(mixer)
         dx = parts.wide()

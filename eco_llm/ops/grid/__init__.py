@@ -53,6 +53,9 @@ def advance(
         dtype: of the value, bfloat16, float32 or float64. float64 holds every q · STEP; float32 rounds those from 1024
             on (2^24 steps) to 24 bits, to nearest even, the same everywhere; bfloat16 rounds what float32 gives.
         checked: without it the checksums may be left out (empty), which saves time where a kernel does not make them.
+
+    Raises:
+        ValueError: shapes differ; nothing is broadcast.
     """
     return _move(a, ys, dtype, back=False, checked=checked)
 
@@ -82,9 +85,11 @@ def checksums(q: Tensor) -> Tensor:
 def _move(
     a: Tensor | None, ys: Sequence[Tensor], dtype: torch.dtype, *, back: bool, checked: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
+    given = ys if a is None else (a, *ys)
+    if any(t.shape != given[0].shape for t in given):
+        raise ValueError(f"summands of one shape are needed, not of {', '.join(str(tuple(t.shape)) for t in given)}")
     known = {dtype, *(y.dtype for y in ys)} <= {torch.float32, torch.bfloat16} and len(ys) <= 2
-    alike = all(t.is_contiguous() and t.shape == ys[0].shape for t in (ys if a is None else (a, *ys)))
-    if known and alike and uses_triton(ys[0]):
+    if known and all(t.is_contiguous() for t in given) and uses_triton(ys[0]):
         from eco_llm.ops.grid.triton import move
 
         return move(a, ys, STEP, TILE, dtype, back=back)
