@@ -203,7 +203,7 @@ def test_a_gate_does_not_hide_a_loss_that_is_not_finite(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["coupled", "fixed-point", "compress"])  # changes; whole and halves; under hooks
+@pytest.mark.parametrize("mode", ["coupled", "fixed-point", "compress"])  # changes; blocks run again; hooks
 def test_compiled_modes_train_to_the_same_losses(mode: str, tiny_flags: Flags, tmp_path: Path) -> None:
     settings = f"--steps 3 {STEADY} --instant-mode {mode} --instant-bits 8"
     assert main(tiny_flags(settings, run="eager")) == 0
