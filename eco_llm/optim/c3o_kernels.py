@@ -684,7 +684,8 @@ def _stays_idle(d_norm, p_norm, lr, sqrt_n, row, a):
     change, most = tl.load(row + 16).to(tl.float64), tl.load(row + 17).to(tl.float64)
     decay = tl.load(a + 6)
     least = tl.minimum(change, 1 / change)
-    u_norm = (d_norm + decay * p_norm + (1 / least - 1) * most) / least
+    # 1e-5: where the direction's terms cancel, rounding is a share of K and not of u.
+    u_norm = (d_norm + decay * p_norm + (1 / least - 1 + 1e-5) * most) / least
     limit = tl.load(a + 7) * tl.maximum(p_norm, tl.load(a + 8) * sqrt_n)
     return lr * (u_norm + decay * p_norm) * (1 + 1e-4) <= limit  # 1e-4: arithmetic, with room; NaN is False
 

@@ -183,6 +183,10 @@ class KernelPlan:
         # Clip factor, norm of the gradients, whether turn 1, turn 2 measures anything, and whether turn 1 leaves
         # anything for the squares' pass.
         self._control = self._uploaded([1.0, 0.0, 0.0, 0.0, 0.0], torch.float32)
+        if 2 * len(self._kinds) > TICKETS:
+            raise RuntimeError(
+                f"{len(self._kinds)} combinations of types and settings need more than {TICKETS} counters"
+            )
         self._tickets = torch.zeros(TICKETS, dtype=torch.int32, device=self.device)
         self._summary = torch.zeros(7, device=self.device)
         self._partials = torch.zeros(4 * self._chunk_count, device=self.device)
@@ -385,7 +389,7 @@ class KernelPlan:
     def step(
         self, *, measure: bool, norm: Tensor | None, loss: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One step of what `bind` took up. No host sync; three to eight launches, and more if types differ.
+        """One step of what `bind` took up. No host sync; three to nine launches, and more if types differ.
 
         Args:
             measure: compute the norm of all bound gradients.

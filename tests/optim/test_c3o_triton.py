@@ -298,6 +298,37 @@ def test_a_guess_holds_where_the_cap_is_idle_whatever_the_factor(
         assert turns[0][1:] == [(1.0, 1.0)] * 5
 
 
+@pytest.mark.parametrize(("radius", "measured_again"), [(4.0, False), (0.006, True), (0.004, True)])
+def test_a_guess_far_from_the_factor_is_not_believed_near_the_cap(
+    radius: float, measured_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another tensor's gradient is ten times as large for one step, and so is the factor's denominator: what was
+    measured with the last factor says little of the direction, and a check that took it as it is would be wrong.
+    """
+    from eco_llm.optim import c3o_triton
+
+    found: dict[int, list[list[float]]] = {NEVER: [], 0: []}
+    capped: dict[int, float] = {}
+    again: list[float] = []
+    for patience in (NEVER, 0):
+        monkeypatch.setattr(c3o_triton, "PATIENCE", patience)
+        p = nn.Parameter(torch.ones(64, device=DEVICE))
+        other = nn.Parameter(torch.ones(4, device=DEVICE))
+        groups = [{"params": [p], "trust_radius": radius}, {"params": [other], "trust_radius": 0.0}]
+        optimizer = C3O(groups, lr=1e-2, weight_decay=0.0, grad_clip=1.0)
+        for step, norm in enumerate((1.4, 1.4, 1.4, 14.0, 1.4)):
+            p.grad = torch.linspace(-1, 1, 64, device=DEVICE) * 1e-2 * (-1) ** step
+            other.grad = torch.full((4,), norm / 2, device=DEVICE)
+            optimizer.step()
+            found[patience].append(p.tolist())
+            capped[patience] = optimizer.metrics()["c3o_trust_capped"]
+            assert optimizer._kernel_metrics is not None
+            again.append(optimizer._kernel_metrics._control[3].item())
+    assert found[NEVER] == found[0]
+    assert capped[NEVER] == capped[0]
+    assert any(again[-2:]) == measured_again
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_directions_of_two_clip_factors_are_bounded_by_each_other(nesterov: bool) -> None:
     """docs/c3o.md, "Before the norm is known", elementwise and in float64, on adversarial moments."""
