@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 # of a short run is not. Evidence: benchmarks/results/*/compile_on_off*.json and quickstart*.json; the tables are in
 # docs/configuration.md.
 COMPILE_PAYS = {"cpu": False, "cuda": True}
-PARTS_ARE_FUSED_BY_COMPILER = frozenset({"coupled", "fixed-point"})
-"""Memory modes whose blocks are compiled all the same. `fixed-point` calls a block's halves one by one, whose norms and
-sums are PyTorch's own. `coupled` did too; it has kernels for both now, and stays here until it is measured again."""
+PARTS_ARE_FUSED_BY_COMPILER = frozenset({"fixed-point"})
+"""Memory modes whose blocks are compiled all the same: this one calls a block's halves one by one, whose norms and sums
+are PyTorch's own."""
 
 
 def compiling_pays(modes: Iterable[str], *, captured: bool) -> bool:

@@ -235,7 +235,7 @@ def test_a_graph_that_switches_autocast_off_is_cached_whole(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("modes", "captured", "expected"),
     [
-        (["none"], True, False), (["none", "recompute", "compress"], True, False), (["none", "coupled"], True, True),
+        (["none"], True, False), (["none", "recompute", "compress"], True, False), (["none", "coupled"], True, False),
         (["fixed-point", "recompute"], True, True), (["none"], False, True), (["coupled"], False, True),
     ],
     ids=str,
