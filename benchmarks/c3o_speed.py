@@ -6,8 +6,8 @@ One run, all sides in turn (A B C … A B C …) on the same parameters and grad
 default and of a plain decoder of 355M parameters. A sample is 17 steps, one whole period of the norm skip (one measured
 step and 16 that are not); a step is a CUDA graph where the optimizer can be recorded, others run eagerly and say so.
 optimi and bitsandbytes take part if they are installed and are named as absent if not. The gradients' norm is above 10:
-a clip at 1 binds in every step, one at 1000 ("clip idle") in none. They are the same in every step, and so is the clip's
-factor: where norms are measured before it is known, every guess is right, which is the best case.
+a clip at 1 binds in every step, one at 1000 ("clip idle") in none. They are the same in every step, and so is the
+clip's factor: where norms are measured before it is known, every guess is right, which is the best case.
 
 Gate: eleven steps of every C3O side (from the ninth on tensors may be measured before the norm is known) change the
 parameters of odd shapes as the for-loop reference does, within the tolerances below (relative 2-norm of the change; a
