@@ -97,7 +97,7 @@ def compare_steps(shape: str, rounds: int, runtime: Runtime) -> tuple[dict[str, 
     for replaced in (True, False):
         torch._dynamo.reset()  # the other side's graphs are captured
         with mock.patch("eco_llm.ops.add_norm.uses_triton", never) if replaced else contextlib.nullcontext():
-            side = Ours(model, batches.cycle(), runtime)
+            side = Ours(model, batches.cycle(), runtime, compile_blocks=True)
             firsts.append(float(side.step()))  # compiles and captures
         sides.append(side)
     require_close(*firsts, relative=1e-3, what="first loss")

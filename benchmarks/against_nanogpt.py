@@ -253,6 +253,7 @@ def main() -> None:
         "peer": describe(arguments.peer, ["model.py", "train.py"]), "peak_flops_is": rate_is,
         "dtype": str(runtime.compute_dtype), "threads": torch.get_num_threads(),
         "model": {"layers": layers, "width": width, "heads": heads, "vocab": vocab, **ours_only},
+        "how": ours.how,
         "storage": {"weights": arguments.weights_dtype, "c3o_state": arguments.c3o_state_dtype}, "c3o": vars(c3o),
         "table": {
             "title": f"{arguments.shape}",

@@ -306,7 +306,15 @@ def measure(
         how: dict[Side, str] = {}
         optimizers = {}
         wait = None
+        kept = [p.grad.clone() for p in params]
+
+        def restore(params: list[Any] = params, kept: list[Any] = kept) -> None:
+            """torch's clip scales what all sides share in place; a side after it would have nothing to clip."""
+            for p, gradient in zip(params, kept, strict=True):
+                p.grad.copy_(gradient)
+
         for side in mine:
+            restore()
             optimizer, step = make(side, params)
             step()
             if on_cuda:
@@ -319,7 +327,12 @@ def measure(
         times: dict[Side, list[float]] = {side: [] for side in mine}
         for i in range(rounds + 1):
             for side in mine:
+                restore()
                 seconds = runs[side]()
+                if on_cuda and side.kind == "c3o" and side.clip:  # on a CPU C3O's clip, too, scales in place
+                    scale = optimizers[side].metrics()["c3o_grad_clip_scale"]
+                    if (scale == 1.0) != side.idle:
+                        raise GateError(f"{side.name}: the clip's factor was {scale}")
                 if i:  # the first round warms up
                     times[side].append(1e3 * seconds * 1e8 / count)
         baseline = next(s for s in mine if s.kind == "adamw" and s.clip)

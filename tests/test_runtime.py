@@ -207,7 +207,7 @@ def test_detect_and_setup_on_a_gpu() -> None:
 
 @pytest.mark.slow
 def test_a_graph_that_switches_autocast_off_is_cached_whole(tmp_path: Path) -> None:
-    """What makes a warm start quick: without `_cache_whole_graphs` PyTorch bypasses its cache for every block."""
+    """What makes a warm start quick: without `prepare_compiler` PyTorch bypasses its cache for every block."""
     code = (
         "import torch; from torch._dynamo.utils import counters; from eco_llm.runtime import Runtime\n"
         "Runtime(torch.device('cpu'), torch.float32, compile=True).setup(0)\n"

@@ -45,7 +45,7 @@ def serves(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN makes a [..., K] @ b [K, N] now: float32 on a CPU, outside autocast and `reference_only`."""
     if a.dtype != torch.float32 or b.dtype != torch.float32 or a.device.type != "cpu" or forced_reference():
         return False
-    if a.stride(-1) != 1 or a.numel() * b.shape[1] < LEAST_WORK or torch.is_autocast_enabled("cpu"):
+    if a.ndim < 2 or a.stride(-1) != 1 or a.numel() * b.shape[1] < LEAST_WORK or torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_dynamo_compiling():
         from eco_llm.ops.traced_backend import has_onednn

@@ -18,7 +18,8 @@ _library = torch.library.Library(_NAMESPACE, "DEF")
 class Operator:
     """A function of tensors, numbers, types and devices, registered with PyTorch's dispatcher under its name.
 
-    It must be pure, and return nothing that it was given, nor a view of it: `torch.library.opcheck` sees in tests.
+    It must be pure, and return nothing that it was given, nor a view of it: nothing looks at that in a run, and
+    `torch.library.opcheck` in the tests of some.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:

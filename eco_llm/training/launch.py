@@ -240,8 +240,8 @@ class _Launch:
         self.say(f"the step could not be captured in a CUDA graph and runs without, slower: {reason}")
         content = self.run.saved()
         content["resolved"] |= {"cuda_graph": False, "cuda_graph_failure": reason}
-        if self.config.runtime.torch_compile == "auto":
-            self.say("if that is to stay, --torch-compile makes its steps faster")
+        if not self.runtime.compile and self.config.runtime.torch_compile == "auto":
+            self.say("blocks are not compiled; --torch-compile makes steps without a graph faster")
         self.run.write_config(content)
 
     def _probe(self, step: int) -> dict[str, Any]:

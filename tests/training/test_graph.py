@@ -343,7 +343,7 @@ def test_blocks_are_compiled_where_nothing_is_asked_and_it_pays(monkeypatch: pyt
         return compiles_blocks(config, config.model, cuda)
 
     assert not compiled()  # one CUDA graph of our kernels
-    for mode, pays in (("recompute", False), ("compress", False), ("coupled", True), ("fixed-point", True)):
+    for mode, pays in (("recompute", False), ("compress", False), ("coupled", False), ("fixed-point", True)):
         assert compiled(instant=InstantConfig(instant_mode=mode)) is pays
     assert compiled(runtime=RuntimeConfig(cuda_graph="off"))
     assert compiled(optimizer=OptimizerConfig(optimizer="muon"))
