@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.backend import Kernels, forced_reference
+from eco_llm.ops.opaque import operator
 
 LEAST_WORK = 2**23
 """Multiply-adds below which a product gains less than a call of oneDNN's operator costs, 12 µs more than one of MKL."""
@@ -38,7 +39,8 @@ def products_by() -> Kernels:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] @ b [K, N], by oneDNN where it is the faster."""
-    return onednn_matmul(a, b) if serves(a, b) else a @ b
+    product: Tensor = onednn_matmul(a, b) if serves(a, b) else a @ b
+    return product
 
 
 def serves(a: Tensor, b: Tensor) -> bool:
@@ -54,24 +56,15 @@ def serves(a: Tensor, b: Tensor) -> bool:
     return products_by().name == "onednn"
 
 
+# PyTorch's own operator has no derivative, and its compiler takes it for constant weights only.
+@operator("onednn_matmul")
 def onednn_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, N], both float32, b of any strides: [M, N]."""
-    result: Tensor = torch.ops.eco_llm.onednn_matmul.default(a, b)
-    return result
-
-
-# An operator of ours around PyTorch's, which has no derivative and which its compiler takes for constant weights only.
-# In pieces, since what `custom_op` does besides takes as long as the call itself.
-torch.library.define("eco_llm::onednn_matmul", "(Tensor a, Tensor b) -> Tensor")
-
-
-@torch.library.impl("eco_llm::onednn_matmul", "cpu")
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [K, N], both float32 on a CPU, b of any strides: [M, N]."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")
     return result
 
 
-@torch.library.register_fake("eco_llm::onednn_matmul")
+@onednn_matmul.register_fake
 def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
@@ -89,4 +82,4 @@ def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | Non
     return d_a, d_b
 
 
-torch.library.register_autograd("eco_llm::onednn_matmul", _differentiate, setup_context=_save)
+onednn_matmul.register_autograd(_differentiate, setup_context=_save)
