@@ -97,10 +97,12 @@ def hidden(shape: Sequence[int]) -> bool:
 
 SIDES = (
     Side("fp32", "adamw", clip=False), Side("fp32", "adamw"), Side("fp32"), Side("fp32", skip=True),
+    Side("fp32", skip=True, clip=False),
     Side("fp32", state="bf16", skip=True), Side("fp32", state="int8", skip=True),
     Side("bf16", "adamw", state="bf16", clip=False), Side("bf16", "adamw", state="bf16"),
     Side("bf16", "optimi", state="bf16", clip=False), Side("bf16", "bitsandbytes", state="int8", clip=False),
-    Side("bf16", state="bf16"), Side("bf16", state="bf16", skip=True), Side("bf16", state="int8"),
+    Side("bf16", state="bf16"), Side("bf16", state="bf16", idle=True), Side("bf16", state="bf16", skip=True),
+    Side("bf16", state="bf16", skip=True, clip=False), Side("bf16", state="int8"),
     Side("bf16", state="int8", skip=True), Side("bf16", state="int8", skip=True, clip=False),
     Side("bf16", state="int4"), Side("bf16", state="int4", skip=True),
     Side("bf16", state="int4", skip=True, error_bits=8),
