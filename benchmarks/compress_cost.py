@@ -2,7 +2,7 @@
 
     python benchmarks/compress_cost.py [--shape 32x1024] [--rounds 12]
 
-The default profile's step, as `eco_train` runs it (C3O, one CUDA graph, compiled blocks), on real text, with everything
+The default profile's step, as `eco_train` runs it (C3O, one CUDA graph), on real text, with everything
 kept; and with `compress` in 8 bits, in 4 bits, and `recompute`. All four train the same batches from the same weights,
 and are timed in turn, a few steps each, round after round, so that drift falls on all alike; ratios are against `none`
 of the same round. Memory is that of a side's own graph: what its first steps, capture with them, took from the device.

@@ -6,7 +6,7 @@
 PATH is a checkout of nanoGPT; its model as it is, compiled, fused AdamW, bf16 autocast, clipping. `recompute` wraps
 each of its blocks in torch.utils.checkpoint; `chunked loss` makes its logits some thousand tokens at a time (peers.py):
 what a careful user of it would write, and the stronger baseline where memory is short. Ours: the step that `eco_train`
-runs in its default GPU profile: compiled blocks, C3O on a sphere, weights and its state in bf16.
+runs in its default GPU profile: C3O on a sphere, weights and its state in bf16; without --graph with compiled blocks.
 
 A row is a memory mode as `--instant-mode` takes it (`recompute`, `recompute*8,none*10`), perhaps followed by ` 4 bits`;
 or `auto`, what `--instant-mode auto --vram-gib CAP` comes to; or a peer. `@16x1024,32x1024` behind it: at these shapes

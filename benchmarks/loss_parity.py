@@ -3,8 +3,9 @@
     python benchmarks/loss_parity.py [--steps 500] [--references 3] [FLAGS OF eco_train train …]
 
 The same weights, batches of real text (--data, by default this Python's standard library) and schedule, run as: the
-fast path (kernels, compiled blocks, whole-step CUDA graph), and reference runs (ops.backend.reference_only, eager) that
-differ from each other in the order of their sums alone: SSD chunk 128, 64, 256 and 2048, 1024, 512 tokens of logits.
+fast path (kernels and a whole-step CUDA graph, as a run that says nothing has it), and reference runs
+(ops.backend.reference_only, eager) that differ from each other in the order of their sums alone: SSD chunk 128, 64, 256
+and 2048, 1024, 512 tokens of logits.
 
 How the noise is measured: every curve is smoothed (mean of 25 steps); the noise is the largest root mean square, over
 steps, of the difference of two references. Verdict: the fast curve's difference from the mean of the references has
@@ -79,7 +80,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--references", type=int, default=3, choices=(2, 3))
-    parser.add_argument("--compile-references", action="store_true", help="compiled references: faster, less plain")
     arguments, flags = parser.parse_known_args()
     config = parse(TrainConfig, expand(flags or ["@train_sigma_args.txt"]), prog="loss_parity")
     set_cache_dirs()
@@ -106,10 +106,10 @@ def main() -> None:
         shape = dataclasses.replace(config.model, mamba_chunk=chunk, loss_chunk_tokens=loss_chunk)
         losses = torch.empty(arguments.steps, device=runtime.device)
         with contextlib.nullcontext() if fast else reference_only():
-            compiled = (fast and on_cuda) or (arguments.compile_references and not fast)
             side = Ours(
                 shape, itertools.cycle(batches), runtime,
-                compile_blocks=compiled, graph=fast, settings=config.optimizer, c3o=config.c3o, seed=t.seed,
+                compile_blocks=None if fast else False, graph=fast, settings=config.optimizer, c3o=config.c3o,
+                bf16_weights=config.runtime.weights_dtype == "bf16", seed=t.seed,
             )  # fmt: skip
             started = time.perf_counter()
             for step in range(arguments.steps):
@@ -118,7 +118,7 @@ def main() -> None:
             values = losses.double().cpu().numpy()
         seconds, how = (time.perf_counter() - started) / arguments.steps, side.how
         del side
-        torch._dynamo.reset()  # what was compiled inside reference_only must not serve the next run, nor the reverse
+        torch._dynamo.reset()  # on a CPU: what was compiled inside reference_only must not serve the next run
         clean(runtime.device)
         return values, seconds, how
 
