@@ -19,7 +19,7 @@ class Operator:
     """A function of tensors, numbers, types and devices, registered with PyTorch's dispatcher under its name.
 
     It must be pure, and return nothing that it was given, nor a view of it: nothing looks at that in a run, and
-    `torch.library.opcheck` in the tests of some.
+    `torch.library.opcheck` in the tests (tests/ops/test_operators.py).
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:

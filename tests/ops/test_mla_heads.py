@@ -10,7 +10,6 @@ import torch
 from kernel_cases import INTERPRETED, KERNEL_DEVICE, assert_close, normal
 from torch import Tensor
 
-from eco_llm.ops import mla_heads as op
 from eco_llm.ops.mla_heads import mla_heads
 
 EPS = 1e-5
@@ -134,17 +133,6 @@ def test_under_autocast_and_the_compiler(compiled: bool) -> None:
     assert not got[0].any()
     for actual, expected in zip(got[1:], wanted[4:], strict=True):
         assert_close(actual, expected, TOLERANCE[torch.bfloat16])
-
-
-@pytest.mark.gpu
-def test_operators_pass_pytorchs_own_checks() -> None:
-    inputs, table, gradients = cases(SHAPES[0], torch.float32, KERNEL_DEVICE)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    leaves = [inputs[name].requires_grad_() for name in NAMES]
-    torch.library.opcheck(op._heads.overload, (*leaves, *table, 3, EPS), test_utils=checks)
-    _, latent, weight, up = (leaf.detach() for leaf in leaves)
-    arguments = (*(g.transpose(1, 2) for g in gradients), latent, weight, up, *table, EPS, torch.float32)
-    torch.library.opcheck(op._heads_backward.overload, arguments, test_utils=checks)
 
 
 @pytest.mark.gpu

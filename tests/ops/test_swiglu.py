@@ -264,19 +264,6 @@ def test_nothing_is_kept_without_gradients_and_weights_are_cast_once_with() -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operators_keep_the_rules(weight_dtype: torch.dtype) -> None:
-    leaves, dy = make((2, 5, 8, 12), torch.bfloat16, weight_dtype)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(swiglu._mlp.overload, tuple(leaves), test_utils=checks)
-    a = normal(10, 24, seed=4, dtype=torch.bfloat16)
-    torch.library.opcheck(swiglu._silu_mul.overload, (a,), test_utils=checks)
-    x, gate_up, down = (t.detach().bfloat16() for t in leaves)
-    arguments = (dy, x, a, gate_up, down, weight_dtype, weight_dtype)
-    torch.library.opcheck(swiglu._mlp_backward.overload, arguments, test_utils=checks)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["aot_eager"] if INTERPRETED else ["aot_eager", "inductor"])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_under_autocast(weight_dtype: torch.dtype, backend: str) -> None:
