@@ -13,6 +13,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from eco_llm.errors import UserError
 
+VALIDATION_TOKENS = 8192
+"""Of one forward pass of validation, at most, if a sequence has no more. It runs beside the memory that a CUDA graph
+keeps for its replays, so a whole batch at once would set aside a GiB and more that training cannot use."""
+
+
+def validation_rows(batch: int, seq_len: int) -> int:
+    """Sequences of a batch that validation scores at once."""
+    return max(1, min(batch, VALIDATION_TOKENS // seq_len))
+
 
 def flag_of(name: str) -> str:
     """A field's name as the flag that is typed."""

@@ -143,13 +143,17 @@ class Runtime:
         else:
             _leave_compiler_out()
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """The context for forward passes: autocast to bf16, or nothing for fp32."""
+    def autocast(self, *, keep_casts: bool = True) -> contextlib.AbstractContextManager[object]:
+        """The context for forward passes: autocast to bf16, or nothing for fp32.
+
+        PyTorch keeps casts of weights until the context ends, for products that use one twice; with `keep_casts` False
+        it makes them where they are used.
+        """
         import torch
 
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.compute_dtype)
+        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=keep_casts)
 
 
 def _leave_compiler_out() -> None:

@@ -107,16 +107,15 @@ def test_coupled_activations_do_not_grow_with_depth() -> None:
     assert beside_parameters(48) == pytest.approx(beside_parameters(12), rel=0.02)
 
 
-def test_gradients_are_gone_when_validation_runs_unless_a_graph_keeps_them() -> None:
-    """36 layers at one sequence: all gradients, or all casts that autocast caches in validation, but not both."""
-    model = SigmaConfig(d_model=1536, n_heads=24, n_layers=36)
-    one = job(model, "coupled", batch=1, seq_len=1024, compiled=False, graph=False)
-    eager, trained = estimate(one), estimate(one.replace(evaluates=False))
-    assert eager.peak == trained.peak
-    assert eager.reserved == trained.reserved
-    casts = 2 * 36 * 3 * 1536 * model.mlp_dim
-    graph = one.replace(graph=True)
-    assert estimate(graph).peak - estimate(graph.replace(evaluates=False)).peak > 0.8 * casts
+def test_validation_takes_little_beside_a_graph() -> None:
+    """It scores some thousand tokens at once and keeps no casts of weights: 36 layers, and 64 sequences."""
+    wide = SigmaConfig(d_model=1536, n_heads=24, n_layers=36)
+    for one in (job(wide, "coupled", batch=1, seq_len=1024), job(SigmaConfig(), "recompute", batch=64, seq_len=1024)):
+        for graph in (False, True):
+            this = one.replace(compiled=False, graph=graph)
+            scored, trained = estimate(this), estimate(this.replace(evaluates=False))
+            assert scored.peak - trained.peak <= (0.2 * GIB if graph else 0)  # beside a graph's gradients, which stay
+            assert scored.reserved - trained.reserved <= (0.4 * GIB if graph else 0)
 
 
 def test_released_gradients_are_never_all_there() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eco_llm.config import VALIDATION_TOKENS, validation_rows
 from eco_llm.runtime import Runtime
 from eco_llm.training.evaluation import Validation, evaluate
 
@@ -24,9 +25,11 @@ class TableModel(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(1)))
         self.calls: list[tuple[bool, bool, bool]] = []
+        self.shapes: list[tuple[int, ...]] = []
 
     def loss_sum(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         self.calls.append((self.training, torch.is_grad_enabled(), torch.is_autocast_enabled(inputs.device.type)))
+        self.shapes.append(tuple(inputs.shape))
         logits = self.table[inputs].flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), reduction="sum"), (targets != -100).sum()
 
@@ -62,6 +65,22 @@ def test_the_mean_weighs_every_counted_token_alike(ignored: float) -> None:
     assert result.tokens == len(nats)
     assert result.loss == pytest.approx(math.fsum(nats) / len(nats), rel=1e-6)
     assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) / 3.25, rel=1e-12)
+
+
+def test_a_large_batch_is_scored_in_parts() -> None:
+    """What is scored at once lies beside the memory of a CUDA graph; the mean is that of the whole."""
+    model, (batch,) = TableModel(), batches_of((11, VALIDATION_TOKENS // 4), ignored=0.3)
+    result = score(model, [batch])
+    assert [rows for rows, _ in model.shapes] == [4, 4, 3]
+    inputs, targets = batch
+    whole, count = model.loss_sum(inputs, targets)
+    assert result.tokens == int(count)
+    assert result.loss == pytest.approx(float(whole) / int(count), rel=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "length", "rows"), [(4, 512, 4), (64, 1024, 8), (3, 8192, 1), (2, 9000, 1)])
+def test_sequences_scored_at_once(batch: int, length: int, rows: int) -> None:
+    assert validation_rows(batch, length) == rows
 
 
 def test_a_uniform_guess_over_bytes_costs_eight_bits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from eco_llm.config import validation_rows
 from eco_llm.instant.plan.layers import F32, Buffer, Kind, Parts, Tape
 from eco_llm.instant.plan.sizes import STATE_ROW, TILE, Job
 
@@ -512,11 +513,11 @@ class _Step:
 
     def _validate(self) -> None:
         """A forward pass in which nothing is kept, beside a graph's private memory if there is a graph."""
-        parts, tape, m = self.parts, self.tape, self.job.model
-        tokens = tape.take(2 * 8 * parts.M)
+        job, tape, m = self.job, self.tape, self.job.model
+        tokens = tape.take(2 * 8 * job.tokens)
+        parts = Parts(job.replace(batch=validation_rows(job.batch, job.seq_len)), tape)
         self._workspace("forward")
         streams = [parts.wide() for _ in range(3 if self.job.coupled else 1)]
-        cached: list[Buffer] = []  # autocast's casts, until its context ends; compiled blocks cast for themselves
         for mixer in self.mixers:
             out, kept = parts.sub_forward(mixer, "temporaries")
             middle = parts.wide()
@@ -525,11 +526,7 @@ class _Step:
             after = parts.wide()
             tape.give(fed, *kept, middle, streams.pop())
             streams.append(after)
-            if not self.job.compiles:
-                shapes = [parts.shapes.mlp()] + ([parts.shapes.mla()] if mixer == "mla" else [])
-                weights = [w.numbers for matrices in shapes for w in matrices.values()]
-                cached += [b for numbers in weights for b in parts.cast(numbers, "temporaries")]
         hidden = parts.wide()
         casts = ([] if parts.c == F32 else [parts.narrow()]) + parts.cast(m.vocab_size * parts.D, "temporaries")
         logits = tape.take(F32 * min(m.loss_chunk_tokens, parts.M) * m.vocab_size)
-        tape.give(logits, *casts, hidden, *streams, *cached, tokens)
+        tape.give(logits, *casts, hidden, *streams, tokens)
