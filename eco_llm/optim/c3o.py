@@ -330,8 +330,6 @@ class C3O(Optimizer):
             loss=None if guard is None else _on(guard, like).to(torch.float32),
             found_inf=_on(found_inf, like),
         )
-        if self._whole is not None:
-            kernels.summarise()
         self._kernel_metrics = kernels
 
     def _mixed_step(
@@ -588,9 +586,9 @@ class C3O(Optimizer):
         the same tensor every time, which steps keep up to date, replayed ones too.
         """
         if self._whole is not None:
-            return (*_STATS, _COUNTS[2], *_COUNTS[:2]), self._whole.summarise()
+            return (*_STATS, _COUNTS[2], *_COUNTS[:2]), self._whole.summary
         if self._kernel_metrics is not None:
-            return (*_STATS, _COUNTS[2], *_COUNTS[:2]), self._kernel_metrics.summarise().clone()
+            return (*_STATS, _COUNTS[2], *_COUNTS[:2]), self._kernel_metrics.summary.clone()
         stats = self._stats
         if stats is None:
             some = next(p for group in self.param_groups for p in group["params"])  # the first group may be empty
