@@ -133,7 +133,7 @@ def _recorded(
     """(x as leaves, the change of it with its graph)."""
     leaves = [x.detach().requires_grad_() for _ in range(2)]
     with setting.restored():
-        return leaves, block.change(*leaves, ahead)
+        return leaves, block.change(leaves[0], leaves[1], ahead)
 
 
 def _given(block: Changing, x: Tensor, setting: Setting) -> list[Tensor]:

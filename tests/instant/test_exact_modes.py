@@ -63,6 +63,18 @@ def test_recompute_has_the_bits_of_the_stored_network(
     assert not wrong or max((ours[n] - expected[n]).abs().max() / expected[n].abs().max() for n in wrong) < 2e-2 * bf16
 
 
+def test_compiled_halves_have_the_bits_of_the_stored_network(
+    build: Build, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their second run is of the graph of forward, and the stream's gradient is added up behind it."""
+    model, other = build("coupled"), build("coupled")
+    for one in (model, other):
+        one.compile_blocks(backend="eager")
+    ours = loss_and_gradients(model, batch, bf16=True)
+    expected = loss_and_gradients(stored(other, monkeypatch), batch, bf16=True)
+    assert [name for name, want in expected.items() if not torch.equal(ours[name], want)] == []
+
+
 def test_coupled_is_another_function_of_the_same_weights(build: Build, batch: tuple[Tensor, Tensor]) -> None:
     plain, other = build("none"), build("coupled")
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))

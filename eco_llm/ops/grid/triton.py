@@ -117,8 +117,9 @@ def move(
         with torch.cuda.device_of(y):
             _move_kernel[sums.shape](
                 out if a is None else a, y, more, out if beside is None else beside, out, value, sums,
-                sums if seen is None else seen, flag, other_flag, n, 1 / step, step, MOST, a is not None, len(ys) == 2,
-                beside is not None, back, seen is not None, tile, _CHUNK, num_warps=_WARPS,
+                sums if seen is None else seen, flag, other_flag, n, INVERSE=1 / step, STEP=step, MOST=MOST,
+                FROM=a is not None, MORE=len(ys) == 2, BESIDE=beside is not None, BACK=back, CHECK=seen is not None,
+                TILE=tile, CHUNK=_CHUNK, num_warps=_WARPS,
             )  # fmt: skip
     return out, value, sums
 
