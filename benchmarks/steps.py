@@ -55,6 +55,12 @@ class Batches:
         self._batches = [Batch(pair[0], pair[1]) for pair in pairs]
         self._device = device
 
+    def __len__(self) -> int:
+        """How many there are. Steps do not all take the same time, so a sample of a time takes a whole cycle: of a part
+        of it there would be two groups of samples, and a median of two groups says little.
+        """
+        return len(self._batches)
+
     def cycle(self) -> Iterator[Batch]:
         """The batches for ever, on the host; every side takes an iterator of its own, from the start."""
         return itertools.cycle(self._batches)

@@ -7,8 +7,12 @@ D(b) is what the block adds to b: a plain residual block gives b + D(b). One eva
 the inverse and the vector-Jacobian product. States are int32 on a grid (`ops/grid`), where what was added can always be
 subtracted again, and D, which reads their values in floating point, is the same computation both times (`replay`), so
 the state that backward reconstructs is that of forward. Kept: the two last states, whatever the depth, and of every
-other state its checksums (8 bytes for 4096 numbers), compared before the block's gradients are made. While D runs, one
-value is alive, its input; backward has also made that of the state before by the time gradients are.
+other state its checksums (8 bytes for 4096 numbers), compared by the kernel that reconstructs it, before any gradient
+of the block is applied. While D runs, one value is alive, its input; backward has also made that of the state before by
+the time gradients are.
+
+What D's result receives is known before D runs again: it is the gradient of the state that D's result made. So blocks
+take both ways over what they have in hand (`Ahead`).
 
 What is not finite, or out of the grid's range, is NaN in a value: what reads it is NaN, so the loss is, and the step is
 refused. (Backward then rebuilds from other numbers, and the gate trips too; of a loss that is NaN that means nothing.)
@@ -28,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from eco_llm.instant.replay import Setting, SubLayer
 from eco_llm.instant.verification import Gate
-from eco_llm.ops.add_up import add_up
+from eco_llm.ops.add_up import Ahead, add_up
 from eco_llm.ops.grid import advance, retreat, snap, values
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -39,9 +43,13 @@ for the mixer, so that what these send back comes apart, and is added to the str
 class Changing(Protocol):
     """A block as `coupled` sees it."""
 
-    @property
-    def change(self) -> Change:
-        """What the block adds to x."""
+    def change(self, x: Tensor, again: Tensor, ahead: Ahead | None = None, /) -> tuple[Tensor, ...]:
+        """A `Change`: what the block adds to x, the same bits with `ahead` as without.
+
+        Args:
+            ahead: given to the run in backward. Of its results, those that require a gradient receive `ahead.result`;
+                where it took x or again through a `fork`, all of x's gradient comes to that one.
+        """
 
 
 def _types(x: Tensor, setting: Setting) -> tuple[torch.dtype, torch.dtype]:
@@ -79,11 +87,11 @@ class _Coupled(torch.autograd.Function):
             c, x, seen = advance(a, *_given(block, x, setting), dtype=ctx.read)
             a, b = b, c
             sums.append(seen)
-        c, x, _ = advance(a, *_given(blocks[-1], x, setting), dtype=wide)
+        c, x, _ = advance(a, *_given(blocks[-1], x, setting), dtype=wide, beside=b)
         del sums[-1:]  # of the state that is kept beside the last, which has none
         ctx.save_for_backward(*sums)
         ctx.last = b, c  # not saved: autograd would hold them until backward returns
-        return x.add_(values(b, wide))  # NaN in the value of b has reached x
+        return x  # NaN in the value of b has reached it
 
     @staticmethod
     @once_differentiable
@@ -96,27 +104,36 @@ class _Coupled(torch.autograd.Function):
         received = db.to(ctx.read)  # db as what made c takes it
         x = values(b, ctx.read)
         for index in reversed(range(len(ctx.blocks))):
-            leaves, ys = _recorded(ctx.blocks[index], x, ctx.setting)
+            ahead = Ahead(received, da, ctx.read)
+            leaves, ys = _recorded(ctx.blocks[index], x, ctx.setting, ahead)
             # The first state's value is made too, though nothing reads it: one write a step, against a kernel more.
-            a, x, rebuilt = retreat(c, *(y.detach() for y in ys), dtype=ctx.read)
+            # Checked before gradients are made: with a block's last one, gradient release applies the block's update.
+            a, x, _ = retreat(
+                c, *(y.detach() for y in ys), dtype=ctx.read, seen=sums.pop(), flags=ctx.gate.flags(index)
+            )
             b, c = a, b
-            # Before gradients are made: with a block's last one, gradient release applies the block's update.
-            ctx.gate.expect_equal(index, sums.pop(), rebuilt)
-            edges = [(torch.autograd.graph.get_gradient_edge(y), received.to(y.dtype)) for y in ys]
+            edges = [(torch.autograd.graph.get_gradient_edge(y), received.to(y.dtype)) for y in ys if y.requires_grad]
             del ys  # their places in the graph are enough; the MLP's result is freed, the mixer's when its norm is done
             torch.autograd.backward([edge for edge, _ in edges], [gradient for _, gradient in edges])
-            of_mlp, of_mixer = (cast(Tensor, leaf.grad) for leaf in leaves)
-            total, received = add_up(da, of_mlp, of_mixer, ctx.read)
+            total = ahead.total
+            if total is None:
+                of_mlp, of_mixer = (cast(Tensor, leaf.grad) for leaf in leaves)
+                total, received = add_up(da, of_mlp, of_mixer, ctx.read)
+                del of_mlp, of_mixer
+            else:
+                (received,) = (leaf.grad for leaf in leaves if leaf.grad is not None)
             da, db = db, total
-            del leaves, edges, of_mlp, of_mixer
+            del leaves, edges, ahead
         return (da + db).to(ctx.type), None, None, None
 
 
-def _recorded(block: Changing, x: Tensor, setting: Setting) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+def _recorded(
+    block: Changing, x: Tensor, setting: Setting, ahead: Ahead | None = None
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """(x as leaves, the change of it with its graph)."""
     leaves = [x.detach().requires_grad_() for _ in range(2)]
     with setting.restored():
-        return leaves, block.change(*leaves)
+        return leaves, block.change(leaves[0], leaves[1], ahead)
 
 
 def _given(block: Changing, x: Tensor, setting: Setting) -> list[Tensor]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from eco_llm.instant.compression import FourBitError
-from eco_llm.instant.coupled import Change
 from eco_llm.instant.fixed_point import Layer
 from eco_llm.instant.replay import SubLayer, Twice
+from eco_llm.ops.add_up import Ahead
 from eco_llm.ops.quantize import Keep
 
 
@@ -54,10 +54,11 @@ class NamedBlock:
         mix, feed = self._block.sub_layers
         return NamedBlock(self._block, self._name, mix), NamedBlock(self._block, self._name, feed)
 
-    @property
-    def change(self) -> Change:
+    def change(self, x: Tensor, again: Tensor, ahead: Ahead | None = None) -> tuple[Tensor, ...]:
         """The block's, under its name."""
-        return NamedBlock(self._block, self._name, self._block.change)  # type: ignore[attr-defined]  # as below
+        call = NamedBlock(self._block, self._name, self._block.change)  # type: ignore[attr-defined]  # as below
+        result: tuple[Tensor, ...] = call(x, again, ahead)
+        return result
 
     @property
     def whole(self) -> Twice:

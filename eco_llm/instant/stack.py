@@ -18,12 +18,13 @@ from torch import Tensor
 
 from eco_llm.config import InstantConfig
 from eco_llm.instant.compression import Bytes, FourBitError, Packing, recompute_from_packed
-from eco_llm.instant.coupled import Change, coupled, coupled_stored, coupled_values
+from eco_llm.instant.coupled import coupled, coupled_stored, coupled_values
 from eco_llm.instant.fixed_point import Layer, Run, errors_by_iteration, fixed_point, iterations_needed
 from eco_llm.instant.ranges import named
 from eco_llm.instant.recompute import recompute
 from eco_llm.instant.replay import Setting, SubLayer, Twice
 from eco_llm.instant.verification import BLOCK_PREFIX, NAMES, Gate, block_name
+from eco_llm.ops.add_up import Ahead
 from eco_llm.ops.quantize import Keep
 
 GATE_REVIEW = 8
@@ -50,9 +51,8 @@ class Block(Layer, Protocol):
     def sub_layers(self) -> tuple[SubLayer, SubLayer]:
         """(mix, feed)."""
 
-    @property
-    def change(self) -> Change:
-        """What the block adds to x."""
+    def change(self, x: Tensor, again: Tensor, ahead: Ahead | None = None, /) -> tuple[Tensor, ...]:
+        """What the block adds to x, as `coupled` asks for it."""
 
     @property
     def whole(self) -> Twice:

@@ -33,10 +33,11 @@ class Gate:
         self._tripped.zero_()
         self._worst.zero_()
 
-    def expect_equal(self, block: int, seen: Tensor, rebuilt: Tensor) -> None:
-        """Trip unless all checksums, int64 [tiles], agree."""
-        wrong = (seen != rebuilt).any().to(torch.float32)
-        self._record(block, wrong, 1, wrong)
+    def flags(self, block: int) -> tuple[Tensor, Tensor]:
+        """What has to become 1 where a block's state is not the one of forward: its verdict, and the step's error of
+        reconstruction. 0-dim float32, shared with the gate, so that the kernel that finds a difference can say so.
+        """
+        return self._tripped[block], self._worst[1]
 
     def expect_residual(self, block: int, residual: Tensor, limit: float) -> None:
         """Trip unless a 0-dim relative residual is at most `limit`; NaN trips."""

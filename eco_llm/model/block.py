@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from eco_llm.config import SigmaConfig
 from eco_llm.instant.compression import FourBitError
-from eco_llm.instant.coupled import Change
 from eco_llm.instant.replay import SubLayer, Twice
 from eco_llm.model.mamba import Mamba, MambaCache
 from eco_llm.model.mla import MLA, MLACache
 from eco_llm.model.mlp import SwiGLU
 from eco_llm.model.norm import RMSNorm
+from eco_llm.ops.add_up import Ahead
 from eco_llm.ops.quantize import Keep
 
 LayerCache = MambaCache | MLACache
@@ -105,16 +105,20 @@ class Block(nn.Module):
         """(mix, feed), as training calls them: compiled if `compile_parts` was."""
         return self._part("mix"), self._part("feed")
 
-    @property
-    def change(self) -> Change:
-        """(x, x again) -> what mixer and MLP add to it, [B, T, D] each; x may be narrower than the stream."""
-        to_change = self._part("to_change")
-
-        def change(x: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
-            mixed, v = to_change(x, again)
+    def change(self, x: Tensor, again: Tensor, ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
+        """(x, x again) -> what mixer and MLP add to it, [B, T, D] each; x may be narrower than the stream. Of a second
+        run, which knows its gradients `ahead`, passes over the stream and the MLP's channels serve both ways.
+        """
+        if ahead is None:
+            mixed, v = self._part("to_change")(x, again)
             return mixed, self.mlp(v)
-
-        return change
+        if "to_change" in self._compiled:  # the graph of forward, or the numbers might be others
+            mixed, v = self._compiled["to_change"](x, again)
+            return mixed, self.mlp.foreseen(v, ahead.result)
+        x, u = self.mixer_norm.forked(again, ahead)
+        mixed = self.mixer(u)
+        v = self.mlp_norm.alone(x, mixed, ahead.result)  # sends on what the mixer's result receives
+        return mixed.detach(), self.mlp.foreseen(v, ahead.result)
 
     @property
     def whole(self) -> Twice:

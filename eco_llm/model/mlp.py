@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from eco_llm.config import SigmaConfig
 from eco_llm.model.norm import RMSNorm
 from eco_llm.ops.quantize import Keep
-from eco_llm.ops.swiglu import swiglu_mlp, swiglu_mlp_unread, writes_codes
+from eco_llm.ops.swiglu import swiglu_mlp, swiglu_mlp_foreseen, swiglu_mlp_unread, writes_codes
 
 
 class SwiGLU(nn.Module):
@@ -25,6 +25,10 @@ class SwiGLU(nn.Module):
     def unread(self, x: Tensor) -> Tensor:
         """`forward` where its value is not read: NaN [B, T, D], with the same gradients."""
         return swiglu_mlp_unread(x, self.gate_up.weight, self.down.weight)
+
+    def foreseen(self, x: Tensor, dy: Tensor) -> Tensor:
+        """`forward` of which it is known that its result will receive the gradient dy [B, T, D]."""
+        return swiglu_mlp_foreseen(x, self.gate_up.weight, self.down.weight, dy)
 
     def writes_codes(self, x: Tensor, keep: Keep) -> bool:
         """Whether `coded` serves the stream x [B, T, D]."""

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eco_llm.ops.add_norm import add_rms_norm, rms_norm_of_sum
+from eco_llm.ops.add_norm import add_rms_norm, forked_rms_norm, rms_norm_of_sum
+from eco_llm.ops.add_up import Ahead
 
 
 class RMSNorm(nn.Module):
@@ -31,6 +32,10 @@ class RMSNorm(nn.Module):
         """(x + delta in the type of x, its norm in the type of products); as `add_rms_norm`, all [B, T, dim]."""
         return add_rms_norm(x, delta, self.weight, self.eps, keep_sum=keep_sum)
 
-    def alone(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+    def alone(self, x: Tensor, delta: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
         """The norm of x + delta in the type of products, the sum not kept; as `rms_norm_of_sum`, all [B, T, dim]."""
-        return rms_norm_of_sum(x, delta, self.weight, self.eps)
+        return rms_norm_of_sum(x, delta, self.weight, self.eps, beside=beside)
+
+    def forked(self, x: Tensor, ahead: Ahead) -> tuple[Tensor, Tensor]:
+        """(x for its other reader, `alone(x)`); as `forked_rms_norm`, all [B, T, dim]."""
+        return forked_rms_norm(x, self.weight, self.eps, ahead)

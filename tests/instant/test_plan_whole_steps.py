@@ -103,7 +103,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Callable[..., Any]
     return {
         ops.add_rms_norm.default: lambda *a: add_norm.add_norm_forward(*a[:-1]),
         ops.add_rms_norm_backward.default: norm_backward,
-        ops.rms_norm_of_sum.default: add_norm.norm_forward,
+        ops.rms_norm_of_sum.default: lambda *a: add_norm.norm_forward(*a[:-1]),
+        ops.rms_norm_of_sum_backward_beside.default: add_norm.norm_backward_beside,
         ops.mamba_mixer.default: lambda *a: tuple(mixer.mixer_forward(*a)),
         ops.mamba_mixer_backward.default: lambda d, *a: tuple(mixer.mixer_backward(d, mixer.Kept(d, *a[:5]), *a[5:])),
         ops.swiglu_mlp.default: swiglu.mlp_forward,

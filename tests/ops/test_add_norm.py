@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from kernel_cases import INTERPRETED, KERNEL_DEVICE, assert_close, compile_instead_of_running, normal
 from torch import Tensor
 
-from eco_llm.ops.add_norm import add_rms_norm, rms_norm_of_sum
+from eco_llm.ops import add_norm
+from eco_llm.ops.add_norm import add_rms_norm, forked_rms_norm, rms_norm_of_sum
+from eco_llm.ops.add_up import Ahead, add_up
 
 EPS = 1e-5
 # Largest error of a result as a share of its largest element.
@@ -144,11 +146,77 @@ def test_the_norm_alone_by_kernels(shape: tuple[int, int, int], narrow: torch.dt
     compare_alone([x.to(x_type), delta, weight], d_normed, narrow, backend="triton")
 
 
+def same_bits(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    for actual, expected in zip(got, wanted, strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+
+
+def compare_beside(shape: tuple[int, int, int], narrow: torch.dtype, device: str) -> None:
+    """What delta receives besides is added to its gradient, once that is of its type: nothing else differs."""
+    inputs, (beside, d_normed) = cases(shape, torch.float32, narrow, device)
+    leaves = [t.to(narrow).requires_grad_() for t in inputs[:2]] + [inputs[2].requires_grad_()]
+    with autocast(device, narrow):
+        plain = rms_norm_of_sum(*leaves, EPS)
+        ours = rms_norm_of_sum(*leaves, EPS, beside=beside)
+    assert torch.equal(ours, plain)
+    dx, d_delta, d_weight = torch.autograd.grad(plain, leaves, d_normed)
+    same_bits(torch.autograd.grad(ours, leaves, d_normed), (dx, d_delta + beside.to(narrow), d_weight))
+
+
+def compare_forked(shape: tuple[int, int, int], narrow: torch.dtype, device: str) -> None:
+    """The norm's gradient, rounded to the type of x, is added up as `add_up` does."""
+    (x, other, weight), (stream, d_normed) = cases(shape, torch.float32, narrow, device)
+    x, other = x.to(narrow).requires_grad_(), other.to(narrow)
+    weight.requires_grad_()
+    ahead = Ahead(other, stream, narrow)
+    with autocast(device, narrow):
+        plain = rms_norm_of_sum(x, None, weight, EPS)
+        passed, ours = forked_rms_norm(x, weight, EPS, ahead)
+    assert torch.equal(ours, plain)
+    assert torch.equal(passed, x)
+    dx, d_weight = torch.autograd.grad(plain, (x, weight), d_normed)
+    total, narrowed = add_up(stream, other, dx, narrow)
+    torch.autograd.backward((passed, ours), (other, d_normed))
+    assert ahead.total is not None
+    assert x.grad is not None
+    assert weight.grad is not None
+    same_bits((ahead.total, x.grad, weight.grad), (total, narrowed, d_weight))
+
+
+@pytest.mark.parametrize("compare", [compare_beside, compare_forked])
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 3, 40), (2, 63, 24)], ids=str)
+def test_sums_beside_the_norms_gradient_by_the_reference(
+    shape: tuple[int, int, int], narrow: torch.dtype, compare: Any
+) -> None:
+    compare(shape, narrow, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("compare", [compare_beside, compare_forked])
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 63, 200), (3, 67, 768), (1, 3, 2560), (1, 2, 8192)], ids=str)
+def test_sums_beside_the_norms_gradient_by_kernels(
+    shape: tuple[int, int, int], narrow: torch.dtype, compare: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if narrow == torch.bfloat16 and INTERPRETED:
+        pytest.skip("the interpreter cuts numbers off to bf16")
+    monkeypatch.setattr(add_norm, "uses_triton", lambda x: True)
+    monkeypatch.setattr(add_norm, "rms_norm_of_sum_reference", None)
+    monkeypatch.setattr(add_norm, "fork", None)
+    compare(shape, narrow, KERNEL_DEVICE)
+
+
 def test_mistakes_with_the_norm_alone_are_refused() -> None:
     (x, delta, weight), _ = cases((2, 12, 6), torch.float32, torch.float32, "cpu")
     for wrong in ((x, delta[:1], weight), (x, delta, weight[:1]), (x[0], delta[0], weight), (x[0], None, weight)):
         with pytest.raises(ValueError, match="need x and delta"):
             rms_norm_of_sum(*wrong, EPS)
+    for nothing, beside in ((None, x), (delta, x[:1])):
+        with pytest.raises(ValueError, match="need beside"):
+            rms_norm_of_sum(x, nothing, weight, EPS, beside=beside)
     with pytest.raises(ValueError, match="unknown norm backend"):
         rms_norm_of_sum(x, delta, weight, EPS, backend="apex")
     with pytest.raises(ValueError, match="float64"):
@@ -290,9 +358,11 @@ def test_no_program_waits_or_changes_threads_but_where_it_must(
         launchers.norm_forward(stream, None, weight, EPS, torch.bfloat16)
         launchers.add_norm_backward(None, delta, stream, delta, weight, EPS, torch.bfloat16)
         launchers.add_norm_backward(None, delta, stream, None, weight, EPS, torch.bfloat16)
+        launchers.norm_backward_beside(delta, stream, delta, weight, EPS, delta)
+        launchers.norm_backward_added(delta, stream, weight, EPS, x, delta, torch.bfloat16)
     launchers.add_norm_forward(x, delta, weight, EPS, torch.bfloat16)
     launchers.add_norm_backward(x, delta, x, delta, weight, EPS, torch.bfloat16)
-    assert len(compiled) == 10
+    assert len(compiled) == 14
     for _, one in compiled:
         assert one.metadata.shared <= 8192
         loads = re.findall(r"ld\.global\S*", one.asm["ptx"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import INTERPRETED, KERNEL_DEVICE, normal
 
-from eco_llm.ops.add_up import add_up
+from eco_llm.ops.add_up import Ahead, add_up, fork
 from eco_llm.ops.add_up.reference import add_up_reference
 
 
@@ -21,6 +21,23 @@ def test_parts_are_added_first_and_nothing_is_rounded_between(wide: torch.dtype,
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(narrowed, wanted.to(narrow), rtol=0, atol=0, equal_nan=True)
     assert total.tolist()[:2] == [1.0, 2.0**24]
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float32], ids=str)
+def test_what_two_readers_send_back_is_added_to_the_stream(narrow: torch.dtype) -> None:
+    x, one, other = (normal(3, 5, seed=seed, dtype=narrow, device="cpu") for seed in (1, 2, 3))
+    stream = normal(3, 5, seed=4, device="cpu")
+    ahead = Ahead(x, stream, narrow)
+    leaf = x.clone().requires_grad_()
+    for_one, for_other = fork(leaf, ahead)
+    assert torch.equal(for_one, x)
+    assert torch.equal(for_other, x)
+    ((for_one * one).sum() + (for_other * other).sum()).backward()
+    total, narrowed = add_up(stream, one, other, narrow)
+    assert ahead.total is not None
+    assert leaf.grad is not None
+    assert torch.equal(ahead.total, total)
+    assert torch.equal(leaf.grad, narrowed)
 
 
 @pytest.mark.gpu

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED, KERNEL_DEVICE, normal
+from kernel_cases import INTERPRETED, KERNEL_DEVICE, compile_instead_of_running, normal
 from torch import Tensor
 
 from eco_llm.ops.grid import RANGE, STEP, TILE, advance, checksums, retreat, snap, values
-from eco_llm.ops.grid.reference import MOST, checksums_reference, move_reference
+from eco_llm.ops.grid.reference import MOST, checksums_reference, move_reference, values_reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -143,6 +145,44 @@ def test_checksums_see_every_single_bit(device: str) -> None:
         assert not torch.equal(checksums(swapped), seen)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(1,), (2, 63, 65), (4097,)])
+def test_a_state_beside_adds_its_value(size: tuple[int, ...], device: str) -> None:
+    a, b = (snap(normal(*size, seed=seed, device=device) * 3000)[0] for seed in (1, 2))
+    y = normal(*size, seed=3, device=device)
+    y.view(-1)[0] = math.nan
+    for wide in (torch.float32, torch.float64):
+        c, x, sums = advance(a, y, dtype=wide, beside=b)
+        want, value, seen = advance(a, y, dtype=wide)
+        assert torch.equal(c, want)
+        assert torch.equal(sums, seen)
+        torch.testing.assert_close(x, value + values(b, wide), rtol=0, atol=0, equal_nan=True)
+        assert x.isnan().sum() == 1
+    with pytest.raises(ValueError, match="at least float32"):
+        advance(a, y, dtype=torch.bfloat16, beside=b)
+    with pytest.raises(ValueError, match="one shape"):
+        advance(a, y, beside=b[:0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flags_tell_of_one_wrong_bit_and_of_nothing_else(dtype: torch.dtype, device: str) -> None:
+    a = snap(normal(5, 1000, seed=3, device=device))[0]
+    y = normal(5, 1000, seed=4, device=device).to(dtype)
+    c, seen = advance(a, y)[0], checksums(a)
+    for at in (0, TILE - 1, TILE, 4999):
+        flags = torch.zeros(3, device=device)
+        back = retreat(c, y, seen=seen, flags=(flags[0], flags[2]))
+        assert all(torch.equal(got, want) for got, want in zip(back, retreat(c, y), strict=True))
+        assert flags.tolist() == [0, 0, 0]
+        c.view(-1)[at] ^= 1
+        retreat(c, y, seen=seen, flags=(flags[0], flags[2]))
+        assert flags.tolist() == [1, 0, 1]
+        c.view(-1)[at] ^= 1
+        retreat(c, y, seen=seen, flags=(flags[0], flags[2]))
+        assert flags.tolist() == [1, 0, 1]  # stays
+
+
 Move = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -193,3 +233,51 @@ def test_kernels_undo_every_sum(dtype: torch.dtype, nan_filled_buffers: None) ->
         assert torch.equal(back, a)
         assert torch.equal(value, values(a, torch.float32))
         assert torch.equal(sums, checksums_reference(a, TILE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(1,), (2, 63, 65), (4096,), (3, 10_001), (0, 3)])
+def test_the_rest_of_the_kernels(size: tuple[int, ...], nan_filled_buffers: None) -> None:
+    """The value of a state beside, flags, values alone."""
+    from eco_llm.ops.grid.triton import move, move_values
+
+    a, b = (snap(normal(*size, seed=seed) * 3000)[0] for seed in (1, 2))
+    y = normal(*size, seed=3)
+    y.view(-1)[:1] = math.nan
+    c, x, sums = move(a, [y], STEP, TILE, torch.float32, back=False, beside=b)
+    want, value = move_reference(a, [y], STEP, torch.float32, back=False, beside=b)
+    assert torch.equal(c, want)
+    torch.testing.assert_close(x, value, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(sums, checksums_reference(c, TILE))
+    seen = checksums_reference(a, TILE)
+    for wrong in range(len(seen) + 1):
+        one = seen.clone()
+        one[:wrong][-1:] ^= 1 << 40
+        flags = torch.zeros(3, device=KERNEL_DEVICE)
+        move(c, [y], STEP, TILE, torch.float32, back=True, seen=one, flags=(flags[0], flags[2]))
+        assert flags.tolist() == ([1, 0, 1] if wrong else [0, 0, 0])
+    assert torch.equal(move_values(b, STEP, torch.float32), values_reference(b, STEP, torch.float32))
+    if not INTERPRETED:  # it cuts numbers off to bf16
+        assert torch.equal(move_values(b, STEP, torch.bfloat16), values_reference(b, STEP, torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_no_number_changes_threads(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for each card, not run: every access is of a thread's own four numbers, and nothing is spilled."""
+    from eco_llm.ops.grid import triton as launchers
+
+    compiled = compile_instead_of_running(monkeypatch, launchers, "_move_kernel", capability=capability)
+    monkeypatch.setattr("torch.cuda.device_of", contextlib.nullcontext)
+    q, y, flag = torch.zeros(2, 4096, dtype=torch.int32), torch.zeros(2, 4096).bfloat16(), torch.zeros(())
+    sums = torch.zeros(2, dtype=torch.int64)
+    for back, seen in ((False, None), (True, sums)):
+        launchers.move(q, [y, y], STEP, TILE, torch.bfloat16, back=back, seen=seen, flags=(flag, flag))
+    launchers.move(q, [y, y], STEP, TILE, torch.float32, back=False, beside=q)
+    assert len(compiled) == 3
+    for _, one in compiled:
+        ptx = one.asm["ptx"]
+        wide = [access for access in re.findall(r"(?:ld|st)\.global\S*", ptx) if "b64" not in access]
+        assert sum(".v2.b32" in access or ".v4.b32" in access for access in wide) >= len(wide) - 2  # the flags
+        assert "local" not in ptx

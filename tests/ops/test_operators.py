@@ -51,7 +51,13 @@ def add_norm_backward(dtype: torch.dtype, narrow: torch.dtype) -> list[Arguments
 
 
 def norm_of_sum(dtype: torch.dtype, narrow: torch.dtype) -> list[Arguments]:
-    return [arguments[:-1] for arguments in add_norm(dtype, narrow)[::2]]
+    (*summed, _), (*alone, _) = add_norm(dtype, narrow)[::2]
+    return [(*summed, None), (*alone, None), (*summed, normal(2, 5, 24, seed=3, dtype=narrow))]
+
+
+def norm_of_sum_backward_beside(dtype: torch.dtype, narrow: torch.dtype) -> list[Arguments]:
+    x, delta, weight, eps, _, beside = plain(norm_of_sum(dtype, narrow)[-1])
+    return [(normal(2, 5, 24, seed=4, dtype=narrow), x, delta, weight, eps, beside)]
 
 
 def gated_norm(dtype: torch.dtype, narrow: torch.dtype) -> list[Arguments]:
@@ -159,6 +165,7 @@ def taps_first(dtype: torch.dtype, narrow: torch.dtype) -> list[Arguments]:
 
 CASES: dict[str, Callable[[torch.dtype, torch.dtype], list[Arguments]]] = {
     "add_rms_norm": add_norm, "add_rms_norm_backward": add_norm_backward, "rms_norm_of_sum": norm_of_sum,
+    "rms_norm_of_sum_backward_beside": norm_of_sum_backward_beside,
     "gated_rms_norm": gated_norm, "gated_rms_norm_backward": gated_norm_backward,
     "causal_conv_silu": convolution, "causal_conv_silu_backward": convolution_backward,
     "ssd": ssd, "ssd_backward": ssd_backward, "mamba_mixer": mixer, "mamba_mixer_backward": mixer_backward,

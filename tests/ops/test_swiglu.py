@@ -15,7 +15,7 @@ from torch import Tensor
 from eco_llm.ops import swiglu
 from eco_llm.ops.quantize import Keep, dequantize, quantize
 from eco_llm.ops.residual_norm.reference import residual_norm_backward_reference, residual_norm_reference
-from eco_llm.ops.swiglu import swiglu_mlp, swiglu_mlp_unread, writes_codes
+from eco_llm.ops.swiglu import swiglu_mlp, swiglu_mlp_foreseen, swiglu_mlp_unread, writes_codes
 
 # Largest error as a share of the largest element. The interpreter cuts numbers off to bf16 where a GPU rounds them.
 ELEMENTWISE = {torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
@@ -135,6 +135,40 @@ def test_unread_has_the_gradients_of_the_kernels(
     monkeypatch.setattr(swiglu, "swiglu_mlp_unread_reference", None)
     leaves, dy = make(shape, dtype, weight_dtype)
     check_unread(triton_mlp(*leaves), swiglu_mlp_unread(*leaves), leaves, dy)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_buffers")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_foreseen_has_the_bits_of_the_kernels(
+    dtype: torch.dtype, weight_dtype: torch.dtype, shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swiglu, "uses_triton", lambda x: True)
+    leaves, dy = make(shape, dtype, weight_dtype)
+    y, ours = triton_mlp(*leaves), swiglu_mlp_foreseen(*leaves, dy)
+    assert torch.equal(ours, y)
+    expected = torch.autograd.grad(y, leaves, dy)
+    # What is sent back is not looked at: it was known.
+    for actual, want in zip(torch.autograd.grad(ours, leaves, torch.zeros_like(dy)), expected, strict=True):
+        assert actual.dtype == want.dtype
+        assert torch.equal(actual, want)
+    with pytest.raises(ValueError, match="need dy"):
+        swiglu_mlp_foreseen(*leaves, dy[:, :0])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_foreseen_reference_is_the_reference(autocast: bool) -> None:
+    leaves, dy = make((2, 7, 12, 6), torch.float32, torch.float32, "cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        values = swiglu_mlp(*leaves), swiglu_mlp_foreseen(*leaves, dy)
+    assert torch.equal(*values)
+    expected, ours = (torch.autograd.grad(value, leaves, dy.to(value.dtype)) for value in values)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

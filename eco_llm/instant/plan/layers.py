@@ -186,6 +186,24 @@ class Parts:
         casts = self.cast(w_up.numbers, kind) + self.cast(w_down.numbers, kind)
         return [self.tape.take(self.c * self.M * w_up.rows, kind), *casts]
 
+    def mlp_foreseen(self) -> tuple[Buffer, list[Buffer]]:
+        """`mlp_forward` where the result's gradient is known: (result, kept), h and the gradient of a among these."""
+        w_up, w_down = self.shapes.mlp().values()
+        casts, of_down = self.cast(w_up.numbers, "temporaries"), self.cast(w_down.numbers, "temporaries")
+        a = self.tape.take(self.c * self.M * w_up.rows)
+        h, da = self.tape.take(self.c * self.M * w_down.columns), self.tape.take(self.c * self.M * w_up.rows)
+        self.tape.give(a)
+        y = self.narrow()
+        self.tape.give(*of_down)
+        return y, [da, h, *casts]
+
+    def mlp_gradients(self) -> Buffer:
+        """What is left of `mlp_backward` after `mlp_foreseen`; what that kept is the caller's to free."""
+        w_up, w_down = self.shapes.mlp().values()
+        self.gradient(w_down.numbers)
+        self.gradient(w_up.numbers)
+        return self.narrow()
+
     def mlp_backward(self, norm: Callable[[], None] | None = None) -> Buffer:
         """The gradient of x; `norm` takes what x is had from, where codes were kept."""
         w_up, w_down = self.shapes.mlp().values()

@@ -465,8 +465,7 @@ class _Step:
             sums.append(tape.take(checksums, "activations"))
             tape.give(mixed, fed, older, *([a] if a is not b else []))
             a, b = b, new
-        total = parts.wide()  # the value of the state before the last is added to that of the last
-        tape.give(total, sums[-1])
+        tape.give(sums[-1])
         dy = self._head(value, owned=True)
         self._workspace("backward")
         tape.give(x)  # the caller of the stack held it
@@ -476,21 +475,23 @@ class _Step:
         value = parts.narrow()
         for mixer in reversed(self.mixers):
             mixed, first = parts.part_forward(mixer, "temporaries")
-            fed, second = parts.part_forward("mlp", "temporaries")
+            v = parts.narrow()
+            fed, second = parts.mlp_foreseen()
             a, older = parts.wide(), parts.narrow()
             rebuilt = tape.take(checksums)
             tape.give(c)
             b, c = a, b
             tape.give(fed)  # of which only the place in the graph is needed; mixed is kept for the norm after it
-            d_v = parts.part_backward("mlp", [], second)
-            d_sum = parts.narrow()  # of x + mixed, and so of both
+            d_v = parts.mlp_gradients()
+            tape.give(v, *second)
+            d_sum, d_mixed = parts.narrow(), parts.narrow()  # of x + mixed, and with what mixed receives itself
             tape.give(d_v, mixed)
-            d_u = parts.part_backward(mixer, [parts.narrow()], first)
-            d_x = parts.narrow()
-            tape.give(d_u)
+            d_u = parts.part_backward(mixer, [d_mixed], first)
+            # Compiled, the norm's gradient is there before it is added up.
+            d_x = [parts.narrow()] if self.job.compiles else []
             total = parts.wide()
             sent, received = received, [parts.narrow() for _ in received]
-            tape.give(d_sum, d_x, *sent, rebuilt, value, *([da] if da is not dy else []))
+            tape.give(d_u, d_sum, *d_x, *sent, rebuilt, value, *([da] if da is not dy else []))
             da, db, value = db, total, older
             self._settle(mixer)
         dx = parts.wide()

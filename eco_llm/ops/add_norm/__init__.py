@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from eco_llm.ops.add_norm.reference import add_rms_norm_reference, rms_norm_of_sum_reference
+from eco_llm.ops.add_up import Ahead, fork
 from eco_llm.ops.backend import uses_triton
 from eco_llm.ops.opaque import operator
 from eco_llm.ops.products import compute_dtype
 
-__all__ = ["add_rms_norm", "rms_norm_of_sum"]
+__all__ = ["add_rms_norm", "forked_rms_norm", "rms_norm_of_sum"]
 
 Backend = Literal["auto", "reference", "triton"]
 MAX_TRITON_CHANNELS = 8192
@@ -37,7 +39,7 @@ def add_rms_norm(
         (s [B, T, D] in the type of x, the norm [B, T, D] in the type that products of x have now: autocast's, if on).
 
     Raises:
-        ValueError: shapes or types that do not fit, an unknown backend, or `triton` asked for what it does not serve.
+        ValueError: shapes that do not fit, an unknown backend, or `triton` asked for what it does not serve.
     """
     added = x if delta is None else delta
     _check(x, added, weight, backend)
@@ -59,8 +61,9 @@ def add_rms_norm(
 
 
 def rms_norm_of_sum(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, backend: Backend = "auto"
-) -> Tensor:
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, beside: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """s / sqrt(mean(s²) + eps) · weight of s = x + delta over the last axis; s itself is not given. No host sync.
 
     Kept for backward: x and delta. Neither need be as wide as s, which is at least float32.
@@ -70,6 +73,8 @@ def rms_norm_of_sum(
         delta: [B, T, D], any float type that s can hold; None: nothing.
         weight: [D].
         eps: added to the mean square.
+        beside: [B, T, D], what else delta's gradient is to get, known before: in the type of delta it is added in the
+            pass that makes that gradient.
         backend: `auto` takes Triton where it serves the types (CUDA, float32 or bfloat16, D ≤ 8192), else the
             reference.
 
@@ -81,8 +86,12 @@ def rms_norm_of_sum(
     """
     added = x if delta is None else delta
     _check(x, added, weight, backend)
+    if beside is not None:
+        if delta is None or beside.shape != delta.shape:
+            raise ValueError("need beside of the shape of delta, and a delta")
+        beside = beside.to(delta.dtype)
     dtype = compute_dtype(x)
-    served = {x.dtype, added.dtype, dtype} <= {torch.float32, torch.bfloat16} and x.shape[2] <= MAX_TRITON_CHANNELS
+    served = _serves(x, added.dtype, dtype)
     if backend == "triton" and not served:
         raise ValueError(
             f"the Triton norm takes float32 or bfloat16 and at most {MAX_TRITON_CHANNELS} channels; got {x.dtype},"
@@ -90,9 +99,34 @@ def rms_norm_of_sum(
         )
     if backend == "triton" or (backend == "auto" and served and uses_triton(x)):
         with torch.autocast(x.device.type, enabled=False):
-            normed: Tensor = _norm_of_sum(x, delta, weight.float(), eps, dtype)
+            normed: Tensor = _norm_of_sum(x, delta, weight.float(), eps, dtype, beside)
         return normed
-    return rms_norm_of_sum_reference(x, delta, weight, eps, dtype)
+    return rms_norm_of_sum_reference(x, delta, weight, eps, dtype, beside)
+
+
+def forked_rms_norm(x: Tensor, weight: Tensor, eps: float, ahead: Ahead) -> tuple[Tensor, Tensor]:
+    """(x for its other reader, `rms_norm_of_sum(x, None, …)`), as of `fork(x, ahead)`: what both send back is added up
+    in the pass that makes the norm's gradient. Never compiled. No host sync.
+
+    Args:
+        x: [B, T, D], any float type.
+        weight: [D].
+        eps: added to the mean square.
+        ahead: where the sum goes.
+    """
+    _check(x, x, weight, "auto")
+    dtype = compute_dtype(x)
+    types = {ahead.stream.dtype, ahead.narrow} <= {torch.float32, torch.bfloat16}
+    if types and ahead.stream.dtype == torch.float32 and _serves(x, x.dtype, dtype) and uses_triton(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return cast(tuple[Tensor, Tensor], _Forked.apply(x, weight.float(), eps, dtype, ahead))
+    one, other = fork(x, ahead)
+    return one, rms_norm_of_sum(other, None, weight, eps)
+
+
+def _serves(x: Tensor, added: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether kernels make the norm of x, alone or with what is added, in dtype."""
+    return {x.dtype, added, dtype} <= {torch.float32, torch.bfloat16} and x.shape[2] <= MAX_TRITON_CHANNELS
 
 
 def _check(x: Tensor, added: Tensor, weight: Tensor, backend: str) -> None:
@@ -172,7 +206,9 @@ _add_norm.register_autograd(_differentiate, setup_context=_save)
 
 
 @operator("rms_norm_of_sum")
-def _norm_of_sum(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def _norm_of_sum(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, beside: Tensor | None
+) -> Tensor:
     from eco_llm.ops.add_norm.triton import norm_forward
 
     delta = None if delta is None else delta.contiguous()
@@ -180,22 +216,67 @@ def _norm_of_sum(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dt
 
 
 @_norm_of_sum.register_fake
-def _(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def _(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, beside: Tensor | None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _save_norm(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, float, torch.dtype], output: Tensor) -> None:
-    x, delta, weight, ctx.eps, _ = inputs
+@operator("rms_norm_of_sum_backward_beside")
+def _norm_backward_beside(
+    d_normed: Tensor, x: Tensor, delta: Tensor, weight: Tensor, eps: float, beside: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from eco_llm.ops.add_norm.triton import norm_backward_beside
+
+    d_normed, x, delta, beside = (t.contiguous() for t in (d_normed, x, delta, beside))
+    return norm_backward_beside(d_normed, x, delta, weight.contiguous(), eps, beside)
+
+
+@_norm_backward_beside.register_fake
+def _(
+    d_normed: Tensor, x: Tensor, delta: Tensor, weight: Tensor, eps: float, beside: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), delta.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save_norm(
+    ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, float, torch.dtype, Tensor | None], output: Tensor
+) -> None:
+    x, delta, weight, ctx.eps, _, beside = inputs
     ctx.narrow = x.dtype if delta is None else delta.dtype
     ctx.has_delta = delta is not None
-    ctx.save_for_backward(x, delta, weight)
+    ctx.save_for_backward(x, delta, weight, beside)
 
 
 def _differentiate_norm(ctx: Any, d_normed: Tensor) -> tuple[Tensor | None, ...]:
-    x, delta, weight = ctx.saved_tensors
+    x, delta, weight, beside = ctx.saved_tensors
+    if beside is not None:
+        return *_norm_backward_beside(d_normed, x, delta, weight, ctx.eps, beside), None, None, None
     dx, narrowed, d_weight = _add_norm_backward(None, d_normed, x, delta, weight, ctx.eps, ctx.narrow)
     d_delta = dx if ctx.narrow == x.dtype else narrowed
-    return dx, d_delta if ctx.has_delta else None, d_weight, None, None
+    return dx, d_delta if ctx.has_delta else None, d_weight, None, None, None
 
 
 _norm_of_sum.register_autograd(_differentiate_norm, setup_context=_save_norm)
+
+
+class _Forked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, ahead: Ahead
+    ) -> tuple[Tensor, Tensor]:
+        from eco_llm.ops.add_norm.triton import norm_forward
+
+        ctx.eps, ctx.ahead = eps, ahead
+        ctx.save_for_backward(x, weight)
+        return x, norm_forward(x.contiguous(), None, weight.contiguous(), eps, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        from eco_llm.ops.add_norm.triton import norm_backward_added
+
+        (x, weight), ahead = ctx.saved_tensors, ctx.ahead
+        other, d_normed = (t.contiguous() for t in gradients)
+        added, narrowed, d_weight = norm_backward_added(
+            d_normed, x.contiguous(), weight.contiguous(), ctx.eps, ahead.stream.contiguous(), other, ahead.narrow
+        )
+        return ahead.take(added, narrowed), d_weight, None, None, None

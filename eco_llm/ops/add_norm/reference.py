@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def add_rms_norm_reference(
@@ -17,8 +20,24 @@ def add_rms_norm_reference(
 
 
 def rms_norm_of_sum_reference(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, beside: Tensor | None = None
 ) -> Tensor:
-    """Shapes as in `eco_llm.ops.add_norm.rms_norm_of_sum`; the sum is in at least float32."""
+    """As `eco_llm.ops.add_norm.rms_norm_of_sum`; the sum is in at least float32."""
+    if delta is not None and beside is not None:
+        delta = cast(Tensor, _Beside.apply(delta, beside))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return add_rms_norm_reference(wide, delta, weight, eps, dtype)[1]
+
+
+class _Beside(torch.autograd.Function):
+    """The identity; the gradient gets `beside` added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beside: Tensor) -> Tensor:
+        ctx.save_for_backward(beside)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] + gradients[0], None

@@ -91,11 +91,14 @@ def _sums(a, b, more_a, more_b):
 
 @triton.jit(do_not_specialize=["rows"])
 def add_norm_backward_kernel(
-    d_total, d_normed, x, delta, weight, dx, narrowed, partials, eps, rows,
-    C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr,
-    HAS_D_TOTAL: tl.constexpr, HAS_DELTA: tl.constexpr, NARROW: tl.constexpr,
+    d_total, other, beside, d_normed, x, delta, weight, dx, narrowed, partials, eps, rows,
+    C: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, HAS_D_TOTAL: tl.constexpr, HAS_OTHER: tl.constexpr,
+    HAS_BESIDE: tl.constexpr, HAS_DELTA: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """HAS_DELTA: x + delta is the sum, else x is. NARROW: dx is written a second time, in the type of `narrowed`."""
+    """HAS_DELTA: x + delta is the sum, else x is. NARROW: dx is written a second time, in the type of `narrowed`.
+    HAS_OTHER: dx, rounded to the type of x, gets `other` added before d_total. HAS_BESIDE: `narrowed` gets `beside`
+    added, after dx was rounded to its type.
+    """
     program = tl.program_id(0)
     columns = tl.arange(0, CHUNK)
     d_scale = ()
@@ -110,6 +113,10 @@ def add_norm_backward_kernel(
             added = load_row(delta + at, C, CHUNK, N)
         if HAS_D_TOTAL:
             passing = load_row(d_total + at, C, CHUNK, N)
+        if HAS_OTHER:
+            sent = load_row(other + at, C, CHUNK, N)
+        if HAS_BESIDE:
+            received_beside = load_row(beside + at, C, CHUNK, N)
         total = ()
         for k in tl.static_range(N):
             value = now[k].to(tl.float32)
@@ -133,10 +140,19 @@ def add_norm_backward_kernel(
             scale = tl.load(weight + k * CHUNK + columns, mask=k * CHUNK + columns < C, other=0.0)
             normal = now[k] * inverse
             received = gradient[k].to(tl.float32)
-            ds = inverse * (scale * received - normal * mean)
+            ds = scale * received - normal * mean
+            if HAS_OTHER or HAS_BESIDE:
+                # The bits of the sums that these take the place of: the product is rounded before anything is added.
+                ds = tl.fma(ds, inverse, 0.0)
+            else:
+                ds = inverse * ds
+            if HAS_OTHER:
+                ds = ds.to(x.dtype.element_ty).to(tl.float32) + sent[k].to(tl.float32)
             if HAS_D_TOTAL:
                 ds += passing[k]
             store_chunk(dx + at, ds, k, C, CHUNK)
+            if HAS_BESIDE:
+                ds = ds.to(narrowed.dtype.element_ty).to(tl.float32) + received_beside[k].to(tl.float32)
             if NARROW:
                 store_chunk(narrowed + at, ds, k, C, CHUNK)
             summed = summed + (d_scale[k] + received * normal,)
@@ -243,17 +259,77 @@ def add_norm_backward(
         ValueError: shapes, types or strides that do not fit.
     """
     _check(x, weight, (torch.float32, torch.bfloat16), d_total=d_total, d_normed=d_normed, delta=delta)
-    channels = x.shape[2]
     dx = torch.empty_like(x)
     narrowed = None if narrow == x.dtype else torch.empty_like(x, dtype=narrow)
+    return dx, narrowed, _backward(d_normed, x, delta, weight, eps, dx, narrowed, d_total=d_total)
+
+
+def norm_backward_beside(
+    d_normed: Tensor, x: Tensor, delta: Tensor, weight: Tensor, eps: float, beside: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `norm_forward` of x + delta, `beside` being what else delta's gradient gets. Deterministic.
+
+    Args:
+        d_normed, x, delta, weight, eps: as for `add_norm_backward`.
+        beside: [B, T, D] in the type of delta, contiguous.
+
+    Returns:
+        (that of x [B, T, D] in its type, that of delta [B, T, D] in its own, dweight [D] float32): the bits of
+        `add_norm_backward` and a sum in the type of delta after it.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit.
+    """
+    _check(x, weight, (torch.float32, torch.bfloat16), d_normed=d_normed, delta=delta, beside=beside)
+    if beside.dtype != delta.dtype:
+        raise ValueError(f"need beside in the type of delta, {delta.dtype}, got {beside.dtype}")
+    dx, d_delta = torch.empty_like(x), torch.empty_like(delta)
+    return dx, d_delta, _backward(d_normed, x, delta, weight, eps, dx, d_delta, beside=beside)
+
+
+def norm_backward_added(
+    d_normed: Tensor, x: Tensor, weight: Tensor, eps: float, total: Tensor, other: Tensor, narrow: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`add_up(total, other, the gradient of x, narrow)`, without that gradient in memory. Deterministic.
+
+    Args:
+        d_normed, x, weight, eps: as for `add_norm_backward`, without delta.
+        total: [B, T, D] float32.
+        other: [B, T, D], float32 or bfloat16.
+        narrow: of the second result.
+
+    All [B, T, D] are contiguous.
+
+    Returns:
+        (the sum [B, T, D] float32, the same in `narrow`, None where that is float32, dweight [D] float32).
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit.
+    """
+    _check(x, weight, (torch.float32, torch.bfloat16), d_normed=d_normed, total=total, other=other)
+    if total.dtype != torch.float32:
+        raise ValueError(f"need a float32 total, got {total.dtype}")
+    added = torch.empty_like(total)
+    narrowed = None if narrow == total.dtype else torch.empty_like(total, dtype=narrow)
+    d_weight = _backward(d_normed, x, None, weight, eps, added, narrowed, d_total=total, other=other)
+    return added, narrowed, d_weight
+
+
+def _backward(
+    d_normed: Tensor, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dx: Tensor, narrowed: Tensor | None,
+    *, d_total: Tensor | None = None, other: Tensor | None = None, beside: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dweight [D]; dx and narrowed are written."""
     if x.numel() == 0:
-        return dx, narrowed, torch.zeros_like(weight)
+        return torch.zeros_like(weight)
+    channels = x.shape[2]
     rows, shape = x.shape[0] * x.shape[1], _backward_shape(channels)
     programs = programs_for(rows, shape["num_warps"], _RESIDENT_WARPS, x.device)
     partials = torch.empty((programs, channels), dtype=torch.float32, device=x.device)
+    given = [x if t is None else t for t in (d_total, other, beside)]
     add_norm_backward_kernel[(programs,)](
-        x if d_total is None else d_total, d_normed, x, x if delta is None else delta, weight,
-        dx, dx if narrowed is None else narrowed, partials, eps, rows,
-        HAS_D_TOTAL=d_total is not None, HAS_DELTA=delta is not None, NARROW=narrowed is not None, **shape,
+        *given, d_normed, x, x if delta is None else delta, weight, dx, dx if narrowed is None else narrowed, partials,
+        eps, rows, HAS_D_TOTAL=d_total is not None, HAS_OTHER=other is not None, HAS_BESIDE=beside is not None,
+        HAS_DELTA=delta is not None, NARROW=narrowed is not None, **shape,
     )  # fmt: skip
-    return dx, narrowed, sum_partials(partials)[0]
+    return sum_partials(partials)[0]

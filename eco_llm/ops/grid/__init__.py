@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eco_llm.ops.backend import uses_triton
-from eco_llm.ops.grid.reference import checksums_reference, move_reference, values_reference
+from eco_llm.ops.grid.reference import checksums_reference, compare_reference, move_reference, values_reference
 
 __all__ = ["RANGE", "STEP", "TILE", "advance", "checksums", "retreat", "snap", "values"]
 
@@ -43,7 +43,7 @@ def snap(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, T
 
 
 def advance(
-    a: Tensor, *ys: Tensor, dtype: torch.dtype = torch.float32, checked: bool = True
+    a: Tensor, *ys: Tensor, dtype: torch.dtype = torch.float32, checked: bool = True, beside: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a plus the sum y of one or more tensors, in whole steps: (c, its value, its `checksums`).
 
@@ -53,23 +53,37 @@ def advance(
         dtype: of the value, bfloat16, float32 or float64. float64 holds every q · STEP; float32 rounds those from 1024
             on (2^24 steps) to 24 bits, to nearest even, the same everywhere; bfloat16 rounds what float32 gives.
         checked: without it the checksums may be left out (empty), which saves time where a kernel does not make them.
+        beside: a stream whose value is added to the value given, which has at least float32 then.
 
     Raises:
         ValueError: shapes differ; nothing is broadcast.
     """
-    return _move(a, ys, dtype, back=False, checked=checked)
+    if beside is not None and dtype.itemsize < 4:
+        raise ValueError(f"the sum of two values needs at least float32, not {dtype}")
+    return _move(a, ys, dtype, back=False, checked=checked, beside=beside)
 
 
-def retreat(c: Tensor, *ys: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def retreat(
+    c: Tensor, *ys: Tensor, dtype: torch.dtype = torch.float32, seen: Tensor | None = None, flags: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """c minus the sum of ys in whole steps, the inverse of `advance`: from advance(a, *ys)[0] back to a, bit for bit.
 
     The value is that of a's number, never NaN: whether a belonged in a stream was told when it was made.
+
+    Args:
+        c, ys, dtype: as for `advance`.
+        seen: checksums that a should have; else every one of the flags becomes 1.
+        flags: one or two, 0-dim float32, each 0 or 1; left alone where nothing is wrong, or nothing was seen.
     """
-    return _move(c, ys, dtype, back=True)
+    return _move(c, ys, dtype, back=True, seen=seen, flags=flags)
 
 
 def values(q: Tensor, dtype: torch.dtype) -> Tensor:
     """q · STEP in `dtype`, rounded as `advance` says."""
+    if dtype in (torch.float32, torch.bfloat16) and q.is_contiguous() and uses_triton(q):
+        from eco_llm.ops.grid.triton import move_values
+
+        return move_values(q, STEP, dtype)
     return values_reference(q, STEP, dtype)
 
 
@@ -83,15 +97,19 @@ def checksums(q: Tensor) -> Tensor:
 
 
 def _move(
-    a: Tensor | None, ys: Sequence[Tensor], dtype: torch.dtype, *, back: bool, checked: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = ys if a is None else (a, *ys)
+    a: Tensor | None, ys: Sequence[Tensor], dtype: torch.dtype, *, back: bool, checked: bool = True,
+    beside: Tensor | None = None, seen: Tensor | None = None, flags: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    given = [t for t in (a, *ys, beside) if t is not None]
     if any(t.shape != given[0].shape for t in given):
         raise ValueError(f"summands of one shape are needed, not of {', '.join(str(tuple(t.shape)) for t in given)}")
     known = {dtype, *(y.dtype for y in ys)} <= {torch.float32, torch.bfloat16} and len(ys) <= 2
     if known and all(t.is_contiguous() for t in given) and uses_triton(ys[0]):
         from eco_llm.ops.grid.triton import move
 
-        return move(a, ys, STEP, TILE, dtype, back=back)
-    q, x = move_reference(a, ys, STEP, dtype, back=back)
-    return q, x, checksums_reference(q if checked else q.new_empty(0), TILE)
+        return move(a, ys, STEP, TILE, dtype, back=back, beside=beside, seen=seen, flags=flags)
+    q, x = move_reference(a, ys, STEP, dtype, back=back, beside=beside)
+    sums = checksums_reference(q if checked else q.new_empty(0), TILE)
+    if seen is not None:
+        compare_reference(seen, sums, flags)
+    return q, x, sums

@@ -14,10 +14,10 @@ MOST = 2.0**31 - 128
 
 
 def move_reference(
-    a: Tensor | None, ys: Sequence[Tensor], step: float, dtype: torch.dtype, *, back: bool
+    a: Tensor | None, ys: Sequence[Tensor], step: float, dtype: torch.dtype, *, back: bool, beside: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(a + y in whole steps, or a − y with `back`, modulo 2^32; the value of it in `dtype`). Without `a`, of 0. y is
-    the sum of ys, in order, in at least float32.
+    """(a + y in whole steps, or a − y with `back`, modulo 2^32; the value of it in `dtype`, plus that of `beside`).
+    Without `a`, of 0. y is the sum of ys, in order, in at least float32.
 
     Steps to nearest, ties to even. A y that is not finite or over MOST steps changes nothing; the value is NaN there,
     and where the sum did not fit in an int32. `back` gives no NaN.
@@ -30,6 +30,8 @@ def move_reference(
     exact = change if a is None else a - change if back else a + change  # int64
     q = exact.to(torch.int32)  # modulo 2^32
     x = values_reference(q, step, dtype)
+    if beside is not None:
+        x = x + values_reference(beside, step, dtype)
     return q, x if back else torch.where(fits & (q == exact), x, float("nan"))
 
 
@@ -43,3 +45,10 @@ def checksums_reference(q: Tensor, tile: int) -> Tensor:
     numbers = q.flatten().to(torch.int64)
     tiles = pad(numbers, (0, -numbers.numel() % tile)).view(-1, tile)
     return (tiles * (2 * torch.arange(tile, device=q.device) + 1)).sum(1)
+
+
+def compare_reference(seen: Tensor, sums: Tensor, flags: Sequence[Tensor]) -> None:
+    """Make every flag (0-dim float32, 0 or 1) 1 unless all checksums are equal."""
+    wrong = (seen != sums).any().to(torch.float32)
+    for flag in flags:
+        torch.maximum(flag, wrong, out=flag)

@@ -15,7 +15,7 @@ from eco_llm.ops.products import cast_weight, compute_dtype, linear, unread
 from eco_llm.ops.quantize import GROUP, Keep
 from eco_llm.ops.swiglu.reference import swiglu_mlp_reference, swiglu_mlp_unread_reference
 
-__all__ = ["swiglu_mlp", "swiglu_mlp_unread", "writes_codes"]
+__all__ = ["swiglu_mlp", "swiglu_mlp_foreseen", "swiglu_mlp_unread", "writes_codes"]
 
 Backend = Literal["auto", "reference", "triton"]
 
@@ -71,6 +71,22 @@ def swiglu_mlp_unread(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         return swiglu_mlp_unread_reference(x, gate_up, down)
     with torch.autocast(x.device.type, enabled=False):
         return cast(Tensor, _Unread.apply(x, gate_up, down))
+
+
+def swiglu_mlp_foreseen(x: Tensor, gate_up: Tensor, down: Tensor, dy: Tensor) -> Tensor:
+    """`swiglu_mlp` of which it is known that its result will receive the gradient dy: the same bits, of the result and
+    of every gradient, whatever gradient is then sent back.
+
+    With dy at hand, one pass over the hidden channels serves both ways: it makes their gradient and the activation.
+    Arguments as of `swiglu_mlp`, dy [B, T, D], of which the result's type is taken; first derivatives only.
+    """
+    x = x.to(compute_dtype(x))
+    if not (_served(x.dtype, gate_up, down) and uses_triton(x)):
+        return swiglu_mlp(x, gate_up, down)  # autograd asks for dy
+    if dy.shape != x.shape:
+        raise ValueError(f"need dy {tuple(x.shape)}, got {tuple(dy.shape)}")
+    with torch.autocast(x.device.type, enabled=False):
+        return cast(Tensor, _Foreseen.apply(x, gate_up, down, dy.to(x.dtype)))
 
 
 def writes_codes(x: Tensor, gate_up: Tensor, down: Tensor, keep: Keep) -> bool:
@@ -154,6 +170,28 @@ def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor, Tensor, Tens
 
 
 _mlp.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Foreseen(torch.autograd.Function):
+    """`_mlp` and half of its backward at once. Run uncompiled, as `_Unread`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, dy: Tensor) -> Tensor:
+        from eco_llm.ops.swiglu.triton import mlp_forward_foreseen
+
+        y, *kept = mlp_forward_foreseen(x, gate_up, down, dy)
+        ctx.save_for_backward(x, dy, *kept)
+        ctx.dtypes = gate_up.dtype, down.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        from eco_llm.ops.swiglu.triton import mlp_gradients
+
+        x, dy, da, h, w_gate_up = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            return *mlp_gradients(dy, x, da, h, w_gate_up, *ctx.dtypes), None
 
 
 class _Unread(torch.autograd.Function):

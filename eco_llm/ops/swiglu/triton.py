@@ -270,6 +270,27 @@ def mlp_forward_to_codes(
     return (h @ w_down.t()).view(x.shape), a.codes, a.scales, gate_up_copy, down_copy
 
 
+def mlp_forward_foreseen(x: Tensor, gate_up: Tensor, down: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mlp_forward` where the result's gradient dy [B, T, D] is known: (result [B, T, D], the gradient of a [B·T, 2F],
+    h [B·T, F], gate_up in the type of x). a itself is gone when this returns.
+    """
+    w_gate_up, w_down = (cast_weight(w, x)[0] for w in (gate_up, down))
+    a = x.flatten(0, 1) @ w_gate_up.t()
+    h = dy.reshape(-1, dy.shape[-1]) @ w_down  # its gradient, for now
+    da = silu_mul_backward(a, h)
+    del a
+    return (h @ w_down.t()).view(x.shape), da, h, w_gate_up
+
+
+def mlp_gradients(
+    dy: Tensor, x: Tensor, da: Tensor, h: Tensor, gate_up: Tensor, gate_up_dtype: torch.dtype, down_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is left of `mlp_backward` after `mlp_forward_foreseen`, whose da, h and gate_up these are."""
+    d_down = weight_gradient(dy.reshape(-1, dy.shape[-1]), h, down_dtype)
+    d_gate_up = weight_gradient(da, x.flatten(0, 1), gate_up_dtype)
+    return (da @ gate_up).view(x.shape), d_gate_up, d_down
+
+
 def mlp_backward(
     dy: Tensor, x: Tensor | Callable[[Tensor], Tensor], a: Tensor | Codes, gate_up: Tensor, down: Tensor,
     gate_up_dtype: torch.dtype, down_dtype: torch.dtype,
