@@ -9,7 +9,14 @@ same. Warm: the same folders, again; the median of N rounds is reported. The evi
 
 Each process runs the command itself and also says where its time went (`--start-marks`, the private mode in which this
 script calls itself): marks, which follow one another and add up to the total, and spans, the calls and imports inside
-them. A span holds those that it encloses, and ends when the device is idle.
+them. A span holds those that it encloses, and ends when the device is idle; threads of the start have theirs beside the
+others. The start ends with the last mark: what the process does or imports later (a checkpoint, this script's own
+questions) is no part of it.
+
+Python's bytecode of all packages is there, as pip leaves it and Python keeps it; here in a folder of its own
+(PYTHONPYCACHEPREFIX), filled by the run that prepares the data and by the cold start. One more warm start of each mode
+has none and keeps none (PYTHONDONTWRITEBYTECODE), as in some containers: it compiles PyTorch's sources first, and
+`eco_train doctor` warns of that.
 """
 
 from __future__ import annotations
@@ -25,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +67,8 @@ CALLS = {
     "core_step": "eco_llm.training.step:TrainStep.run",
     "core_replay": "eco_llm.training.graph:GraphedStep.run",
 }
+COLD, WARM, NO_BYTECODE = "cold", "warm", "warm, no bytecode"
+THREADS = {"wake_gpu": "_wake", "ready_triton": "_ready_triton"}  # beside the others; functions of eco_llm.head_start
 
 
 class Clock:
@@ -69,15 +79,17 @@ class Clock:
         self.marks: dict[str, float] = {}
         self.spans: dict[str, list[list[float]]] = {}
         self.processor = 0.0  # seconds of this process at the last mark
+        self._over = False
 
     def now(self) -> float:
         return time.time() - self._began
 
     def mark(self, name: str) -> None:
-        """The first call counts."""
+        """The first call counts, and the last mark ends the start."""
         if name not in self.marks:
             self.marks[name] = self.now()
             self.processor = time.process_time()
+        self._over |= name == MARKS[-1]
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -85,8 +97,10 @@ class Clock:
         try:
             yield
         finally:
-            _idle()
-            self.spans.setdefault(name, []).append([begin, self.now()])
+            if not self._over:
+                if threading.current_thread() is threading.main_thread():
+                    _idle()
+                self.spans.setdefault(name, []).append([begin, self.now()])
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, its calls in a span."""
@@ -136,7 +150,8 @@ class TimedImports(importlib.abc.MetaPathFinder):
 def train_with_marks(flags: list[str]) -> int:
     """Train as `eco_train` does, and print when each part of the start was over, seconds since BEGAN_AT."""
     clock = Clock(float(os.environ["BEGAN_AT"]))
-    sys.meta_path.insert(0, TimedImports(clock, IMPORTS, {"eco_llm.training.launch": lambda: _observe(clock)}))
+    after = {"eco_llm.head_start": lambda: _observe_threads(clock), "eco_llm.training.launch": lambda: _observe(clock)}
+    sys.meta_path.insert(0, TimedImports(clock, IMPORTS, after))
     from eco_llm.cli.main import main as eco_train
 
     code = eco_train(["train", *flags])
@@ -144,18 +159,16 @@ def train_with_marks(flags: list[str]) -> int:
         return code
     torch_import = clock.spans["import torch"][0]
     clock.marks |= {"arguments": torch_import[0], "import_torch": torch_import[1]}
-    from torch._dynamo.utils import compilation_time_metrics, counters
-
     from eco_llm.perf import environment
 
-    cached = {k: int(v) for k, v in counters["aot_autograd"].items() if "cache" in k}
-    cached |= {k: int(v) for k, v in counters["inductor"].items() if "cache" in k}
+    spent, cached = _of_compiler()
     where = json.loads((_run_directory(flags) / "config.json").read_text(encoding="utf-8"))["resolved"]["device"]
     report = {
         "marks": clock.marks,
         "spans": clock.spans,
-        "compiler": {name: sum(seconds) for name, seconds in compilation_time_metrics.items()},
+        "compiler": spent,
         "caches": cached,
+        "compiler_imported": "import torch._dynamo" in clock.spans,
         "processor_s": clock.processor,  # what follows the step, a checkpoint, is not the start
         "environment": environment.collect(where),
     }
@@ -163,8 +176,24 @@ def train_with_marks(flags: list[str]) -> int:
     return 0
 
 
+def _of_compiler() -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds of torch.compile's phases and how often its caches were asked; nothing of a process that has none."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is None:
+        return {}, {}
+    spent = {name: sum(seconds) for name, seconds in dynamo.compilation_time_metrics.items()}
+    counted = [*dynamo.counters["aot_autograd"].items(), *dynamo.counters["inductor"].items()]
+    return spent, {name: int(times) for name, times in counted if "cache" in name}
+
+
 def _run_directory(flags: list[str]) -> Path:
     return Path(flags[len(flags) - 1 - flags[::-1].index("--output-dir") + 1])
+
+
+def _observe_threads(clock: Clock) -> None:
+    head_start = sys.modules["eco_llm.head_start"]
+    for name, function in THREADS.items():
+        setattr(head_start, function, clock.around(name, getattr(head_start, function)))
 
 
 def _observe(clock: Clock) -> None:
@@ -211,8 +240,14 @@ def _observe(clock: Clock) -> None:
     SigmaTrainer._turn = marked_turn  # type: ignore[method-assign]
 
 
-def start(flags: list[str], caches: Path, run: Path) -> dict[str, Any]:
+def start(flags: list[str], caches: Path, run: Path, bytecode: Path | None) -> dict[str, Any]:
     """One process: seconds each part of its start took, their sum `total_s`, spans, and its `environment`.
+
+    Args:
+        flags: of `eco_train train`.
+        caches: the folder of the kernel caches.
+        run: the run directory, removed afterwards.
+        bytecode: where Python finds and keeps it; None: nowhere.
 
     Raises:
         RuntimeError: it ended badly, or said nothing.
@@ -223,6 +258,8 @@ def start(flags: list[str], caches: Path, run: Path) -> dict[str, Any]:
         "CUDA_CACHE_PATH": caches / "cuda",
     }
     environment = {**os.environ, **{name: str(path) for name, path in folders.items()}, "BEGAN_AT": repr(time.time())}
+    environment["PYTHONPYCACHEPREFIX"] = str(bytecode or caches / "no_bytecode")
+    environment["PYTHONDONTWRITEBYTECODE"] = "" if bytecode else "1"  # empty: as if unset
     command = [sys.executable, __file__, "--start-marks", *flags, "--no-resume", "--output-dir", str(run)]
     done = subprocess.run(command, env=environment, check=False, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(run, ignore_errors=True)  # gigabytes of checkpoint
@@ -238,12 +275,15 @@ def start(flags: list[str], caches: Path, run: Path) -> dict[str, Any]:
 
 def show(label: str, taken: dict[str, Any]) -> None:
     """Print one start: its parts, its spans in the order in which they began, what compiling spent."""
-    print(f"{label}  total {taken['total_s']:.2f} s, processor {taken['processor_s']:.2f} s  {taken['caches']}")
+    compiler = "imported" if taken["compiler_imported"] else "not imported"
+    print(f"{label}  total {taken['total_s']:.2f} s, processor {taken['processor_s']:.2f} s, compiler {compiler}")
     print("  parts     " + "  ".join(f"{name} {taken[f'{name}_s']:.2f}" for name in MARKS))
     calls = sorted((begin, end, name) for name, times in taken["spans"].items() for begin, end in times)
     print("  spans     " + "  ".join(f"{name} {end - begin:.2f}" for begin, end, name in calls if end - begin >= 0.005))
     spent = sorted(taken["compiler"].items(), key=lambda item: -item[1])[:10]
-    print("  compiler  " + "  ".join(f"{name} {seconds:.2f}" for name, seconds in spent), flush=True)
+    if spent or taken["caches"]:
+        print("  compiler  " + "  ".join(f"{name} {seconds:.2f}" for name, seconds in spent), taken["caches"])
+    sys.stdout.flush()
 
 
 def table_of(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -296,16 +336,18 @@ def main(argv: list[str]) -> None:
         kept = any(flag.startswith("--data-cache") for flag in argv)
         flags = [*profile, *once, *([] if kept else ["--data-cache", str(place / "data")])]
         # Prepares the data and fills the page cache; on the CPU, where no kernel needs compiling.
-        start([*flags, *MODES["eager"], "--device", "cpu", "--batch-size", "1"], place / "unused", place / "run")
+        bytecode, run = place / "bytecode", place / "run"
+        start([*flags, *MODES["eager"], "--device", "cpu", "--batch-size", "1"], place / "unused", run, bytecode)
         for mode in modes:
-            taken = [start([*flags, *MODES[mode]], place / mode, place / "run") for _ in range(1 + rounds)]
-            environment = {**taken[-1]["environment"], "command": command_line(sys.argv)}
-            for i, one in enumerate(taken):
-                del one["environment"]
-                samples.append({"mode": mode, "start": "warm" if i else "cold", **one})
-                show(f"{mode} {'warm' if i else 'cold'}", one)
-            summary[f"{mode}_cold_s"] = taken[0]["total_s"]
-            summary[f"{mode}_warm_s"] = statistics.median(t["total_s"] for t in taken[1:])
+            for kind in (COLD, *[WARM] * rounds, NO_BYTECODE):
+                kept_at = None if kind == NO_BYTECODE else bytecode
+                one = start([*flags, *MODES[mode]], place / mode, run, kept_at)
+                environment = {**one.pop("environment"), "command": command_line(sys.argv)}
+                samples.append({"mode": mode, "start": kind, **one})
+                show(f"{mode} {kind}", one)
+            for key, kind in (("cold", COLD), ("warm", WARM), ("warm_without_bytecode", NO_BYTECODE)):
+                times = [s["total_s"] for s in samples if (s["mode"], s["start"]) == (mode, kind)]
+                summary[f"{mode}_{key}_s"] = statistics.median(times)
             payload = {
                 "flags": [*profile, *once], "unit": "s", "summary": summary, "table": table_of(samples),
                 "samples": samples,

@@ -103,6 +103,8 @@ def diagnose(progress: Callable[[str], None] = lambda name: None) -> Iterator[Ch
     yield check
     if torch is None:
         return
+    if not is_frozen():
+        yield bytecode(torch.__spec__.cached if torch.__spec__ else None)
     progress("GPU")
     yield from _gpu(torch)
     if torch.cuda.is_available():
@@ -220,6 +222,22 @@ def _packages() -> Iterator[Check]:
     yield _package("pyarrow", "warn", parquet)
     hub = _install('pip install "eco-llm[hf]"', "if you want --data hf:NAME")
     yield _package("datasets", "warn", hub)
+
+
+def bytecode(where: str | None) -> Check:
+    """Whether Python keeps what it compiled PyTorch's sources to, now that they were imported.
+
+    Args:
+        where: its file for the first of them.
+    """
+    if where and Path(where).exists():
+        return Check("bytecode", "ok", "PyTorch's is kept")
+    return Check(
+        "bytecode",
+        "warn",
+        "PyTorch's is not kept: every start compiles its sources, for 2 seconds or more",
+        "Unset PYTHONDONTWRITEBYTECODE, or set PYTHONPYCACHEPREFIX to a folder that you may write to.",
+    )
 
 
 def _install(command: str, why: str) -> str:

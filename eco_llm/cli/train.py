@@ -37,6 +37,7 @@ def run(args: Sequence[str]) -> int:
         return 0
     # Imported here and not above: help and most refusals have ended by now, and are quicker without.
     from eco_llm.data.sources import check_sources
+    from eco_llm.head_start import waking_gpu
     from eco_llm.imports import importing
     from eco_llm.runtime import set_cache_dirs
     from eco_llm.training.run_directory import RunDirectory
@@ -44,7 +45,7 @@ def run(args: Sequence[str]) -> int:
     check_sources(config.data, seq_len=config.training.seq_len)
     RunDirectory(Path(config.training.output_dir)).check(config)
     set_cache_dirs()  # before torch
-    with importing("torch", freeze=True):
+    with waking_gpu(config.runtime.device), importing("torch", freeze=True):
         from eco_llm.training.launch import train
 
     return int(train(config, command=sys.argv))

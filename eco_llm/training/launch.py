@@ -6,6 +6,7 @@ The data, the device and the settings refuse before anything is written to a new
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from eco_llm.data.prepare import prepare
 from eco_llm.data.progress import make_progress
 from eco_llm.data.shards import Manifest, PreparedData, open_prepared
 from eco_llm.errors import UserError
+from eco_llm.head_start import ready_triton
 from eco_llm.model.serving import serving_kernels
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
@@ -60,6 +62,7 @@ def train(config: TrainConfig, command: Sequence[str], hooks: Sequence[Hook] = (
     run = RunDirectory(Path(config.training.output_dir))
     start = run.check(config)
     runtime = Runtime.detect(config.runtime)
+    triton = ready_triton(runtime.device)
     PhaseTimer(runtime.device, config.perf.perf_device_time_mode)  # refuses a clock the device does not have
     wants_graph(config, runtime)  # refuses a graph that the device cannot have
     if config.perf.memory_report != "off" and runtime.device.type != "cuda":
@@ -78,7 +81,7 @@ def train(config: TrainConfig, command: Sequence[str], hooks: Sequence[Hook] = (
             data = prepare(config.data, config.model.vocab_size, progress=make_progress(), accept=accept)
         if start == "new":  # only now: a refusal by the data must leave no folder behind
             run.open()
-        return _Launch(run, config, resolve_shape(config, data), runtime, data, command, hooks).go()
+        return _Launch(run, config, resolve_shape(config, data), runtime, data, command, hooks, triton).go()
     finally:
         run.close()
 
@@ -128,8 +131,9 @@ class _Launch:
         data: PreparedData,
         command: Sequence[str],
         hooks: Sequence[Hook],
+        triton: threading.Thread | None = None,
     ) -> None:
-        self.further_hooks = hooks
+        self.further_hooks, self.triton = hooks, triton
         self.run, self.config, self.shape, self.data = run, config, shape, data
         self.command = list(command)
         self.graph = False
@@ -148,6 +152,7 @@ class _Launch:
         saved = newest_good(self.run, with_optimizer=True, say=self.say) if start == "resume" else None
         if saved is not None and saved.step >= self.config.training.steps:
             self.say(f"nothing to do: the run is at step {saved.step}; raise --steps to train on, or use --no-resume")
+            self._triton_is_ready()
             self._sample(load(self.run, self.runtime))
             return Outcome.DONE
         try:
@@ -353,8 +358,14 @@ class _Launch:
 
     # -- running -------------------------------------------------------------------------------------------
 
+    def _triton_is_ready(self) -> None:
+        """Before the first kernel."""
+        if self.triton is not None:
+            self.triton.join()
+
     def _fit(self, trainer: SigmaTrainer, hooks: list[Hook], saved: checkpoint.Checkpoint | None) -> Outcome:
         self.say(self._summary(saved))
+        self._triton_is_ready()
         try:
             with self.counters, self.loader:
                 outcome = trainer.fit()

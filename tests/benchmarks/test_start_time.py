@@ -25,6 +25,8 @@ def test_every_call_that_is_timed_exists(start_time: Any) -> None:
     for where in start_time.CALLS.values():
         module, _, attribute = where.partition(":")
         assert callable(functools.reduce(getattr, attribute.split("."), importlib.import_module(module))), where
+    for function in start_time.THREADS.values():
+        assert callable(getattr(importlib.import_module("eco_llm.head_start"), function)), function
 
 
 def test_imports_are_timed_and_their_end_is_told(
@@ -51,18 +53,33 @@ def test_imports_are_timed_and_their_end_is_told(
     assert 0.05 <= end - begin <= clock.now()
 
 
+def test_what_comes_after_the_last_mark_is_no_part_of_the_start(start_time: Any) -> None:
+    clock = start_time.Clock(time.time())
+    with clock.span("before"):
+        pass
+    with clock.span("across"):
+        for name in start_time.MARKS:
+            clock.mark(name)
+    with clock.span("after"):
+        pass
+    assert set(clock.spans) == {"before"}
+
+
 def test_a_start_is_the_command_with_clocks_in_it(
     start_time: Any, tiny_flags: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     flags = [*tiny_flags("--steps 1 --sample-tokens 0 --device cpu"), *start_time.MODES["eager"]]
-    taken = start_time.start(flags, tmp_path / "caches", tmp_path / "timed")
+    taken = start_time.start(flags, tmp_path / "caches", tmp_path / "timed", tmp_path / "bytecode")
     parts = [taken[f"{name}_s"] for name in start_time.MARKS]
     assert min(parts) >= 0
     assert sum(parts) == pytest.approx(taken["total_s"])
     assert {"import torch", "device", "data", "model", "optimizer", "environment", "core_step"} <= set(taken["spans"])
     for times in taken["spans"].values():
         for begin, end in times:
-            assert 0 < begin <= end
+            assert 0 < begin <= end <= taken["total_s"]
+    assert not taken["compiler_imported"]
+    assert taken["compiler"] == {}
+    assert list((tmp_path / "bytecode").rglob("sigma_trainer.*.pyc"))
     (model,) = taken["spans"]["model"]
     assert model[1] - model[0] <= taken["model_and_hooks_s"]
     assert taken["environment"]["device"] == "cpu"
@@ -73,7 +90,7 @@ def test_a_start_is_the_command_with_clocks_in_it(
 def _fake_start(fails_in: str = "") -> Callable[..., dict[str, Any]]:
     """A start on the second of two GPUs; in the mode whose flags hold `fails_in` it fails."""
 
-    def start(flags: list[str], caches: Path, run: Path) -> dict[str, Any]:
+    def start(flags: list[str], caches: Path, run: Path, bytecode: Path | None) -> dict[str, Any]:
         if fails_in and caches.name == fails_in:
             raise RuntimeError("eco_train ended with exit code 1")
         parts = {f"{name}_s": 1.0 for name in ("arguments", "import_torch", "import_trainer", "device_and_data")}
@@ -82,8 +99,8 @@ def _fake_start(fails_in: str = "") -> Callable[..., dict[str, Any]]:
         environment = {"device": "cuda:1", "gpu": gpu, "command": "start_time.py --start-marks", "commit": "c0ffee"}
         spans = {"model": [[3.0, 3.5]]}
         return {
-            **parts, "total_s": 7.0, "spans": spans, "compiler": {}, "caches": {}, "processor_s": 5.0,
-            "environment": environment,
+            **parts, "total_s": 7.0, "spans": spans, "compiler": {}, "caches": {}, "compiler_imported": False,
+            "processor_s": 5.0 if bytecode else 6.0, "environment": environment,
         }  # fmt: skip
 
     return start
@@ -112,8 +129,10 @@ def test_evidence_names_the_gpu_that_the_runs_were_on(
     evidence = json.loads(written.read_text(encoding="utf-8"))
     assert evidence["environment"]["gpu"]["name"] == "NVIDIA H200"
     assert evidence["command"] == "start_time.py --rounds 2"
-    assert set(evidence["summary"]) == {f"{m}_{s}_s" for m in ("eager", "compiled_graph") for s in ("cold", "warm")}
-    assert [s["start"] for s in evidence["samples"]] == ["cold", "warm", "warm"] * 2
+    kinds = ("cold", "warm", "warm_without_bytecode")
+    assert set(evidence["summary"]) == {f"{m}_{s}_s" for m in ("eager", "compiled_graph") for s in kinds}
+    assert [s["start"] for s in evidence["samples"]] == ["cold", "warm", "warm", "warm, no bytecode"] * 2
+    assert [s["processor_s"] for s in evidence["samples"]] == [5.0, 5.0, 5.0, 6.0] * 2
     assert all("environment" not in s for s in evidence["samples"])
 
 
@@ -123,4 +142,6 @@ def test_a_mode_that_fails_leaves_the_evidence_of_those_before(
     monkeypatch.setattr(start_time, "start", _fake_start(fails_in="compiled_graph"))
     with pytest.raises(RuntimeError, match="exit code 1"):
         start_time.main(["--modes", "eager,compiled_graph"])
-    assert set(json.loads(written.read_text(encoding="utf-8"))["summary"]) == {"eager_cold_s", "eager_warm_s"}
+    assert set(json.loads(written.read_text(encoding="utf-8"))["summary"]) == {
+        "eager_cold_s", "eager_warm_s", "eager_warm_without_bytecode_s"
+    }  # fmt: skip

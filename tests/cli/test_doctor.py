@@ -308,3 +308,11 @@ def test_a_gpu_machine_is_all_well() -> None:
     status = {check.name: (check.status, check.found) for check in doctor.diagnose()}
     for name in ("GPU cuda:0", "bf16", "Triton", "torch.compile"):
         assert status[name][0] == "ok", status[name]
+
+
+def test_bytecode_that_is_not_kept_is_a_warning(tmp_path: Path) -> None:
+    kept = tmp_path / "__init__.cpython-311.pyc"
+    assert doctor.bytecode(str(kept)).status == "warn"
+    assert "PYTHONDONTWRITEBYTECODE" in doctor.bytecode(None).advice
+    kept.touch()
+    assert doctor.bytecode(str(kept)).status == "ok"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,3 +130,15 @@ def test_sample_and_evaluate_on_the_gpu(tiny_flags: Flags, tmp_path: Path, capsy
     capsys.readouterr()
     assert main(["evaluate", "--run", str(tmp_path / "run"), "--batches", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] > 0
+
+
+def test_a_run_imports_no_compiler(tiny_flags: Flags) -> None:
+    """The import takes seconds of every start. In a process of its own, with its threads and caches."""
+    code = (
+        "import sys; from eco_llm.cli.main import main; code = main(sys.argv[1:])\n"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules))); sys.exit(code)\n"
+    )
+    flags = on_cuda(tiny_flags("--steps 2 --no-torch-compile --sample-tokens 0"))
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
