@@ -28,7 +28,10 @@ CLASSES = (
     ("SSD", r"ssd|walk_kernel|output_kernel|gradient_kernel|finish_kernel|decay_kernel|cumsum|scan"),
     ("convolution", r"conv"),
     ("cross-entropy", r"cross_entropy|softmax|nll|_row_kernel|_scale_kernel"),
-    ("optimizer", r"c3o|multi_tensor|foreach|adam|lpnorm|_(squares|plan|measure|trust|update|summary)_kernel"),
+    (
+        "optimizer",
+        r"c3o|multi_tensor|foreach|adam|lpnorm|_(address|squares|plan|measure|trust|update|stored_norm)_kernel",
+    ),
     ("embedding", r"embedding|index"),
     ("matrix products", r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma"),
     ("norms", r"norm|rsqrt"),

@@ -499,8 +499,8 @@ class C3O(Optimizer):
         """Prepare for CUDA-graph capture, changing no parameter; call before each capture.
 
         Learning rates become one-element device tensors; state and tables are made for every parameter that requires a
-        gradient; the kernels are compiled and loaded by a step of tiny tensors. From here on `step` also refreshes
-        the tensor that `metrics_tensor` returns, which stays the same.
+        gradient; the kernels are compiled and loaded by a step of tiny tensors. From here on `metrics_tensor` returns
+        not a copy but the tensor itself that every step refreshes: the same one every time.
 
         Raises:
             RuntimeError: not `capturable`.

@@ -84,7 +84,10 @@ STAGES = 3
 fit on a multiprocessor: 1.4% of bfloat16's time, 0.9% of float32's, and a loss with codes.
 """
 SHARES = 2
-"""Programs that share a chunk in the update. Where it sums over chunks, as with codes and the norm skip, one."""
+"""Programs that share a chunk in the update. Where it sums over chunks, as with codes and the norm skip, one.
+CHUNK / SHARES must be a multiple of BLOCK, so that positions in a credit block, which rounding needs, count from a
+share's start; and of the tile (of 4-bit codes 2 TILE), so that only a tensor's last tile is masked.
+"""
 REGISTERS = 128
 """Of a thread, at most, where moments are codes: four programs run at once on a multiprocessor, and nothing spills."""
 # Scalar programs wait for memory, not for arithmetic: as few turns of their loops as let two programs of the plan, or
@@ -193,7 +196,8 @@ class KernelPlan:
         # In which of its turns the measuring pass measures a tensor; 0: in none that is left.
         self._turns = torch.zeros(n, dtype=torch.int32, device=self.device)
         self._stats = torch.zeros(n, 4, device=self.device)
-        # Clip factor, norm of the gradients, whether turn 1, turn 2 measured anything.
+        # Clip factor, norm of the gradients, whether turn 1 (no kernel reads that: it is for tests and for whoever asks
+        # if guesses are made), turn 2 measured anything.
         self._control = self._uploaded([1.0, 0.0, 0.0, 0.0], torch.float32)
         if 2 * len(self._kinds) > TICKETS:
             raise RuntimeError(
@@ -214,11 +218,10 @@ class KernelPlan:
         self._align = 16
         self._aligned_for: list[int] = []
         self._bound_grads = self._grads
-        self._clip_count = 0
         self.bound = 0
         """Gradients that the last `bind` took up."""
         self._spare: list[tuple[Tensor, Tensor]] = []
-        self._captured: list[tuple[Tensor, Tensor]] = []  # recorded copies read them in every replay
+        self._captured: list[tuple[Tensor, Tensor]] = []  # recorded kernels read them in every replay
 
     @staticmethod
     def _kind_of(arena: Arena, group: dict[str, Any]) -> tuple[str, ...]:
@@ -403,7 +406,7 @@ class KernelPlan:
     def step(
         self, *, measure: bool, norm: Tensor | None, loss: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One step of what `bind` took up. No host sync; three to nine launches, and more if types differ.
+        """One step of what `bind` took up. No host sync; two to eight launches, and more if types differ.
 
         Args:
             measure: compute the norm of all bound gradients.

@@ -212,6 +212,8 @@ def test_mixer_gate_and_floor(script: Any) -> None:
         ("triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_3", "norms"),
         ("triton_poi_fused_mul_silu_4", "elementwise"),
         ("_update_kernel", "optimizer"),
+        ("_address_kernel", "optimizer"),
+        ("_stored_norm_kernel", "optimizer"),
         ("walk_kernel", "SSD"),
         ("something new", "other"),
     ],

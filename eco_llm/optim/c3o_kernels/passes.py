@@ -122,6 +122,9 @@ def _streams(
 ):
     """Where a program reads of a tensor, from element `start` on: θ, its error bits, g, m, v (or codes of r and v); and
     how many elements there are, at most `most`.
+
+    Less than 0 for a later share of a chunk that ends before it. Nothing is done then, for `left // TILE * TILE` rounds
+    towards 0: it is at most 0, so there are no whole tiles, and not less than `left`, so there is no rest.
     """
     PACK: tl.constexpr = 8 // BITS if BITS else 1
     MOMENT: tl.constexpr = tl.uint8 if BITS else S

@@ -128,7 +128,9 @@ def _plan_kernel(
     """Everything about a step that is a scalar of the optimizer or of a tensor; see `c3o_triton`'s docstring.
 
     A program plans one tensor, and finds the norm for itself: a sum of as many numbers as there are chunks costs less
-    than a launch. The first one also writes what is the optimizer's.
+    than a launch. That is tensors · chunks · 4 bytes, out of the L2 cache: 3.7 MB with 100M parameters in 150 tensors,
+    but 0.5 GB with 7B in 300, by count some 80 µs of a step of 35 ms, and so more than a launch. The first program also
+    writes what is the optimizer's.
 
     DRAFT: before the norm is known; the plan of a step that is taken, with the last one's norm. Changes nothing but the
     plan. EARLY: there was a draft, and what was measured on it holds, or is to be measured again. SKIPS: some tensor
@@ -313,6 +315,7 @@ def _stored_norm_kernel(
 def _summarise(stats, control, out, n_tensors, buckets, clipped):
     """The metrics of `C3O.metrics_tensor`, in its order."""
     LANES: tl.constexpr = 1024
+    # Counts are exact. Ratios are added in float64: the layout's order of addition hardly ever shows in float32.
     skipped, exact = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     capped, ratio = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float64)
     for at in range(0, n_tensors, LANES):
@@ -321,7 +324,7 @@ def _summarise(stats, control, out, n_tensors, buckets, clipped):
         skipped += tl.load(row, mask=i < n_tensors, other=0.0)
         exact += tl.load(row + 1, mask=i < n_tensors, other=0.0)
         capped += tl.load(row + 2, mask=i < n_tensors, other=0.0)
-        ratio += tl.load(row + 3, mask=i < n_tensors, other=0.0).to(tl.float64)  # in any order, so in any kernel
+        ratio += tl.load(row + 3, mask=i < n_tensors, other=0.0).to(tl.float64)
     trusted = tl.maximum(tl.sum(skipped) + tl.sum(exact), 1.0)
     tl.store(out, tl.sum(skipped))
     tl.store(out + 1, tl.sum(exact))
