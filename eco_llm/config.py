@@ -19,8 +19,12 @@ keeps for its replays, so a whole batch at once would set aside a GiB and more t
 
 
 def validation_rows(batch: int, seq_len: int) -> int:
-    """Sequences of a batch that validation scores at once."""
-    return max(1, min(batch, VALIDATION_TOKENS // seq_len))
+    """Sequences of a batch, of one at least, that validation scores at once: as even as the fewest parts can be, for
+    every shape costs compiled blocks a compilation.
+    """
+    most = max(1, VALIDATION_TOKENS // seq_len)
+    parts = -(-batch // most)
+    return -(-batch // parts)
 
 
 def flag_of(name: str) -> str:

@@ -6,10 +6,11 @@
 D(b) is what the block adds to b: a plain residual block gives b + D(b). One evaluation of it in backward serves both
 the inverse and the vector-Jacobian product. States are int32 on a grid (`ops/grid`), where what was added can always be
 subtracted again, and D, which reads their values in floating point, is the same computation both times (`replay`), so
-the state that backward reconstructs is that of forward. Kept: the two last states, whatever the depth, and of every
-other state its checksums (8 bytes for 4096 numbers), compared by the kernel that reconstructs it, before any gradient
-of the block is applied. While D runs, one value is alive, its input; backward has also made that of the state before by
-the time gradients are.
+the state that backward reconstructs is that of forward. (With Triton the MLP's activation comes from another kernel the
+second time, the one that makes its gradient; that both give the same bits a test checks, and the gate would show.)
+Kept: the two last states, whatever the depth, and of every other state its checksums (8 bytes for 4096 numbers),
+compared by the kernel that reconstructs it, before any gradient of the block is applied. While D runs, one value is
+alive, its input; backward has also made that of the state before by the time gradients are.
 
 What D's result receives is known before D runs again: it is the gradient of the state that D's result made. So blocks
 take both ways over what they have in hand (`Ahead`).

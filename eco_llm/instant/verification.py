@@ -48,11 +48,9 @@ class Gate:
         self._expect(block, error, limit, 1)
 
     def _expect(self, block: int, value: Tensor, limit: float, kind: int) -> None:
-        self._record(block, torch.logical_not(value <= limit).to(torch.float32), kind, value.to(torch.float32))
-
-    def _record(self, block: int, wrong: Tensor, kind: int, value: Tensor) -> None:
+        wrong = torch.logical_not(value <= limit).to(torch.float32)
         torch.maximum(self._tripped[block], wrong, out=self._tripped[block])
-        torch.maximum(self._worst[kind], value, out=self._worst[kind])  # NaN stays
+        torch.maximum(self._worst[kind], value.to(torch.float32), out=self._worst[kind])  # NaN stays
 
     def guard(self, loss: Tensor) -> Tensor:
         """The loss, or NaN where a verdict is bad: what the optimizer's guard is given. 0-dim."""

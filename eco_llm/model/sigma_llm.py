@@ -226,9 +226,9 @@ class SigmaLLM(nn.Module):
         """Compile every block in place with torch.compile, for static shapes.
 
         Blocks of a kind share compiled graphs, and the first, which has no delta, takes one more: that is three
-        compilations for training, not one a layer, and as many for validation; `coupled` takes two of each (one a
-        kind), a mix of memory modes more. Names in the state dict do not change. Generation (`prefill`, `step`) stays
-        uncompiled.
+        compilations for training, not one a layer, and as many for each shape that validation scores (two where
+        its parts of a batch are not of one size); `coupled` takes two of each (one a kind), a mix of memory modes more.
+        Names in the state dict do not change. Generation (`prefill`, `step`) stays uncompiled.
 
         Raises:
             UserError: a pinned chunk of 256 on CUDA before torch 2.13, whose compiler cannot scan 256 tokens.

@@ -140,6 +140,18 @@ def test_the_largest_batch_fits_and_one_more_does_not(mode: str) -> None:
     assert largest_batch(one, 1.0) == 0
 
 
+@pytest.mark.parametrize(("holes", "most"), [((), 70), ((71, 72, 73), 74), (range(71, 75), 75), (range(71, 76), 70)])
+def test_the_largest_batch_is_looked_for_beyond_a_gap(
+    holes: tuple[int, ...], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bisection ends at 70, the batch before the first that does not fit."""
+    last = max(holes, default=69) + 1
+    monkeypatch.setattr(
+        "eco_llm.instant.plan.search.fits", lambda job, gib: job.batch <= last and job.batch not in holes
+    )
+    assert largest_batch(job(), 8.0) == most
+
+
 def test_the_largest_model_fits_and_the_next_does_not() -> None:
     one = job(mode="coupled", batch=1, seq_len=1024, state_bytes=2.0625, weight_bytes=2, release=True)
     found = largest_model(one, "coupled", 8.0)

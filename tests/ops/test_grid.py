@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import subprocess
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,6 +185,19 @@ def test_flags_tell_of_one_wrong_bit_and_of_nothing_else(dtype: torch.dtype, dev
         assert flags.tolist() == [1, 0, 1]  # stays
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_was_seen_has_to_be_of_the_states_size(device: str) -> None:
+    c, y = torch.zeros(5000, dtype=torch.int32, device=device), normal(5000, seed=1, device=device)
+    seen, flag = checksums(c), torch.zeros((), device=device)
+    for wrong in (seen[:1], seen[:0], seen.repeat(2), seen[:, None], seen[0], seen.int(), seen.repeat(2)[::2]):
+        with pytest.raises(ValueError, match="need checksums"):
+            retreat(c, y, seen=wrong, flags=(flag,))
+    for flags in ((), (flag,) * 3, (flag[None],), (flag, flag.double()), (flag.expand(2), flag)):
+        with pytest.raises(ValueError, match="0-dim flags"):
+            retreat(c, y, seen=seen, flags=flags)
+    assert flag == 0
+
+
 Move = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -264,20 +279,25 @@ def test_the_rest_of_the_kernels(size: tuple[int, ...], nan_filled_buffers: None
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 89, 90])
-def test_no_number_changes_threads(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_number_changes_threads(capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Compiled for each card, not run: every access is of a thread's own four numbers, and nothing is spilled."""
+    from triton import knobs
+
     from eco_llm.ops.grid import triton as launchers
 
     compiled = compile_instead_of_running(monkeypatch, launchers, "_move_kernel", capability=capability)
     monkeypatch.setattr("torch.cuda.device_of", contextlib.nullcontext)
+    cubin = tmp_path / "cubin"
     q, y, flag = torch.zeros(2, 4096, dtype=torch.int32), torch.zeros(2, 4096).bfloat16(), torch.zeros(())
     sums = torch.zeros(2, dtype=torch.int64)
     for back, seen in ((False, None), (True, sums)):
         launchers.move(q, [y, y], STEP, TILE, torch.bfloat16, back=back, seen=seen, flags=(flag, flag))
     launchers.move(q, [y, y], STEP, TILE, torch.float32, back=False, beside=q)
     assert len(compiled) == 3
-    for _, one in compiled:
+    for (_, one), flags in zip(compiled, (0, 2, 0), strict=True):
         ptx = one.asm["ptx"]
         wide = [access for access in re.findall(r"(?:ld|st)\.global\S*", ptx) if "b64" not in access]
-        assert sum(".v2.b32" in access or ".v4.b32" in access for access in wide) >= len(wide) - 2  # the flags
-        assert "local" not in ptx
+        assert sum(".v2.b32" in access or ".v4.b32" in access for access in wide) == len(wide) - flags
+        cubin.write_bytes(one.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        assert " STACK:0 " in subprocess.run(command, capture_output=True, text=True, check=True).stdout

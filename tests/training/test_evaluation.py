@@ -78,9 +78,15 @@ def test_a_large_batch_is_scored_in_parts() -> None:
     assert result.loss == pytest.approx(float(whole) / int(count), rel=1e-6)
 
 
-@pytest.mark.parametrize(("batch", "length", "rows"), [(4, 512, 4), (64, 1024, 8), (3, 8192, 1), (2, 9000, 1)])
-def test_sequences_scored_at_once(batch: int, length: int, rows: int) -> None:
-    assert validation_rows(batch, length) == rows
+PARTS = [
+    (4, 512, [4]), (64, 1024, [8] * 8), (12, 1024, [6, 6]), (20, 1024, [7, 7, 6]), (9, 1024, [5, 4]), (1, 1024, [1]),
+    (3, 8192, [1] * 3), (2, 9000, [1] * 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "length", "parts"), PARTS)
+def test_sequences_scored_at_once(batch: int, length: int, parts: list[int]) -> None:
+    assert [len(part) for part in torch.zeros(batch).split(validation_rows(batch, length))] == parts
 
 
 def test_a_uniform_guess_over_bytes_costs_eight_bits() -> None:

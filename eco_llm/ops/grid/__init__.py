@@ -74,6 +74,9 @@ def retreat(
         c, ys, dtype: as for `advance`.
         seen: checksums that a should have; else every one of the flags becomes 1.
         flags: one or two, 0-dim float32, each 0 or 1; left alone where nothing is wrong, or nothing was seen.
+
+    Raises:
+        ValueError: shapes differ; seen or flags are not as `checksums` gives and as said here.
     """
     return _move(c, ys, dtype, back=True, seen=seen, flags=flags)
 
@@ -103,6 +106,8 @@ def _move(
     given = [t for t in (a, *ys, beside) if t is not None]
     if any(t.shape != given[0].shape for t in given):
         raise ValueError(f"summands of one shape are needed, not of {', '.join(str(tuple(t.shape)) for t in given)}")
+    if seen is not None:
+        _check_seen(seen, flags, -(-given[0].numel() // TILE))
     known = {dtype, *(y.dtype for y in ys)} <= {torch.float32, torch.bfloat16} and len(ys) <= 2
     if known and all(t.is_contiguous() for t in given) and uses_triton(ys[0]):
         from eco_llm.ops.grid.triton import move
@@ -113,3 +118,12 @@ def _move(
     if seen is not None:
         compare_reference(seen, sums, flags)
     return q, x, sums
+
+
+def _check_seen(seen: Tensor, flags: Sequence[Tensor], tiles: int) -> None:
+    """Kernels read and write what they are given; the reference would broadcast it."""
+    if seen.shape != (tiles,) or seen.dtype != torch.int64 or not seen.is_contiguous():
+        raise ValueError(f"need checksums [{tiles}] in int64, contiguous, got {seen.dtype} {tuple(seen.shape)}")
+    if not 1 <= len(flags) <= 2 or any(flag.dim() or flag.dtype != torch.float32 for flag in flags):
+        what = ", ".join(f"{flag.dtype} {tuple(flag.shape)}" for flag in flags) or "none"
+        raise ValueError(f"need one or two 0-dim flags in float32, got {what}")

@@ -28,7 +28,7 @@ def _whole(v):
     return tl.where(size < 8388608.0, tl.where(v < 0, -whole, whole), v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["flag", "other_flag"])  # places in vectors, at any multiple of 4 bytes
 def _move_kernel(
     a, y, more, beside, out, value, sums, seen, flag, other_flag, n,
     INVERSE: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr, FROM: tl.constexpr, MORE: tl.constexpr,
