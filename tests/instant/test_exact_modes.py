@@ -369,3 +369,29 @@ def test_modes_of_blocks_are_read_and_refused() -> None:
     for bad in ("", "fast", "none*4", "none*0", "none,none", "none*x", "coupled*1,none*2", "recompute*2,none*2"):
         with pytest.raises(UserError, match="--instant-mode"):
             InstantConfig(instant_mode=bad).block_modes(mixers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_thousand_steps_rebuild_every_state(bf16: bool) -> None:
+    """The gate looks in every step; on a GPU: test_modes_cuda.py. Random tokens of two batches, soon known by heart."""
+    torch.manual_seed(0)
+    model = SigmaLLM(dataclasses.replace(SHAPE, n_layers=3, vocab_size=320), InstantConfig(instant_mode="coupled"))
+    model.stack.prepare(torch.device("cpu"))
+    settings = OptimizerConfig(lr=1e-3)
+    update = Update(build_optimizer(model.parameter_groups(0.1), settings, C3OConfig(), "cpu"), settings)
+    batches = [(torch.randint(320, (1, 63)), torch.randint(320, (1, 63))) for _ in range(2)]
+    losses, refused = [], 0
+    for step in range(1000):
+        model.stack.begin_step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model.loss(*batches[step % 2])
+        loss.backward()
+        refused += not update.step(model.stack.guard(loss)).applied
+        update.zero_grad()
+        names, values = model.stack.metrics_tensor()
+        assert values is not None
+        refused += int(values[names.index("instant_tripped_blocks")])
+        losses.append(loss.item())
+    assert refused == 0
+    assert losses[-1] < losses[0] - 1
