@@ -23,10 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from eco_llm.config import TrainConfig
 from eco_llm.files import write_json
 from eco_llm.perf import environment
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def _load() -> float | None:
@@ -35,6 +37,14 @@ def _load() -> float | None:
 
 
 _LOAD_BEFORE = _load()
+
+
+def gpu_profile() -> TrainConfig:
+    """What `eco_train @train_sigma_args.txt` trains."""
+    from eco_llm.cli.args_file import expand  # for those that ask: a process that is timed imports no flags' parser
+    from eco_llm.cli.parse import parse
+
+    return parse(TrainConfig, expand([f"@{ROOT / 'train_sigma_args.txt'}"]), prog="train_sigma_args.txt")
 
 
 class GateError(Exception):

@@ -41,10 +41,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, GateError, hardware_slug, require_close, write_evidence
+from common import RESULTS, GateError, gpu_profile, hardware_slug, require_close, write_evidence
 from render import SPOILED_GIB
 
-from eco_llm.config import C3OConfig, InstantConfig, RuntimeConfig, SigmaConfig, TrainConfig
+from eco_llm.config import InstantConfig, RuntimeConfig, SigmaConfig, TrainConfig
 from eco_llm.errors import UserError
 from eco_llm.instant.plan.search import choose
 from eco_llm.perf import environment
@@ -53,9 +53,10 @@ from eco_llm.runtime import set_cache_dirs
 MODES = ("none", "recompute", "compress", "compress 4 bits", "fixed-point", "coupled")
 PEERS = ("nanoGPT", "nanoGPT recompute", "nanoGPT chunked loss", "nanoGPT chunked loss recompute")
 FOUR_BITS = " 4 bits"
-C3O = C3OConfig(c3o_sphere=1.0, c3o_state_dtype="bf16", c3o_trust_norm_refresh_drift=0.02)
-"""As the default GPU profile has it; its weights are bf16, too."""
-STORAGE = {"weights": "bf16", "c3o_state": C3O.c3o_state_dtype}
+PROFILE = gpu_profile()
+C3O, WEIGHTS = PROFILE.c3o, PROFILE.runtime.weights_dtype
+BF16 = WEIGHTS == "bf16"
+STORAGE = {"weights": WEIGHTS, "c3o_state": C3O.c3o_state_dtype}
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def planned(shape: SigmaConfig, row: Row, cap_gib: float, *, graph: bool) -> Ins
     config = dataclasses.replace(
         config,
         training=dataclasses.replace(config.training, batch_size=row.batch, seq_len=row.length),
-        runtime=dataclasses.replace(config.runtime, cuda_graph="auto" if graph else "off", weights_dtype="bf16"),
+        runtime=dataclasses.replace(config.runtime, cuda_graph="auto" if graph else "off", weights_dtype=WEIGHTS),
     )
     return dataclasses.replace(choose(config).instant, instant_bits="8")
 
@@ -306,7 +307,7 @@ def main() -> None:
         return step, {}
 
     def ours(instant: InstantConfig, batches: Batches) -> Any:
-        model = Ours(shape, batches.cycle(), runtime, graph=graph, instant=instant, c3o=C3O, bf16_weights=True)
+        model = Ours(shape, batches.cycle(), runtime, graph=graph, instant=instant, c3o=C3O, bf16_weights=BF16)
         notes: dict[str, Any] = {"how": model.how}
         if instant.instant_mode == "fixed-point":
             for _ in range(60):  # at initialisation hardly a block contracts

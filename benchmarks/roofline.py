@@ -15,7 +15,7 @@ import re
 import time
 from typing import Any
 
-from common import GateError, write_evidence
+from common import GateError, gpu_profile, write_evidence
 
 from eco_llm.config import SigmaConfig
 from eco_llm.runtime import set_cache_dirs
@@ -107,7 +107,7 @@ def main() -> None:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    from eco_llm.config import C3OConfig, RuntimeConfig
+    from eco_llm.config import RuntimeConfig
     from eco_llm.ops.ssd import choose_chunk
     from eco_llm.runtime import Runtime
 
@@ -116,8 +116,9 @@ def main() -> None:
     rates = measured_rates(runtime.device)
     shape = SigmaConfig()
     batches = Batches(shape.vocab_size, batch, length, runtime.device)
-    c3o = C3OConfig(c3o_sphere=1.0, c3o_state_dtype="bf16", c3o_trust_norm_refresh_drift=0.02)  # as that profile has it
-    ours = Ours(shape, batches.cycle(), runtime, graph=not arguments.no_graph, c3o=c3o, bf16_weights=True)
+    shipped = gpu_profile()
+    bf16 = shipped.runtime.weights_dtype == "bf16"
+    ours = Ours(shape, batches.cycle(), runtime, graph=not arguments.no_graph, c3o=shipped.c3o, bf16_weights=bf16)
     first = float(ours.step())
     for _ in range(10):
         ours.step()

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from eco_llm.config import InstantConfig
 from eco_llm.instant.compression import Bytes, FourBitError, Packing, recompute_from_packed
-from eco_llm.instant.coupled import coupled, coupled_stored, coupled_values
+from eco_llm.instant.coupled import Changing, coupled, coupled_stored, coupled_values
 from eco_llm.instant.fixed_point import Layer, Run, errors_by_iteration, fixed_point, iterations_needed
 from eco_llm.instant.ranges import named
 from eco_llm.instant.recompute import recompute
-from eco_llm.instant.replay import Setting, SubLayer, Twice
+from eco_llm.instant.replay import Setting, Twice
 from eco_llm.instant.verification import BLOCK_PREFIX, NAMES, Gate, block_name
-from eco_llm.ops.add_up import Ahead
 from eco_llm.ops.quantize import Keep
 
 GATE_REVIEW = 8
@@ -39,20 +38,13 @@ HYSTERESIS = 0.9
 """Share of the error threshold under which a block goes to 4 bits; it comes back above the whole."""
 
 
-class Block(Layer, Protocol):
+class Block(Layer, Changing, Protocol):
     """What the stack needs of a block."""
 
     def __call__(self, x: Tensor, delta: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
         """Both sub-layers, plain residual form, of x + delta: a pair whose sum is the result, all [B, T, D]; no delta
         is 0.
         """
-
-    @property
-    def sub_layers(self) -> tuple[SubLayer, SubLayer]:
-        """(mix, feed)."""
-
-    def change(self, x: Tensor, again: Tensor, ahead: Ahead | None = None, /) -> tuple[Tensor, ...]:
-        """What the block adds to x, as `coupled` asks for it."""
 
     @property
     def whole(self) -> Twice:

@@ -21,6 +21,11 @@ from eco_llm.ops.swiglu import swiglu_mlp, swiglu_mlp_foreseen, swiglu_mlp_unrea
 ELEMENTWISE = {torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
 THROUGH_PRODUCTS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.5e-2}
 KERNEL_WIDTHS = [1, 4, 40, 41, 100] if INTERPRETED else [1, 4, 40, 41, 1664, 2048]
+KERNEL_TYPES = pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2],
+    ids=str,
+)
 SHAPES = (  # B, T, D, F
     [(2, 1, 8, 40), (1, 63, 12, 6), (1, 100, 5, 7)]
     if INTERPRETED
@@ -123,11 +128,7 @@ def check_unread(y: Tensor, unread: Tensor, leaves: list[Tensor], dy: Tensor) ->
 @pytest.mark.gpu
 @pytest.mark.usefixtures("nan_filled_buffers")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "weight_dtype"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
-    ids=str,
-)
+@KERNEL_TYPES
 def test_unread_has_the_gradients_of_the_kernels(
     dtype: torch.dtype, weight_dtype: torch.dtype, shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,11 +141,7 @@ def test_unread_has_the_gradients_of_the_kernels(
 @pytest.mark.gpu
 @pytest.mark.usefixtures("nan_filled_buffers")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "weight_dtype"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
-    ids=str,
-)
+@KERNEL_TYPES
 def test_foreseen_has_the_bits_of_the_kernels(
     dtype: torch.dtype, weight_dtype: torch.dtype, shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,11 +429,7 @@ def run_coded(leaves: list[Tensor], gradients: tuple[Tensor, Tensor], keep: Keep
 @pytest.mark.usefixtures("nan_filled_buffers")
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", CODED_SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "weight_dtype"),
-    [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2],
-    ids=str,
-)
+@KERNEL_TYPES
 def test_codes_are_their_slow_twin(
     dtype: torch.dtype, weight_dtype: torch.dtype, shape: tuple[int, int, int, int], bits: int
 ) -> None:

@@ -46,8 +46,7 @@ def add_rms_norm(
     if x.dtype not in (torch.float32, torch.float64) or torch.promote_types(x.dtype, added.dtype) != x.dtype:
         raise ValueError(f"need x of at least float32 and delta no wider, got {x.dtype}, {added.dtype}")
     dtype = compute_dtype(x)
-    kernels_know = (torch.float32, torch.bfloat16)
-    served = x.dtype == torch.float32 and {added.dtype, dtype} <= {*kernels_know} and x.shape[2] <= MAX_TRITON_CHANNELS
+    served = x.dtype == torch.float32 and _serves(x, added.dtype, dtype)
     if backend == "triton" and not served:
         raise ValueError(
             f"the Triton norm takes a float32 sum of float32 or bfloat16, results of those types and at most "
