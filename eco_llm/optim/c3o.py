@@ -1,8 +1,8 @@
 """C3O, the report's optimizer, as a `torch.optim.Optimizer`.
 
 This module holds arguments, state and metrics and chooses a path; the rule itself is in `c3o_reference` (for-loop,
-the judge), `c3o_foreach` (multi-tensor) and `c3o_triton` (kernels, on a GPU). The mathematics, the norm skip's proof
-and the limits: docs/c3o.md.
+the judge), `c3o_foreach` (multi-tensor), `c3o_host` (a CPU, tensor by tensor) and `c3o_triton` (kernels, on a GPU). The
+mathematics, the norm skip's proof and the limits: docs/c3o.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from eco_llm.ops.backend import uses_triton
 from eco_llm.optim.c3o_foreach import Arena, Bucket, Plan, foreach_step
+from eco_llm.optim.c3o_host import host_serves, host_step
 from eco_llm.optim.c3o_reference import init_state, reference_step
 from eco_llm.optim.grads import clamp_, clip_factor, global_norm, scale_
 from eco_llm.optim.rule import Rule, check_group, compiled_settings
@@ -77,7 +78,8 @@ class C3O(Optimizer):
             "nearest", under which updates smaller than 2^-9 of a weight are lost.
         error_bits: 8 keeps, in the state, the next 8 bits of bfloat16 parameters; 0 is off.
         foreach: True or False forces PyTorch's multi-tensor calls or the for-loop; None takes the Triton kernels where
-            they serve (a GPU, float32 or bfloat16, contiguous, no credit), else multi-tensor calls.
+            they serve (a GPU, float32 or bfloat16, contiguous, no credit), on a CPU one large tensor after another
+            where that serves, else multi-tensor calls.
 
     Attributes read by `step` when a caller sets them (the first two are PyTorch's gradient-scaler protocol):
         found_inf: 0-dim float tensor. Not 0 means that no bit of any parameter or state changes in this step, even if
@@ -367,11 +369,20 @@ class C3O(Optimizer):
         if norm is None and any(rule.clips_norm for _, rule, params in groups if params):
             # In the order of the groups: that of buckets, hence the sum's last bit, may differ after a resume.
             norm = global_norm([g for _, _, params in groups for g in _gradients(params)])
-        self._clip_gradients(bulk + [part for _, part in tensors], norm)
+        if skip_step is None:
+            bulk = [
+                part._replace(on_host=host_serves(bucket, part.grads, part.rule))
+                for bucket, part in zip(buckets, bulk, strict=True)
+            ]
+        factors = self._clip_gradients(bulk + [part for _, part in tensors], norm)
 
         stats = []
         for bucket, part in zip(buckets, bulk, strict=True):
-            stats.append(foreach_step(bucket, part.grads, part.rule, _on(skip_step, part.grads[0])))
+            if part.on_host:
+                clip = factors[part.rule.grad_clip] if part.rule.clips_norm else None
+                stats.append(host_step(bucket, part.grads, part.rule, _on(clip, part.grads[0])))
+            else:
+                stats.append(foreach_step(bucket, part.grads, part.rule, _on(skip_step, part.grads[0])))
         for p, part in tensors:
             init_state(p, part.rule, self.state[p])
             stats.append(reference_step(p, part.grads[0], self.state[p], part.rule, _on(skip_step, p)))
@@ -550,22 +561,28 @@ class C3O(Optimizer):
                 for _, grads in _alike(part.grads):
                     scale_(grads, _on(inverse, grads[0]))
 
-    def _clip_gradients(self, parts: list[_Part], norm: Tensor | None) -> None:
-        """Clip, in place, in lists that share device, dtype and group, by the norm of all gradients."""
+    def _clip_gradients(self, parts: list[_Part], norm: Tensor | None) -> dict[float, Tensor]:
+        """Clip, in place, in lists that share device, dtype and group, by the norm of all gradients.
+
+        Returns:
+            The factor of each `grad_clip`, which parts `on_host` are still to be multiplied by.
+        """
         self._clip_groups, self._clip_scale = 0, None
         factors: dict[float, Tensor] = {}
-        for grads, rule, bulk in parts:
+        for grads, rule, bulk, on_host in parts:
             if rule.clips_norm:
                 assert norm is not None
                 if rule.grad_clip not in factors:
                     factors[rule.grad_clip] = clip_factor(norm, rule.grad_clip)
                 self._clip_scale = factors[rule.grad_clip]
-                scale_(grads, _on(self._clip_scale, grads[0]))
+                if not on_host:
+                    scale_(grads, _on(self._clip_scale, grads[0]))
                 self._clip_groups += bulk
             elif rule.clips_value and bulk:
                 self._clip_groups += clamp_(grads, rule.grad_clip)
             elif rule.clips_value:
                 grads[0].clamp_(-rule.grad_clip, rule.grad_clip)
+        return factors
 
     # ---- metrics ----------------------------------------------------------------------------------------------
 
@@ -620,6 +637,7 @@ class _Part(NamedTuple):
     grads: list[Tensor]
     rule: Rule
     bulk: bool
+    on_host: bool = False  # `host_step` takes it, and clips by the norm itself
 
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:

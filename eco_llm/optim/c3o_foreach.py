@@ -257,7 +257,7 @@ def foreach_step(bucket: Bucket, grads: list[Tensor], rule: Rule, skip_step: Ten
 
     ratio = plain_norm = None
     watches_plain = rule.nesterov and rule.may_skip_norms
-    if _adam_serves(bucket, grads, rule):
+    if adam_serves(bucket, grads, rule):
         d, d_views = _direction_by_adam(bucket, grads, rule, t, skip_step)
         if factor is not None:
             d.mul_(factor[:, None])
@@ -328,7 +328,7 @@ def _commit(old: Tensor, new: Tensor, skip_step: Tensor | None) -> None:
         torch.where(skip_step, old, new.to(old.dtype), out=old)
 
 
-def _adam_serves(bucket: Bucket, grads: list[Tensor], rule: Rule) -> bool:
+def adam_serves(bucket: Bucket, grads: list[Tensor], rule: Rule) -> bool:
     """Whether PyTorch's fused Adam can advance the moments: host memory, where it takes no strides into account. With
     Nesterov b1 must not be so small that the new m lies far beyond what Adam leaves: rounding errors grow with that.
     """
@@ -347,9 +347,7 @@ def _direction_by_adam(
 ) -> tuple[Tensor, list[Tensor]]:
     """Advance both moments and return u, 0 in a skipped step, as scratch with its views: one pass over memory for six.
 
-    It is an Adam step of rate -1 from parameters that are 0. With Nesterov, l m + (1 - b1) g of the new m is
-    (l + 1 - b1) times a mean of the old m and g: an Adam step with a b1 of the tensor's age. What it leaves as m is
-    that mean n, and the new m lies on the line through n and g, beyond n.
+    It is an Adam step of rate -1 from parameters that are 0 (`adam_settings`).
     """
     u, u_views = bucket.work("update")
     u.zero_()
@@ -357,13 +355,7 @@ def _direction_by_adam(
     steps = list(t.unbind())
     ages = t.tolist() if rule.nesterov else [0.0] * len(steps)
     for age in dict.fromkeys(ages):  # one, unless tensors had their first gradients in different steps
-        beta1, rate = rule.beta1, 1.0
-        if rule.nesterov:
-            exact_age = torch.tensor(age, dtype=torch.float64)
-            first = bias_correction(rule.beta1, exact_age)
-            ahead = float(look_ahead(first, rule))
-            beta1 = ahead * rule.beta1 / (ahead + 1 - rule.beta1)
-            rate = (ahead + 1 - rule.beta1) * float(bias_correction(beta1, exact_age) / first)
+        beta1, rate = adam_settings(age, rule)
         us, gs, ms, vs = ([x for x, a in zip(stream, ages, strict=True) if a == age] for stream in streams)
         torch._fused_adam_(
             us, gs, ms, vs, [], [x for x, a in zip(steps, ages, strict=True) if a == age], lr=-rate, beta1=beta1,
@@ -373,6 +365,22 @@ def _direction_by_adam(
         if rule.nesterov and not (skip_step is not None and skip_step):
             torch._foreach_lerp_(ms, gs, 1 - rule.beta1 / beta1)
     return u, u_views
+
+
+def adam_settings(age: float, rule: Rule) -> tuple[float, float]:
+    """(b1, -lr) of the Adam step from 0 that makes the direction of a tensor in its step number `age`.
+
+    With Nesterov, l m + (1 - b1) g of the new m is (l + 1 - b1) times a mean of the old m and g: an Adam step with a b1
+    of the tensor's age. What it leaves as m is that mean n, and the new m lies on the line through n and g, beyond n:
+    lerp(n, g, 1 - rule.beta1 / b1).
+    """
+    if not rule.nesterov:
+        return rule.beta1, 1.0
+    exact_age = torch.tensor(age, dtype=torch.float64)
+    first = bias_correction(rule.beta1, exact_age)
+    ahead = float(look_ahead(first, rule))
+    beta1 = ahead * rule.beta1 / (ahead + 1 - rule.beta1)
+    return beta1, (ahead + 1 - rule.beta1) * float(bias_correction(beta1, exact_age) / first)
 
 
 def _update_moments(

@@ -76,6 +76,23 @@ def test_linear(taken: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, 
         assert index > 2 or actual.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("outputs", "narrow"), [(40, ([24, 63], [63, 40])), (12, ([12, 63], [63, 24]))])
+def test_a_compiled_weight_gradient_transposes_the_narrower_factor(
+    taken: None, outputs: int, narrow: tuple[list[int], list[int]], backend: str
+) -> None:
+    x, weight, d_y = leaf(63, 24, seed=0), leaf(outputs, 24, seed=1), leaf(63, outputs, seed=2).detach()
+    step = torch.compile(linear, backend=backend)
+    torch.autograd.grad(step(x, weight), (x, weight), d_y)  # compiles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        d_x, d_weight = torch.autograd.grad(step(x, weight), (x, weight), d_y)
+    called = [event.input_shapes for event in profile.events() if event.name == "eco_llm::onednn_matmul"]
+    assert sorted(called) == sorted([[[63, 24], [24, outputs]], [[63, outputs], [outputs, 24]], list(narrow)])
+    torch.testing.assert_close(d_x, d_y @ weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(d_weight, d_y.t() @ x, rtol=1e-4, atol=1e-4)
+    assert d_weight.is_contiguous()
+
+
 def test_an_unread_product_has_the_same_bits(taken: None) -> None:
     x, weight, d_y = leaf(2, 63, 24, seed=0), leaf(40, 24, seed=1), leaf(2, 63, 40, seed=2).detach()
     ours, expected = (torch.autograd.grad(f(x, weight), (x, weight), d_y) for f in (linear_unread, linear))

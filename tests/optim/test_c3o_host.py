@@ -1,0 +1,181 @@
+"""C3O in host memory tensor by tensor, against the for-loop; what it serves; that it ends a step as the others do."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import RULES, assert_alike, bits, resumed, run, set_gradients, tensors_of
+from torch import Tensor, nn
+
+import eco_llm.optim.c3o as c3o_module
+from eco_llm.optim.c3o import C3O
+from eco_llm.optim.c3o_foreach import BLOCK
+from eco_llm.optim.c3o_host import LEAST_BLOCKS
+
+SHAPES = ((300, 257), (70_001,), (4096,), (33, 62, 65))  # 19, 18, 1 and 33 blocks: a mean of 17.75 and more
+SERVED = [name for name in RULES if not {"skip", "credit", "all"} & set(name.split("-")) and name != "no-second"]
+
+
+def large(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    gen = torch.Generator().manual_seed(1)
+    values = [torch.randn(s, generator=gen, dtype=torch.float64) for s in SHAPES]
+    values.append(torch.zeros(256, 300, dtype=torch.float64))  # zero-initialised
+    return [nn.Parameter(v.to(dtype)) for v in values]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tensors of each bucket that `host_step` takes from now on."""
+    seen: list[int] = []
+    plain = c3o_module.host_step
+
+    def spy(bucket: Any, *rest: Any) -> Tensor:
+        seen.append(len(bucket.params))
+        return plain(bucket, *rest)
+
+    monkeypatch.setattr(c3o_module, "host_step", spy)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", SERVED)
+def test_equals_the_for_loop(name: str, dtype: torch.dtype, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, state and metrics over 6 steps, whatever the scratch held."""
+    ours, expected = large(dtype), large(dtype)
+    a, b = (C3O(p, state_dtype=dtype, foreach=f, **RULES[name]) for p, f in ((ours, None), (expected, False)))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *s, **k: torch.full(s if isinstance(s[0], int) else s[0], torch.nan, **k))
+        run(a, ours, 6)
+    run(b, expected, 6)
+    # no decay of m is no Adam step that Nesterov could be made of (`adam_serves`)
+    assert steps == ([] if name == "no-momentum" else [5] * 6)
+    for x, y in zip(tensors_of(a), tensors_of(b), strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+        else:
+            assert_alike(x, y, rounded=False)
+    ours_say, expected_say = ({k: v for k, v in x.metrics().items() if "groups" not in k} for x in (a, b))
+    assert ours_say == pytest.approx(expected_say, rel=1e-5)
+
+
+@pytest.mark.parametrize("sphere", [0.0, 3.0])
+@pytest.mark.parametrize("clip", [0.5, 1e9], ids=["binds", "idle"])
+def test_each_group_is_clipped_by_its_own_threshold(sphere: float, clip: float, steps: list[int]) -> None:
+    results = []
+    for foreach in (None, False):
+        params = large()
+        groups = [{"params": params[:2], "grad_clip": clip}, {"params": params[2:], "grad_clip": 0.1 * clip}]
+        optimizer = C3O(groups, sphere=sphere, foreach=foreach)
+        run(optimizer, params, 4)
+        results.append(tensors_of(optimizer))
+    assert steps == [2, 3] * 4
+    for x, y in zip(*results, strict=True):
+        assert_alike(x, y, rounded=False)
+
+
+def test_tensors_that_missed_steps_have_their_own_bias_correction(steps: list[int]) -> None:
+    results = []
+    for foreach in (None, False):
+        params = large()
+        optimizer = C3O(params, sphere=3.0, lr=1e-2, foreach=foreach)
+        for step in range(6):
+            set_gradients(params, step)
+            if step in (1, 2):
+                params[1].grad = None
+            optimizer.step()
+        results.append(tensors_of(optimizer))
+    assert steps[-1] == 5
+    for x, y in zip(*results, strict=True):
+        assert_alike(x, y, rounded=False)
+
+
+@pytest.mark.parametrize("lr", [3e-3, torch.tensor(3e-3), torch.tensor([3e-3])], ids=["number", "0-dim", "1 element"])
+def test_resume_is_exact_and_the_paths_share_their_state(lr: Any, steps: list[int]) -> None:
+    params = large()
+    settings: dict[str, Any] = {"lr": copy.deepcopy(lr), "sphere": 3.0, "grad_clip": 0.5}
+    optimizer = C3O(params, **settings)
+    run(optimizer, params, 3)
+    second, after = resumed(optimizer, params)
+    third, calls = resumed(optimizer, params)
+    for group in third.param_groups:
+        group["foreach"] = True
+    run(optimizer, params, 3, start=3)
+    run(second, after, 3, start=3)
+    assert steps == [5] * 9
+    run(third, calls, 3, start=3)
+    assert steps == [5] * 9
+    assert bits(tensors_of(optimizer)) == bits(tensors_of(second))
+    for x, y in zip(tensors_of(optimizer), tensors_of(third), strict=True):
+        assert_alike(x, y, rounded=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_norm_of_a_sphere_is_held(dtype: torch.dtype) -> None:
+    params = large(dtype)[:4]
+    norms = [p.detach().double().norm() for p in params]
+    optimizer = C3O(params, sphere=10.0, lr=1e-2, state_dtype=dtype)
+    run(optimizer, params, 60)
+    for p, norm in zip(params, norms, strict=True):
+        assert abs(p.detach().double().norm() / norm - 1) < (1e-12 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("sphere", [0.0, 3.0])
+def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(bad: float, sphere: float) -> None:
+    """As in the for-loop, and with no exception from the host's numbers."""
+    results = []
+    for foreach in (None, False):
+        params = large()
+        optimizer = C3O(params, sphere=sphere, foreach=foreach)
+        run(optimizer, params, 2)
+        set_gradients(params, 2)
+        params[1].grad.view(-1)[7] = bad
+        optimizer.step()
+        results.append(params)
+    for i, (x, y) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(x.isfinite(), y.isfinite())
+        assert (i == 1) != bool(x.isfinite().all())
+
+
+def test_a_refused_step_changes_no_bit(steps: list[int]) -> None:
+    params = large()
+    optimizer = C3O(params, sphere=3.0, grad_clip=0.5)
+    run(optimizer, params, 2)
+    before = bits(tensors_of(optimizer))
+    set_gradients(params, 2)
+    _, applied = optimizer.guarded_step(torch.tensor(torch.nan))
+    assert not applied
+    assert bits(tensors_of(optimizer)) == before
+    norm, applied = optimizer.guarded_step(torch.tensor(1.0))
+    assert applied
+    assert norm > 0
+    assert steps == [5] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"foreach": True}, torch.float32),
+        ({"credit_gain": 1.0}, torch.float32),
+        ({"trust_norm_refresh_drift": 0.05}, torch.float32),
+        ({"state_dtype": "int8"}, torch.float32),
+        ({"state_dtype": torch.bfloat16}, torch.float32),
+        ({"state_dtype": torch.float64}, torch.float32),
+        ({}, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_serve(settings: dict[str, Any], dtype: torch.dtype, steps: list[int]) -> None:
+    params = large(dtype)
+    run(C3O(params, **settings), params, 1)
+    assert steps == []
+
+
+def test_small_tensors_go_in_buckets(steps: list[int]) -> None:
+    for blocks, taken in ((LEAST_BLOCKS - 1, []), (LEAST_BLOCKS, [2])):
+        params = [nn.Parameter(torch.ones(blocks * BLOCK)) for _ in range(2)]
+        run(C3O(params), params, 1)
+        assert steps == taken
