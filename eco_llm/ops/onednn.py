@@ -58,38 +58,39 @@ def serves(a: Tensor, b: Tensor) -> bool:
 
 # PyTorch's own operator has no derivative, and its compiler takes it for constant weights only.
 @operator("onednn_matmul")
-def onednn_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, N], both float32 on a CPU, b of any strides: [M, N]."""
+def onednn_matmul(a: Tensor, b: Tensor, compiled: bool = False) -> Tensor:
+    """a [M, K] @ b [K, N], both float32 on a CPU, b of any strides: [M, N]. `compiled`: see `weight_gradient`."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")
     return result
 
 
 @onednn_matmul.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
+def _(a: Tensor, b: Tensor, compiled: bool = False) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    *factors, ctx.compiled = inputs
+    ctx.save_for_backward(*factors)
 
 
-def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     a, b = ctx.saved_tensors
     with torch.autocast("cpu", enabled=False):  # backward may be called inside one
         d_a = matmul(d_out, b.t()) if ctx.needs_input_grad[0] else None
         # b is a weight's transpose: its gradient lies as it does, so that the weight's own need not be copied.
-        d_b = weight_gradient(d_out, a).t() if ctx.needs_input_grad[1] else None
-    return d_a, d_b
+        d_b = weight_gradient(d_out, a, ctx.compiled).t() if ctx.needs_input_grad[1] else None
+    return d_a, d_b, None
 
 
-def weight_gradient(d_out: Tensor, inputs: Tensor) -> Tensor:
-    """d_out [rows, outputs]ᵀ @ inputs [rows, inputs], row by row.
+def weight_gradient(d_out: Tensor, inputs: Tensor, compiled: bool) -> Tensor:
+    """d_out [rows, outputs]ᵀ @ inputs [rows, inputs], row by row, in a compiled graph or not.
 
     By oneDNN a factor must be transposed in memory: alone that costs what oneDNN gains. A compiled graph does it in the
     loop that makes the factor, or in one faster than PyTorch's copy, and gains a few percent; of the two factors the
     narrower is taken.
     """
-    if not (torch.compiler.is_compiling() and serves(d_out, inputs)):
+    if not compiled or not serves(d_out, inputs):
         return d_out.t() @ inputs
     if d_out.shape[1] <= inputs.shape[1]:
         return onednn_matmul(d_out.t().contiguous(), inputs)

@@ -35,7 +35,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     weight = weight.to(x.dtype)
     if serves(x, weight.t()):
-        return onednn_matmul(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
+        # Asked here, since PyTorch 2.11 does not know it of backward.
+        compiled = torch.compiler.is_dynamo_compiling()
+        return onednn_matmul(x.flatten(0, -2), weight.t(), compiled).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight)
 
 

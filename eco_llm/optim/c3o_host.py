@@ -25,6 +25,8 @@ LEAST_BLOCKS = 16
 """Mean blocks (4,096 elements) a tensor of a bucket from which this pays: a tensor costs some 60 µs of calls, and a
 bucket of small ones fits in the cache as it is."""
 
+_PART = 2**18  # elements that one dot product sums
+
 
 def host_serves(bucket: Bucket, grads: list[Tensor], rule: Rule) -> bool:
     """Whether `host_step` can take a bucket's step and pays; its group has not asked for multi-tensor calls."""
@@ -87,8 +89,7 @@ def _move(theta: Tensor, u: Tensor, radius: Tensor | None, rule: Rule, stats: li
     lr, decay = float(rule.lr), rule.weight_decay
     if not rule.measures:
         return lr, decay
-    flat, flat_u = theta.view(-1), u.view(-1)
-    square, u_square, dot = (float(torch.dot(a, b)) for a, b in ((flat, flat), (flat_u, flat_u), (flat, flat_u)))
+    square, u_square, dot = (_dot(a, b) for a, b in ((theta, theta), (u, u), (theta, u)))
     norm, u_norm = math.sqrt(square), math.sqrt(u_square)
     stats[1] += 1
     if radius is not None:
@@ -112,3 +113,9 @@ def _move(theta: Tensor, u: Tensor, radius: Tensor | None, rule: Rule, stats: li
     if weight > 0:
         stats[3] += lr * d_norm * scale / weight
     return lr * scale, decay
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """<a, b>, summed in parts: one float32 sum of 5·10⁷ squares is 0.1% too small (`linalg.vector_norm`'s 0.8%)."""
+    parts = zip(a.view(-1).split(_PART), b.view(-1).split(_PART), strict=True)
+    return sum(float(torch.dot(x, y)) for x, y in parts)
