@@ -5,15 +5,36 @@ Clipping changes the gradients in place, as `torch.nn.utils.clip_grad_norm_` doe
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 _NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
+_PART = 2**18  # elements that one dot product sums
+
+
 def tensor_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """2-norms of tensors of one device and dtype, accumulated in `dtype`: shape [len(tensors)]."""
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
+    """2-norms of tensors of one device and dtype, accumulated in `dtype`: shape [len(tensors)].
+
+    In host memory large ones are summed in parts (`dot_product`): PyTorch's norm of 5·10⁷ float32 numbers is 0.4% too small.
+    """
+    norms: dict[int, Tensor] = {}
+    if tensors[0].device.type == "cpu":
+        large = (i for i, t in enumerate(tensors) if t.numel() > _PART and t.dtype == dtype and t.is_contiguous())
+        norms = {i: torch.tensor(math.sqrt(dot_product(tensors[i], tensors[i])), dtype=dtype) for i in large}
+    rest = [i for i in range(len(tensors)) if i not in norms]
+    if rest:
+        norms |= zip(rest, torch._foreach_norm([tensors[i] for i in rest], 2, dtype=dtype), strict=True)
+    return torch.stack([norms[i] for i in range(len(tensors))])
+
+
+def dot_product(a: Tensor, b: Tensor) -> float:
+    """<a, b> of two contiguous tensors of one shape and dtype in host memory; parts are summed in float64."""
+    parts = zip(a.view(-1).split(_PART), b.view(-1).split(_PART), strict=True)
+    return sum(float(torch.dot(x, y)) for x, y in parts)
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:

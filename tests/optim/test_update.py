@@ -16,7 +16,7 @@ from eco_llm.config import C3OConfig, OptimizerConfig
 from eco_llm.errors import UserError
 from eco_llm.optim.c3o import C3O
 from eco_llm.optim.factory import build_optimizer
-from eco_llm.optim.grads import global_norm
+from eco_llm.optim.grads import global_norm, tensor_norms
 from eco_llm.optim.muon import MuonWithAdamW
 from eco_llm.optim.update import Update
 
@@ -281,6 +281,18 @@ def test_metrics_of_each_kind() -> None:
     assert metrics["c3o_foreach_groups"] == metrics["c3o_grad_clip_foreach_groups"] == 3
     assert metrics["c3o_trust_norm_exact"] == 4
     assert 0 < metrics["c3o_update_to_weight"] <= 0.1 + 1e-6
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_norms_of_large_tensors_on_a_cpu_are_summed_in_parts(others: int) -> None:
+    gen = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2**21 + 5, generator=gen), *(torch.randn(7, 3, generator=gen) for _ in range(others))]
+    wide = torch.stack([t.double().norm() for t in tensors])
+    torch.testing.assert_close(tensor_norms(tensors, torch.float32), wide.float(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(global_norm(tensors), wide.norm().float(), rtol=2e-6, atol=0)
+    for bad in (torch.nan, torch.inf):
+        tensors[0][-1] = bad
+        assert not tensor_norms(tensors, torch.float32)[0].isfinite()
 
 
 def test_global_norm_over_mixed_types() -> None:

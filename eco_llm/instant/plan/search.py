@@ -16,7 +16,7 @@ from eco_llm.instant.plan.step import GIB, Estimate, estimate
 MAX_BATCH = 65_536
 MAX_LAYERS = 1024
 NEAR = 4
-"""How many batches are tried beyond the first that does not fit."""
+"""How many numbers are tried beyond the first that does not fit."""
 
 
 def job_of(config: TrainConfig) -> Job:
@@ -77,9 +77,10 @@ def fits(job: Job, gib: float) -> bool:
 
 
 def last_that_fits(fit: Callable[[int], bool], most: int) -> int:
-    """By doubling and bisection an n in 1 … most with fit(n), the next of which does not fit or is beyond; 0 if 1 does
-    not fit. The largest where `fit` holds up to some number. Estimates do so but for the allocator's gaps: near the
-    limit a larger number may fit where a smaller did not, and which is found is then chance.
+    """The largest n in 1 … most with fit(n), where `fit` holds up to some number; 0 if 1 does not fit.
+
+    By doubling and bisection. Estimates hold so but for the allocator's gaps, by which a larger number may fit where a
+    smaller did not: therefore NEAR more are tried beyond the first that does not.
     """
     if not fit(1):
         return 0
@@ -90,23 +91,13 @@ def last_that_fits(fit: Callable[[int], bool], most: int) -> int:
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fit(middle) else (good, middle)
-    return good
+    return next((n for n in range(min(bad + NEAR, most), bad, -1) if fit(n)), good)
 
 
 def largest_batch(job: Job, gib: float) -> int:
-    """Sequences in one forward pass; 0 if not even one fits.
-
-    Neighbours differ by gaps (`last_that_fits`), so NEAR more are tried beyond the first that does not fit.
-    """
-
-    def fit(batch: int) -> bool:
-        return fits(job.replace(batch=batch), gib)
-
+    """Sequences in one forward pass; 0 if not even one fits."""
     most = min(MAX_BATCH, 2**31 // job.seq_len)
-    found = last_that_fits(fit, most)
-    if not found:
-        return 0
-    return next((batch for batch in range(min(found + 1 + NEAR, most), found + 1, -1) if fit(batch)), found)
+    return last_that_fits(lambda batch: fits(job.replace(batch=batch), gib), most)
 
 
 def cheapest_modes(job: Job, gib: float) -> tuple[str, ...] | None:
