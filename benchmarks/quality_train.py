@@ -351,7 +351,9 @@ class Trainer:
         """The held-out batches, on the device from the first use on."""
         if not self._held_out:
             t = self.config.training
-            host = evaluation_batches(data, batch_size=t.batch_size, seq_len=t.seq_len, max_batches=t.eval_batches)
+            host = evaluation_batches(
+                data.tokens("val"), batch_size=t.batch_size, seq_len=t.seq_len, max_batches=t.eval_batches
+            )
             self._held_out = [batch.to(self.runtime.device) for batch in host]
         return iter(self._held_out)
 

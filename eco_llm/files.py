@@ -44,14 +44,17 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         fsync_file(temporary)
-        _rename(temporary, path)
+        rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
 
 
-def _rename(source: Path, target: Path) -> None:
-    """Replace `target`; on Windows wait up to a second for whoever reads it just now (`eco_train watch`, a scanner)."""
+def rename(source: Path, target: Path) -> None:
+    """Give a file or folder the name `target`, in place of a file that has it.
+
+    On Windows wait up to a second for whoever reads either just now (`eco_train watch`, a scanner).
+    """
     for pause in _PAUSES_S if sys.platform == "win32" else ():
         try:
             source.replace(target)

@@ -85,7 +85,7 @@ class Runtime:
 
     @staticmethod
     def detect(config: RuntimeConfig) -> Runtime:
-        """Resolve `auto` settings against this machine.
+        """Resolve `auto` settings against this machine, and make a GPU the current one.
 
         Raises:
             UserError: the named device does not exist, cannot compute in the named type, or several processes
@@ -113,6 +113,7 @@ class Runtime:
             if index >= torch.cuda.device_count():
                 raise UserError(f"--device {config.device}: there are {torch.cuda.device_count()} CUDA devices")
             device = torch.device("cuda", index)
+            torch.cuda.set_device(device)  # what follows asks the current one, and Triton launches on it
             if config.dtype == "bf16" and not torch.cuda.is_bf16_supported():
                 raise UserError("--dtype bf16: this GPU cannot compute in bfloat16; use --dtype fp32")
             if config.weights_dtype == "bf16" and not torch.cuda.is_bf16_supported():
@@ -135,7 +136,6 @@ class Runtime:
         if self.device.type == "cpu":
             keep_freed_memory()
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
             # fp32 products that are left under bf16 compute (optimizer, norms) need no full fp32 multiplier.
             torch.backends.cuda.matmul.allow_tf32 = self.compute_dtype != torch.float32
         if self.compile:

@@ -21,7 +21,7 @@ ALLOWED = {
     "data": {"data"},
     "perf": {"perf"},
     "proof": {"proof", "perf"},
-    "training": {"training", "model", "optim", "data", "perf"},
+    "training": {"training", "model", "optim", "instant", "data", "perf"},
     "cli": {"cli", "training", "model", "instant", "data", "perf", "proof"},
 }
 

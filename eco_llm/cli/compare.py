@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from eco_llm.cli.args_file import expand_line
 from eco_llm.cli.parse import parse
+from eco_llm.cli.train import with_modes
 from eco_llm.config import CompareConfig, TrainConfig, flatten
 from eco_llm.errors import UserError
 from eco_llm.outcome import NOT_COMPARABLE, Outcome
@@ -144,7 +145,7 @@ def _side(label: str, typed: str, words: list[str], revision: Revision | None, r
         config = parse(TrainConfig, words, prog="eco_train compare")
         config.validate()
         check_sources(config.data, seq_len=config.training.seq_len)
-        settings = json.loads(json.dumps(flatten(config)))
+        settings = json.loads(json.dumps(flatten(with_modes(config))))
         return Side(label, typed, tuple(words), settings, Program.this())
     program = Program.of(root)
     done = program.ask(["train", *words, "--print-config"])

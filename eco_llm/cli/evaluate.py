@@ -21,13 +21,14 @@ def run(args: Sequence[str]) -> int:
     from eco_llm.training.run_directory import RunDirectory
 
     run_directory = RunDirectory(Path(config.run))
-    run_directory.saved_config()
+    saved = run_directory.saved_config()
     set_cache_dirs()
 
     from eco_llm.runtime import Runtime
     from eco_llm.training.trained import load, score
 
-    trained = load(run_directory, Runtime.detect(RuntimeConfig(device=config.device)), step=config.step)
+    runtime = Runtime.detect(RuntimeConfig(device=config.device, dtype=saved.runtime.dtype))
+    trained = load(run_directory, runtime, step=config.step)
     result = score(trained, batches=config.batches, batch_size=config.batch_size, seq_len=config.seq_len)
     if config.json:
         print(

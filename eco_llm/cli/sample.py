@@ -19,13 +19,14 @@ def run(args: Sequence[str]) -> int:
     from eco_llm.training.run_directory import RunDirectory
 
     run_directory = RunDirectory(Path(config.run))
-    run_directory.saved_config()  # refuses a folder that holds no run, before torch is imported
+    saved = run_directory.saved_config()  # refuses a folder that holds no run, before torch is imported
     set_cache_dirs()
 
     from eco_llm.runtime import Runtime
     from eco_llm.training.trained import continue_text, load
 
-    trained = load(run_directory, Runtime.detect(RuntimeConfig(device=config.device)), step=config.step)
+    runtime = Runtime.detect(RuntimeConfig(device=config.device, dtype=saved.runtime.dtype))
+    trained = load(run_directory, runtime, step=config.step)
     text = continue_text(
         trained,
         config.prompt,

@@ -28,12 +28,9 @@ def run(args: Sequence[str]) -> int:
     command = parse(TrainCommand, args, prog="eco_train train", description=DESCRIPTION)
     config = command.config
     config.validate()
-    if config.instant.instant_mode == "auto":
-        from eco_llm.instant.plan.search import choose
-
-        config = choose(config)
+    planned = with_modes(config)
     if command.print_config:
-        print(json.dumps(to_dict(config), indent=1))
+        print(json.dumps(to_dict(planned), indent=1))
         return 0
     # Imported here and not above: help and most refusals have ended by now, and are quicker without.
     from eco_llm.data.sources import check_sources
@@ -43,9 +40,20 @@ def run(args: Sequence[str]) -> int:
     from eco_llm.training.run_directory import RunDirectory
 
     check_sources(config.data, seq_len=config.training.seq_len)
-    RunDirectory(Path(config.training.output_dir)).check(config)
+    RunDirectory(Path(config.training.output_dir)).check(planned)
     set_cache_dirs()  # before torch
     with waking_gpu(config.runtime.device), importing("torch", freeze=True):
         from eco_llm.training.launch import train
 
     return int(train(config, command=sys.argv))
+
+
+def with_modes(config: TrainConfig) -> TrainConfig:
+    """`--instant-mode auto` as a plan without a GPU has it; `launch.train` chooses again when it knows what this one
+    assumes.
+    """
+    if config.instant.instant_mode != "auto":
+        return config
+    from eco_llm.instant.plan.search import choose
+
+    return choose(config)

@@ -210,8 +210,7 @@ class TokenLoader(Iterator[Batch]):
 
 
 def evaluation_batches(
-    data: PreparedData,
-    split: str = "val",
+    tokens: TokenArray,
     *,
     batch_size: int,
     seq_len: int,
@@ -230,7 +229,6 @@ def evaluation_batches(
     Yields:
         Batch on the CPU; as many on each rank.
     """
-    tokens = data.tokens(split)
     n_windows = -(-(len(tokens) - 1) // seq_len)
     per_step = batch_size * world_size
     n_taken = min(n_windows, max_batches * per_step)

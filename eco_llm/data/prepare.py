@@ -39,7 +39,7 @@ from eco_llm.data.sources import check_sources, documents, fingerprint
 from eco_llm.data.split import SPLITS, SplitName, SplitPlan, divide, held_out, plan_split
 from eco_llm.data.tokenizer import TRAIN, Tokenizer
 from eco_llm.errors import UserError
-from eco_llm.files import fsync_dir, replacing
+from eco_llm.files import fsync_dir, rename, replacing
 
 # Text the tokenizer is trained on. More is slower and hardly better: on the 31 MB of the standard library (4 s on two
 # cores), training on half costs 0.5% bytes per token at V=4096 and 1.1% at V=32768.
@@ -134,9 +134,11 @@ def _make(
     try:
         progress.start("encoding", scan.total_bytes)
         accept(_encode(config, tokenizer, scan, key, temporary, progress))
+        if cache_key(config, vocab_size, given) != key:  # it would be found as what it is not, once files are put back
+            raise _changed(config)
         fsync_dir(temporary)
         try:
-            temporary.rename(target)
+            rename(temporary, target)
         except OSError:
             if not (target / MANIFEST).is_file():
                 raise
@@ -150,11 +152,15 @@ def _make(
     return open_prepared(target)
 
 
+def _changed(config: DataConfig) -> UserError:
+    return UserError(f"--data {' '.join(config.data)}: the files changed while they were read; run it again")
+
+
 def _set_aside(target: Path) -> None:
     """Take a damaged set out of the way in one step, then delete it; another process may be doing the same."""
     aside = target.with_name(f".tmp-damaged-{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
     with contextlib.suppress(FileNotFoundError):
-        target.rename(aside)
+        rename(target, aside)
         shutil.rmtree(aside)
 
 
@@ -294,7 +300,7 @@ def _parts(config: DataConfig, scan: _Scan) -> Iterator[_Part]:
     Raises:
         UserError: it is not the corpus that was scanned.
     """
-    changed = UserError(f"--data {' '.join(config.data)}: the files changed while they were read; run it again")
+    changed = _changed(config)
     count = 0
     for document in documents(config, Skips()):
         if count == len(scan.sizes):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eco_llm.ops.onednn import matmul, onednn_matmul, serves
+from eco_llm.ops.onednn import matmul, onednn_matmul, serves, weight_product
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -36,8 +36,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     weight = weight.to(x.dtype)
     if serves(x, weight.t()):
         # Asked here, since PyTorch 2.11 does not know it of backward.
-        compiled = torch.compiler.is_dynamo_compiling()
-        return onednn_matmul(x.flatten(0, -2), weight.t(), compiled).view(*x.shape[:-1], weight.shape[0])
+        transpose = torch.compiler.is_dynamo_compiling()
+        return onednn_matmul(x.flatten(0, -2), weight.t(), transpose).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight)
 
 
@@ -58,7 +58,8 @@ class _LinearUnread(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d_y = gradients[0].flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):  # backward may be called inside one
-            return matmul(d_y, weight).view(x.shape), d_y.t() @ x.flatten(0, -2)
+            d_weight = weight_product(d_y, x.flatten(0, -2), torch.compiler.is_dynamo_compiling())
+            return matmul(d_y, weight).view(x.shape), d_weight
 
 
 def linear_unread(x: Tensor, weight: Tensor) -> Tensor:

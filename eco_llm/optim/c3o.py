@@ -371,7 +371,7 @@ class C3O(Optimizer):
             norm = global_norm([g for _, _, params in groups for g in _gradients(params)])
         if skip_step is None:
             bulk = [
-                part._replace(on_host=host_serves(bucket, part.grads, part.rule))
+                part._replace(on_host=host_serves(bucket, part.rule))
                 for bucket, part in zip(buckets, bulk, strict=True)
             ]
         factors = self._clip_gradients(bulk + [part for _, part in tensors], norm)
@@ -624,8 +624,9 @@ class C3O(Optimizer):
             Triton kernels, a tensor whose norm was skipped counts with the ratio last measured, and one that was
             measured before the norm of the gradients was known with that of the last step's clip factor.
         c3o_grad_clip_scale: factor that "norm" clipping applied (of the last group clipped); 1 if it did not.
-        c3o_foreach_groups: multi-tensor buckets in a step.
-        c3o_grad_clip_foreach_groups: buckets whose gradients were clipped by multi-tensor calls.
+        c3o_foreach_groups: buckets in a step.
+        c3o_grad_clip_foreach_groups: buckets whose gradients were clipped, not counting those that a PyTorch without
+            multi-tensor clamps clips one tensor after another.
         """
         names, values = self.metrics_tensor()
         return dict(zip(names, values.tolist(), strict=True))
@@ -679,5 +680,6 @@ def _dtype_name(dtype: torch.dtype | str) -> str:
 
 
 def _on(x: Any, like: Tensor) -> Any:
-    """`x`, None or a tensor, on the device of `like`, without waiting."""
-    return x if x is None or x.device == like.device else x.to(like.device, non_blocking=True)
+    """`x`, None or a tensor, on the device of `like`."""
+    # A copy to the host must have arrived before it is read; one to a device need not be waited for.
+    return x if x is None or x.device == like.device else x.to(like.device, non_blocking=like.device.type != "cpu")

@@ -6,8 +6,9 @@ them to memory once a bucket is larger than the cache. Here one tensor is finish
     g <- g · clip, where the clip binds;  fused Adam (m, v, u);  with Nesterov m <- lerp(m, g);  three dot products;
     fused SGD (θ - size (u + shrink θ))
 
-of which memory sees θ, m, v read and written and g read, 28 bytes a number in float32, 32 where the clip binds. What
-a step decides it decides with numbers of the host, which waits for nothing.
+of which memory sees, for a tensor that fits in the cache, θ, m, v read and written and g read: 28 bytes a number in
+float32, 32 where the clip binds (and 4 before it, for the norm of all gradients). What a step decides it decides with
+numbers of the host.
 """
 
 from __future__ import annotations
@@ -22,21 +23,20 @@ from eco_llm.optim.c3o_foreach import Bucket, adam_serves, adam_settings
 from eco_llm.optim.grads import dot_product
 from eco_llm.optim.rule import Rule
 
-LEAST_BLOCKS = 16
-"""Mean blocks (4,096 elements) a tensor of a bucket from which this pays: a tensor costs some 60 µs of calls, and a
-bucket of small ones fits in the cache as it is."""
 
+def host_serves(bucket: Bucket, rule: Rule) -> bool:
+    """Whether `host_step` can take a bucket's step and pays; its group has not asked for multi-tensor calls.
 
-def host_serves(bucket: Bucket, grads: list[Tensor], rule: Rule) -> bool:
-    """Whether `host_step` can take a bucket's step and pays; its group has not asked for multi-tensor calls."""
+    It follows from the settings and from each tensor alone, whatever its neighbours are: those may differ after a
+    resume, which must take the same path.
+    """
     return (
-        adam_serves(bucket, grads, rule)
-        and bucket.rows >= LEAST_BLOCKS * len(bucket.params)
+        bucket.arena.large
+        and adam_serves(bucket, [], rule)
         and bucket.group["foreach"] is None
         and not rule.has_credit
         and not rule.may_skip_norms
         and not (isinstance(rule.lr, Tensor) and rule.lr.device.type != "cpu")
-        and all(g.dtype == bucket.arena.dtype for g in grads)
         and all(p.is_contiguous() for p in bucket.params)
     )
 
@@ -45,7 +45,7 @@ def host_step(bucket: Bucket, grads: list[Tensor], rule: Rule, clip: Tensor | No
     """One C3O step of a bucket, in place on its parameters and state.
 
     Args:
-        grads: one a parameter, unscaled; clipped in place.
+        grads: one a parameter, unscaled, of any strides and type; clipped in place.
         rule: the bucket's group, now.
         clip: 0-dim, what gradients are multiplied by; None: they are clipped already.
 
@@ -63,6 +63,7 @@ def host_step(bucket: Bucket, grads: list[Tensor], rule: Rule, clip: Tensor | No
         u = scratch[: p.numel()].view(p.shape).zero_()  # the same memory for every tensor: it stays in the cache
         if clip is not None:
             g.mul_(clip)
+        g = g.to(u.dtype).contiguous()
         beta1, rate = settings(float(age))
         torch._fused_adam_(
             [u], [g], [m], [v], [], [age], lr=-rate, beta1=beta1, beta2=rule.beta2, weight_decay=0.0, eps=rule.eps,
@@ -71,16 +72,19 @@ def host_step(bucket: Bucket, grads: list[Tensor], rule: Rule, clip: Tensor | No
         if rule.nesterov:  # Adam left a mean on the line from g through the new m (`adam_settings`)
             m.lerp_(g, 1 - rule.beta1 / beta1)
         radius = None if bucket.sphere_radius is None else bucket.sphere_radius[i]
-        size, shrink = _move(p, u, radius, rule, stats)
+        size, shrink = _size_and_shrink(p, u, radius, rule, stats)
         torch._fused_sgd_(
             [p], [u], [], weight_decay=shrink, momentum=0.0, lr=size, dampening=0.0, nesterov=False, maximize=False,
             is_first_step=True,
         )  # fmt: skip
     bucket.step.copy_(t)
-    return torch.tensor(stats)
+    torch.autograd.graph.increment_version(bucket.params)  # PyTorch's fused calls do not say that they write
+    return torch.tensor(stats, dtype=torch.float32, device=bucket.arena.device)
 
 
-def _move(theta: Tensor, u: Tensor, radius: Tensor | None, rule: Rule, stats: list[float]) -> tuple[float, float]:
+def _size_and_shrink(
+    theta: Tensor, u: Tensor, radius: Tensor | None, rule: Rule, stats: list[float]
+) -> tuple[float, float]:
     """(size, shrink) with θ' = θ - size (u + shrink θ); adds to the step's statistics and sets an unknown radius.
 
     On the sphere θ' = R (θ - b0 u) / |θ - b0 u|, b0 = ρ R / |u|, made as in `c3o_foreach._onto_sphere`.
@@ -99,12 +103,12 @@ def _move(theta: Tensor, u: Tensor, radius: Tensor | None, rule: Rule, stats: li
             now, along = norm / kept, dot / u_norm / kept
             # |θ - b0 u|² / R² - 1, of which nothing is lost where it is close to 0
             beyond = (now - 1) * (now + 1) - share * (2 * along - share)
-            if beyond > -1:  # not so if anything is NaN
-                length = math.sqrt(1 + beyond)
-                size = share * (kept / u_norm) / length
+            length = math.sqrt(1 + beyond) if -1 < beyond < math.inf else 0.0  # not so if anything is NaN or infinite
+            size = share * (kept / u_norm) / length if length else 0.0
+            if size:
                 stats[3] += share
                 return size, beyond / (length * (length + 1)) / size
-    d_norm = math.sqrt(max(0.0, u_square + decay * (2 * dot + decay * square)))
+    d_norm = math.sqrt(max(u_square + decay * (2 * dot + decay * square), 0.0))  # in this order NaN stays
     scale, weight = 1.0, max(norm, rule.trust_floor * math.sqrt(theta.numel()))
     if rule.has_trust and lr * d_norm > rule.trust_radius * weight:
         scale = rule.trust_radius * weight / (lr * d_norm)

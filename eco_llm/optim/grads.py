@@ -19,12 +19,14 @@ _PART = 2**18  # elements that one dot product sums
 def tensor_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """2-norms of tensors of one device and dtype, accumulated in `dtype`: shape [len(tensors)].
 
-    In host memory large ones are summed in parts (`dot_product`): PyTorch's norm of 5·10⁷ float32 numbers is 0.4% too small.
+    In host memory large ones are summed in parts: PyTorch's norm of 5·10⁷ float32 numbers is 0.4% too small.
     """
     norms: dict[int, Tensor] = {}
     if tensors[0].device.type == "cpu":
         large = (i for i, t in enumerate(tensors) if t.numel() > _PART and t.dtype == dtype and t.is_contiguous())
-        norms = {i: torch.tensor(math.sqrt(dot_product(tensors[i], tensors[i])), dtype=dtype) for i in large}
+        norms = {
+            i: torch.tensor(math.sqrt(dot_product(tensors[i], tensors[i])), dtype=dtype, device="cpu") for i in large
+        }
     rest = [i for i in range(len(tensors)) if i not in norms]
     if rest:
         norms |= zip(rest, torch._foreach_norm([tensors[i] for i in rest], 2, dtype=dtype), strict=True)

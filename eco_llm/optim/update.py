@@ -19,6 +19,9 @@ from eco_llm.config import OptimizerConfig
 from eco_llm.optim.c3o import C3O
 from eco_llm.optim.grads import clamp_, clip_factor, global_norm, scale_
 
+SETTINGS_OF_THIS_RUN = ("trust_norm_refresh_drift",)
+"""Settings of parameter groups that a loaded state leaves alone: `--c3o-trust-norm-refresh-drift` is free on resume."""
+
 
 class UpdateResult(NamedTuple):
     """What a step did; device tensors, so that the trainer can read them a step later."""
@@ -175,7 +178,13 @@ class Update:
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave. Graphs captured before then update memory that is no longer the state."""
+        """Restore what `state_dict` gave. Graphs captured before then update memory that is no longer the state.
+
+        Settings of groups are the saved ones, but for `SETTINGS_OF_THIS_RUN`.
+        """
+        mine = [{k: group[k] for k in SETTINGS_OF_THIS_RUN if k in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state_dict)
+        for group, settings in zip(self.optimizer.param_groups, mine, strict=True):
+            group |= settings
         if self._made_capturable:
             self.make_capturable()

@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eco_llm.files import fsync_dir, fsync_file, write_json
+from eco_llm.files import fsync_dir, fsync_file, rename, write_json
 from eco_llm.training.tree import join_tensors, split_tensors
 
 FORMAT = 1
 _PARTIAL = ".partial-"
 _REPLACED = f"{_PARTIAL}replaced-"
+_DROPPED = f"{_PARTIAL}dropped-"
 
 
 class DamagedCheckpoint(Exception):
@@ -83,13 +84,13 @@ def save(
     write_json(partial / "state.json", {**state, "crc32": _crc32_of(state)})
 
     if final.exists():  # a damaged one that was passed over on resume, now reached again
-        final.rename(folder / f"{_REPLACED}{final.name}")
-    partial.rename(final)
+        rename(final, folder / f"{_REPLACED}{final.name}")
+    rename(partial, final)
     fsync_dir(folder)
     present = listing(folder)
     newest = present.index(final) + 1
     for old in present[: max(0, newest - keep)] + present[newest:]:
-        old.rename(folder / f"{_PARTIAL}dropped-{old.name}")  # so that a removal cut short leaves nothing listed
+        rename(old, folder / f"{_DROPPED}{old.name}")  # so that a removal cut short leaves nothing listed
     discard_partial(folder)
     return final
 
@@ -118,9 +119,10 @@ def discard_partial(folder: Path) -> None:
     for left in folder.glob(f"{_PARTIAL}*"):
         final = folder / left.name.removeprefix(_REPLACED)
         if left.name.startswith(_REPLACED) and not final.exists():
-            left.rename(final)
+            rename(left, final)
         else:
-            shutil.rmtree(left)
+            # Windows removes no file that someone has open; what was dropped can wait for the next call.
+            shutil.rmtree(left, ignore_errors=left.name.startswith(_DROPPED))
 
 
 def load(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
@@ -175,7 +177,9 @@ def _read_tensors(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
             raise DamagedCheckpoint(f"{path} has been truncated or extended")
         if _crc32(path) != expected["crc32"]:
             raise DamagedCheckpoint(f"{path} does not match its checksum")
-        return load_file(path)
+        # Copies: `load_file`'s tensors are the mapped file, which could not be removed under Windows, nor would its
+        # space be free elsewhere, for as long as anything holds one of them.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
 

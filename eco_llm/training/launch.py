@@ -23,6 +23,7 @@ from eco_llm.data.progress import make_progress
 from eco_llm.data.shards import Manifest, PreparedData, open_prepared
 from eco_llm.errors import UserError
 from eco_llm.head_start import ready_triton
+from eco_llm.instant.plan.search import choose
 from eco_llm.model.serving import serving_kernels
 from eco_llm.model.sigma_llm import SigmaLLM
 from eco_llm.optim.factory import build_optimizer
@@ -60,8 +61,8 @@ def train(config: TrainConfig, command: Sequence[str], hooks: Sequence[Hook] = (
         UserError: the device, the corpus, the run directory or their combination does not allow it.
     """
     run = RunDirectory(Path(config.training.output_dir))
-    start = run.check(config)
     runtime = Runtime.detect(config.runtime)
+    start = run.check(_with_modes(config, config.model, runtime))
     triton = ready_triton(runtime.device)
     PhaseTimer(runtime.device, config.perf.perf_device_time_mode)  # refuses a clock the device does not have
     wants_graph(config, runtime)  # refuses a graph that the device cannot have
@@ -79,11 +80,25 @@ def train(config: TrainConfig, command: Sequence[str], hooks: Sequence[Hook] = (
         data = _stored_data(run, config) if start == "resume" else None
         if data is None:
             data = prepare(config.data, config.model.vocab_size, progress=make_progress(), accept=accept)
+        shape = resolve_shape(config, data)
+        config = _with_modes(config, shape, runtime)
         if start == "new":  # only now: a refusal by the data must leave no folder behind
             run.open()
-        return _Launch(run, config, resolve_shape(config, data), runtime, data, command, hooks, triton).go()
+        return _Launch(run, config, shape, runtime, data, command, hooks, triton).go()
     finally:
         run.close()
+
+
+def _with_modes(config: TrainConfig, shape: SigmaConfig, runtime: Runtime) -> TrainConfig:
+    """`--instant-mode auto` for this device and shape; what the plan is not for must not be taken for planned."""
+    if config.instant.instant_mode != "auto":
+        return config
+    if runtime.device.type != "cuda":
+        raise UserError(f"--instant-mode auto plans a CUDA GPU's memory; this run is on {runtime.device}: name a mode")
+    kernels = serving_kernels(shape, runtime.device, runtime.compute_dtype)
+    if kernels.name != "triton":
+        raise UserError(f"--instant-mode auto plans the memory of the Triton kernels, and {kernels.why}: name a mode")
+    return choose(config, model=shape, compute_bytes=runtime.compute_dtype.itemsize)
 
 
 def _stored_data(run: RunDirectory, config: TrainConfig) -> PreparedData | None:
@@ -161,7 +176,11 @@ class _Launch:
             if isinstance(error, UserError):
                 raise
             return self._crashed(error, step=saved.step if saved else 0, last_record=None)
-        return self._fit(trainer, hooks, saved)
+        begin = f"run directory: {self.run.path}"
+        if saved is not None:
+            begin = f"resuming after step {saved.step} of {self.config.training.steps}"
+        del saved  # as large as the model and the optimizer's state
+        return self._fit(trainer, hooks, begin)
 
     # -- building ------------------------------------------------------------------------------------------
 
@@ -187,9 +206,11 @@ class _Launch:
         if runtime.compile:
             self.model.compile_blocks()
 
+        held_out = data.tokens("val")  # opened once: what is open stays readable if someone clears the cache
+
         def validate() -> Validation:
             batches = evaluation_batches(
-                data, batch_size=t.batch_size, seq_len=t.seq_len, max_batches=t.eval_batches, pin_memory=on_cuda
+                held_out, batch_size=t.batch_size, seq_len=t.seq_len, max_batches=t.eval_batches, pin_memory=on_cuda
             )
             per_token = data.manifest.splits["val"].bytes_per_token
             return evaluate(self.model, batches, runtime, bytes_per_token=per_token)
@@ -292,7 +313,7 @@ class _Launch:
                     f"blocks are {kinds[self.runtime.compile]} now, before they were {kinds[was]}: last bits of losses"
                     " may differ from what one run would have had"
                 )
-            content["resolved"] |= self._how()
+            content["resolved"] |= {**self._how(), "data_folder": str(self.data.path.resolve())}
             content["resolved"].pop("cuda_graph_failure", None)
             if "steps" in changed:
                 self.say(
@@ -328,7 +349,7 @@ class _Launch:
             "torch": torch.__version__,
         }
 
-    def _summary(self, saved: checkpoint.Checkpoint | None) -> str:
+    def _summary(self, begin: str) -> str:
         s, t = self.shape, self.config.training
         train = self.data.manifest.splits["train"]
         mixers = s.mixer_pattern
@@ -349,7 +370,6 @@ class _Launch:
             f"data: {train.tokens:,} training tokens, {train.bytes_per_token:.2f} bytes/token;"
             f" the run is {epochs:.2f} epochs"
         )
-        begin = f"resuming after step {saved.step} of {t.steps}" if saved else f"run directory: {self.run.path}"
         skips = self.data.manifest.skips
         if self.runtime.device.type == "cuda" and self.kernels.name != "triton":
             how += f"\nthe fused kernels do not serve this run, which will be several times slower: {self.kernels.why}"
@@ -363,8 +383,8 @@ class _Launch:
         if self.triton is not None:
             self.triton.join()
 
-    def _fit(self, trainer: SigmaTrainer, hooks: list[Hook], saved: checkpoint.Checkpoint | None) -> Outcome:
-        self.say(self._summary(saved))
+    def _fit(self, trainer: SigmaTrainer, hooks: list[Hook], begin: str) -> Outcome:
+        self.say(self._summary(begin))
         self._triton_is_ready()
         try:
             with self.counters, self.loader:

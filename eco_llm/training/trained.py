@@ -133,7 +133,7 @@ def score(trained: TrainedModel, *, batches: int = 0, batch_size: int = 0, seq_l
     if data.manifest.fingerprint() != trained.data_fingerprint:
         raise UserError(f"{data.path} is not the data this run was trained on; its validation split would mean nothing")
     chunks = evaluation_batches(
-        data,
+        data.tokens("val"),
         batch_size=batch_size or t.batch_size,
         seq_len=seq_len or t.seq_len,
         max_batches=batches or EVERY_BATCH,

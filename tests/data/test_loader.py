@@ -180,7 +180,12 @@ def test_evaluation_scores_every_token_once(prepared: PreparedData, seq_len: int
     runs = [
         list(
             evaluation_batches(
-                prepared, batch_size=size, seq_len=seq_len, max_batches=10**6, rank=rank, world_size=world_size
+                prepared.tokens("val"),
+                batch_size=size,
+                seq_len=seq_len,
+                max_batches=10**6,
+                rank=rank,
+                world_size=world_size,
             )
         )
         for rank in range(world_size)
@@ -198,7 +203,7 @@ def test_evaluation_scores_every_token_once(prepared: PreparedData, seq_len: int
 
 def test_a_bounded_evaluation_is_the_same_each_time_and_spread_over_the_split(prepared: PreparedData) -> None:
     def run() -> torch.Tensor:
-        batches = evaluation_batches(prepared, batch_size=2, seq_len=16, max_batches=4)
+        batches = evaluation_batches(prepared.tokens("val"), batch_size=2, seq_len=16, max_batches=4)
         return torch.stack([torch.stack(b) for b in batches])
 
     first = run()

@@ -230,6 +230,29 @@ def test_repair_makes_a_damaged_set_again(config: DataConfig) -> None:
     assert shard.read_bytes() == good
 
 
+def test_files_that_change_before_they_are_read_are_not_stored_as_what_they_were(
+    config: DataConfig, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The set's name is a hash of what was there at first; put back, that text would find another's tokens."""
+    changed = next(p for p in sorted(corpus.rglob("*.py")) if p.stat().st_size > 100)
+    plain = module._make
+
+    def change_first(*args: Any) -> PreparedData:
+        before = changed.read_bytes()
+        changed.write_bytes(before + b"# another text\n")
+        try:
+            return plain(*args)
+        finally:
+            changed.write_bytes(before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_make", change_first)
+        with pytest.raises(UserError, match="the files changed while they were read; run it again"):
+            prepare(config, VOCAB)
+    assert not any(Path(config.data_cache).glob("*"))
+    assert "another text" not in "".join(texts(prepare(config, VOCAB), "train"))
+
+
 def test_a_full_disk_is_the_users_to_fix(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +216,13 @@ def test_settings_become_a_job() -> None:
     assert not found.compiles  # nothing asked: a captured step, of whole blocks
     assert found.graph
     assert set(found.modes) == {"compress"}
-    assert job_of(config(optimizer="adamw", state="bf16")).state_bytes == 8.0
+
+
+def test_adamw_keeps_its_moments_in_the_type_of_the_weight() -> None:
+    wide, narrow = (estimate(job_of(config(optimizer="adamw", weights=w))) for w in ("fp32", "bf16"))
+    numbers = Shapes(DEFAULT).parameters()
+    assert wide.by_kind["optimizer"] == pytest.approx(8 * numbers, rel=0.005)
+    assert narrow.by_kind["optimizer"] == pytest.approx(4 * numbers, rel=0.03)  # vectors stay in float32
 
 
 def test_error_bits_are_a_byte_for_every_number_of_a_matrix() -> None:
@@ -255,6 +263,29 @@ def test_auto_becomes_the_modes_that_fit() -> None:
         choose(config(instant_mode="auto", batch_size=512))
     with pytest.raises(UserError, match="--vram-gib"):
         config(instant_mode="auto", vram_gib=0.0).validate()
+
+
+def test_auto_is_chosen_for_the_shape_and_type_that_are_trained() -> None:
+    one = config(instant_mode="auto", batch_size=12, vram_gib=8.0)
+    plain, wide = choose(one), choose(one, compute_bytes=4)
+    large = choose(one, model=dataclasses.replace(one.model, vocab_size=128_256))
+    counts = [Counter(x.instant.block_modes(x.model.mixer_pattern))["none"] for x in (plain, wide, large)]
+    assert counts[0] > max(counts[1:])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_heads": 16}, {"attention_ratio": 0, "d_model": 1024}, {"attention_ratio": 0, "n_heads": 5}], ids=str
+)
+def test_sizes_that_cannot_be_built_do_not_end_the_search(changes: dict[str, int]) -> None:
+    """48·2·n channels with n odd are no whole number of Mamba's heads of 64; without attention its heads scale."""
+    model = dataclasses.replace(DEFAULT, **changes)
+    one = job(batch=1, seq_len=1024).replace(model=model)
+    found = largest_model(one.replace(modes=("none",) * model.n_layers), "none", 8.0)
+    assert found is not None
+    assert Shapes(found).parameters() > Shapes(model).parameters()
+    found.validate()
+    now = model.d_model // (model.d_model // model.n_heads if "n_heads" in changes and len(changes) == 1 else 64)
+    assert scaled(model, now) == model
 
 
 def test_a_plan_lists_every_mode_and_the_modes_it_chose() -> None:

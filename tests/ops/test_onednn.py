@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,9 +35,9 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.Si
     seen: list[tuple[torch.Size, torch.Size]] = []
     plain = onednn.onednn_matmul
 
-    def spy(a: Tensor, b: Tensor, compiled: bool = False) -> Tensor:
+    def spy(a: Tensor, b: Tensor, transpose: bool = False) -> Tensor:
         seen.append((a.shape, b.shape))
-        return plain(a, b, compiled)
+        return plain(a, b, transpose)
 
     monkeypatch.setattr(onednn, "onednn_matmul", spy)
     monkeypatch.setattr("eco_llm.ops.products.onednn_matmul", spy)
@@ -44,18 +46,18 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.Si
 
 @pytest.mark.parametrize("shape", [(63, 24, 40), (1, 7, 5), (130, 384, 12)], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_operator_is_a_product(shape: tuple[int, int, int], transposed: bool, compiled: bool) -> None:
+@pytest.mark.parametrize("transpose", [False, True])
+def test_the_operator_is_a_product(shape: tuple[int, int, int], transposed: bool, transpose: bool) -> None:
     rows, inner, columns = shape
     a = leaf(rows, inner, seed=0)
     b = leaf(columns, inner, seed=1).t() if transposed else leaf(inner, columns, seed=1)
     d_out = leaf(columns, rows, seed=2).t().detach()  # not row by row: copied inside
-    y = onednn.onednn_matmul(a, b, compiled)
+    y = onednn.onednn_matmul(a, b, transpose)
     ours = (y, *torch.autograd.grad(y, (a, b), d_out))
     left, right, d = (t.detach().double() for t in (a, b, d_out))
     for actual, (f, g) in zip(ours, ((left, right), (d, right.t()), (left.t(), d)), strict=True):
         assert ((actual - f @ g).abs() <= 4 * 2**-23 * (f.abs() @ g.abs())).all()
-    torch.library.opcheck(onednn.onednn_matmul.overload, (a, b.detach().requires_grad_(), compiled))
+    torch.library.opcheck(onednn.onednn_matmul.overload, (a, b.detach().requires_grad_(), transpose))
 
 
 @pytest.mark.parametrize("shape", [(2, 63, 24), (1, 1, 24), (7, 24)], ids=str)
@@ -77,11 +79,19 @@ def test_linear(taken: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, 
         assert index > 2 or actual.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize(("outputs", "narrow"), [(40, ([24, 63], [63, 40])), (12, ([12, 63], [63, 24]))])
+@pytest.mark.parametrize(
+    ("backend", "outputs", "narrow"),
+    [
+        ("aot_eager", 40, ([24, 63], [63, 40])),
+        ("aot_eager", 12, ([12, 63], [63, 24])),
+        ("inductor", 40, ([24, 63], [63, 40])),
+    ],
+)
 def test_a_compiled_weight_gradient_transposes_the_narrower_factor(
-    taken: None, outputs: int, narrow: tuple[list[int], list[int]], backend: str
-) -> None:
+    taken: None, outputs: int, narrow: tuple[list[int], list[int]], backend: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # its key knows the forward graph alone
     x, weight, d_y = leaf(63, 24, seed=0), leaf(outputs, 24, seed=1), leaf(63, outputs, seed=2).detach()
     step = torch.compile(linear, backend=backend)
     torch.autograd.grad(step(x, weight), (x, weight), d_y)  # compiles
@@ -92,6 +102,21 @@ def test_a_compiled_weight_gradient_transposes_the_narrower_factor(
     torch.testing.assert_close(d_x, d_y @ weight, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(d_weight, d_y.t() @ x, rtol=1e-4, atol=1e-4)
     assert d_weight.is_contiguous()
+
+
+@pytest.mark.parametrize("outputs", [40, 12])
+def test_factors_whose_rows_overlap_are_left_to_pytorch(taken: None, outputs: int) -> None:
+    base, weight, d_y = leaf(160, seed=0), leaf(outputs, 24, seed=1), leaf(outputs + 62, seed=2).detach()
+    found = []
+    for function in (torch.compile(linear, backend="aot_eager"), F.linear):
+        y = function(base.unfold(0, 24, 2), weight)
+        assert y.shape[0] == 69
+        found.append(torch.autograd.grad(y, (base, weight), d_y.new_ones(69, outputs)))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    overlapping = d_y.unfold(0, outputs, 1)  # [63, outputs]
+    x = leaf(63, 24, seed=3).detach()
+    torch.testing.assert_close(onednn.weight_product(overlapping, x, True), overlapping.t() @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_an_unread_product_has_the_same_bits(taken: None) -> None:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import eco_llm.optim.c3o as c3o_module
 from eco_llm.optim.c3o import C3O
-from eco_llm.optim.c3o_foreach import BLOCK
-from eco_llm.optim.c3o_host import LEAST_BLOCKS
+from eco_llm.optim.c3o_foreach import BLOCK, LARGE_BLOCKS
 
-SHAPES = ((300, 257), (70_001,), (4096,), (33, 62, 65))  # 19, 18, 1 and 33 blocks: a mean of 17.75 and more
+SHAPES = ((300, 257), (70_001,), (33, 62, 65), (256, 256))  # 19, 18, 33 and 16 blocks
 SERVED = [name for name in RULES if not {"skip", "credit", "all"} & set(name.split("-")) and name != "no-second"]
 
 
@@ -140,20 +139,118 @@ def test_the_norm_of_a_sphere_is_held(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("sphere", [0.0, 3.0])
-def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(bad: float, sphere: float) -> None:
-    """As in the for-loop, and with no exception from the host's numbers."""
+@pytest.mark.parametrize("where", ["gradient", "weight"])
+def test_what_is_not_finite_spoils_its_own_tensor_only(where: str, bad: float, sphere: float) -> None:
+    """As in the multi-tensor path, in the metrics too, and with no exception from the host's numbers."""
     results = []
-    for foreach in (None, False):
+    for foreach in (None, True):
         params = large()
         optimizer = C3O(params, sphere=sphere, foreach=foreach)
         run(optimizer, params, 2)
         set_gradients(params, 2)
-        params[1].grad.view(-1)[7] = bad
+        spoilt = params[1].grad if where == "gradient" else params[1].data
+        spoilt.view(-1)[7] = bad
         optimizer.step()
-        results.append(params)
-    for i, (x, y) in enumerate(zip(*results, strict=True)):
-        assert torch.equal(x.isfinite(), y.isfinite())
+        results.append((params, optimizer.metrics()["c3o_update_to_weight"]))
+    (ours, said), (expected, expected_said) = results
+    for i, (x, y) in enumerate(zip(ours, expected, strict=True)):
         assert (i == 1) != bool(x.isfinite().all())
+        assert i == 1 or torch.equal(y.isfinite(), x.isfinite())
+    if where == "gradient":
+        assert torch.equal(ours[1].isfinite(), expected[1].isfinite())
+        assert said == pytest.approx(expected_said, rel=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["zero gradients", "lr 0", "no floor"])
+@pytest.mark.parametrize("sphere", [0.0, 3.0])
+def test_nothing_is_divided_by_zero(kind: str, sphere: float, steps: list[int]) -> None:
+    results = []
+    for foreach in (None, False):
+        params = large()
+        floor = {"trust_floor": 0.0} if kind == "no floor" else {}
+        optimizer = C3O(params, sphere=sphere, lr=0.0 if kind == "lr 0" else 1e-2, foreach=foreach, **floor)
+        for step in range(3):
+            set_gradients(params, step, scale=0.0 if kind == "zero gradients" else 1e-2)
+            optimizer.step()
+        results.append((tensors_of(optimizer), optimizer.metrics()["c3o_update_to_weight"]))
+    assert steps == [5] * 3
+    for x, y in zip(*(found for found, _ in results), strict=True):
+        assert_alike(x, y, rounded=False)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)
+
+
+def test_gradients_of_any_strides_and_a_known_norm(steps: list[int]) -> None:
+    """Transposed and expanded gradients, `grad_norm`; a transposed parameter is left to the multi-tensor path."""
+    results = []
+    for foreach in (None, False):
+        gen = torch.Generator().manual_seed(5)
+        params = [nn.Parameter(torch.randn(300, 400, generator=gen)) for _ in range(2)]
+        params.append(nn.Parameter(torch.randn(300, 400, generator=gen).t()))
+        optimizer = C3O(params, sphere=3.0, grad_clip=0.5, foreach=foreach)
+        for _ in range(3):
+            params[0].grad = torch.randn(400, 300, generator=gen).t()
+            params[1].grad = torch.randn(1, 400, generator=gen).expand(300, 400).contiguous()
+            params[2].grad = torch.randn(400, 300, generator=gen)
+            optimizer.grad_norm = torch.tensor(7.0)
+            optimizer.step()
+        results.append(tensors_of(optimizer))
+    assert steps == [2] * 3
+    for x, y in zip(*results, strict=True):
+        assert_alike(x, y, rounded=False)
+
+
+def test_the_gradient_scaler_skips_and_unscales(steps: list[int]) -> None:
+    results = []
+    for foreach in (None, True):
+        params = large()
+        optimizer = C3O(params, sphere=3.0, grad_clip=0.5, foreach=foreach)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaler.scale(torch.zeros(()))
+        for step in range(4):
+            set_gradients(params, step)
+            for p in params:
+                p.grad.mul_(scaler.get_scale())
+            if step == 1:
+                params[2].grad.view(-1)[0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(tensors_of(optimizer))
+    assert steps == [5] * 3
+    for x, y in zip(*results, strict=True):
+        assert_alike(x, y, rounded=False)
+
+
+def test_autograd_is_told_that_weights_have_changed() -> None:
+    p = nn.Parameter(torch.ones(256, 300))
+    y = (p * p).sum()
+    y.backward(retain_graph=True)
+    C3O([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_the_path_of_a_tensor_does_not_depend_on_its_neighbours(steps: list[int]) -> None:
+    """Buckets follow from when tensors had their first gradients, which a checkpoint does not keep."""
+
+    def shapes() -> list[nn.Parameter]:
+        gen = torch.Generator().manual_seed(3)
+        return [nn.Parameter(torch.randn(s, generator=gen)) for s in ((100, 50), (400, 300), (500, 300), (70, 1000))]
+
+    def go(optimizer: C3O, params: list[nn.Parameter], first: int, last: int) -> None:
+        for step in range(first, last):
+            set_gradients(params, step)
+            if step == 0:
+                params[0].grad = params[3].grad = None
+            optimizer.step()
+
+    params = shapes()
+    optimizer = C3O(params, sphere=3.0)
+    go(optimizer, params, 0, 4)
+    second, after = resumed(optimizer, params)
+    assert steps == [2] + [2, 1] * 3
+    go(optimizer, params, 4, 10)
+    go(second, after, 4, 10)
+    assert bits(tensors_of(optimizer)) == bits(tensors_of(second))
 
 
 def test_a_refused_step_changes_no_bit(steps: list[int]) -> None:
@@ -191,7 +288,7 @@ def test_what_it_does_not_serve(settings: dict[str, Any], dtype: torch.dtype, st
 
 
 def test_small_tensors_go_in_buckets(steps: list[int]) -> None:
-    for blocks, taken in ((LEAST_BLOCKS - 1, []), (LEAST_BLOCKS, [2])):
+    for blocks, taken in ((LARGE_BLOCKS - 1, []), (LARGE_BLOCKS, [2])):
         params = [nn.Parameter(torch.ones(blocks * BLOCK)) for _ in range(2)]
         run(C3O(params), params, 1)
         assert steps == taken

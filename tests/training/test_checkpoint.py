@@ -212,7 +212,7 @@ OPERATIONS: dict[str, tuple[Any, str]] = {
     "save_file": (checkpoint, "save_file"),
     "fsync_file": (checkpoint, "fsync_file"),
     "write_json": (checkpoint, "write_json"),
-    "rename": (Path, "rename"),
+    "rename": (checkpoint, "rename"),
     "fsync_dir": (checkpoint, "fsync_dir"),
     "rmtree": (shutil, "rmtree"),
 }
@@ -291,6 +291,31 @@ def test_an_error_does_not_stop_the_next_save(tmp_path: Path, monkeypatch: pytes
     assert value_of(load(save_numbered(tmp_path, 10))) == 10
     assert steps_in(tmp_path) == [5, 10]
     assert left_over(tmp_path) == []
+
+
+def test_what_cannot_be_removed_yet_waits_for_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows removes no file that someone has open, such as a scanner."""
+    save_numbered(tmp_path, 5)
+
+    def held(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(13, "Access is denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", held)
+        save_numbered(tmp_path, 10, keep=1)
+        save_numbered(tmp_path, 15, keep=1)
+    assert steps_in(tmp_path) == [15]
+    assert len(left_over(tmp_path)) == 2
+    assert value_of(load(save_numbered(tmp_path, 20, keep=2))) == 20
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux which files are mapped")
+def test_a_loaded_checkpoint_keeps_no_file_open(tmp_path: Path) -> None:
+    loaded = load(save_numbered(tmp_path, 5))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert value_of(loaded) == 5
 
 
 SAVING_LOOP = """

@@ -155,6 +155,10 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_norm_skip_switched_on(tiny
     file.write_text(json.dumps(content))
     assert main(tiny_flags(f"--steps 8 {settings} --c3o-trust-norm-refresh-drift 0.02", run="old")) == 0
     assert losses(tmp_path / "old") == losses(tmp_path / "whole")
+    last = checkpoint.load(checkpoint.listing(tmp_path / "old" / "checkpoints")[-1]).optimizer
+    assert last is not None
+    assert {group["trust_norm_refresh_drift"] for group in last["param_groups"]} == {0.02}
+    assert records(tmp_path / "old")[-1]["c3o_trust_norm_skipped"] > 0
     resolved = json.loads(file.read_text())["resolved"]
     assert resolved["kernels"] == "reference"
     assert "float32 products by" in resolved["kernels_why"]
@@ -210,6 +214,56 @@ def test_changed_text_is_refused_and_the_run_is_not_touched(
     assert main([*flags, "--steps", "2"]) == 2
     assert f"the text of --data {text} has changed since this run began" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != ".lock"} == before
+
+
+def test_the_data_may_move_to_another_cache(tiny_flags: Flags, corpus: Path, tmp_path: Path) -> None:
+    """After a resume with another --data-cache the run names that one: the first may be gone, the text changed."""
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    flags = [*tiny_flags("--eval-interval 0"), "--data", str(text)]
+    assert main([*flags, "--steps", "1", "--data-cache", str(tmp_path / "a")]) == 0
+    shutil.rmtree(tmp_path / "a")
+    assert main([*flags, "--steps", "2", "--data-cache", str(tmp_path / "b")]) == 0
+    (text / "more.py").write_text("x = 1\n" * 100, encoding="utf-8")
+    assert main([*flags, "--steps", "3", "--data-cache", str(tmp_path / "b")]) == 0
+    assert main(["evaluate", "--run", str(tmp_path / "run"), "--batches", "1"]) == 0
+
+
+def test_a_cleared_cache_does_not_end_a_run(
+    tiny_flags: Flags, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    clear = SigmaTrainer._turn
+
+    def turn(self: SigmaTrainer, number: int) -> None:
+        shutil.rmtree(cache, ignore_errors=True)
+        clear(self, number)
+
+    monkeypatch.setattr(SigmaTrainer, "_turn", turn)
+    places = ["--data", str(corpus), "--data-cache", str(cache)]
+    assert main([*tiny_flags("--steps 4 --eval-interval 2"), *places]) == 0
+    assert not cache.exists()
+    assert sum("val_loss" in r for r in records(tmp_path / "run")) == 2
+
+
+def test_a_run_is_scored_in_the_type_it_computed_in(
+    tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(tiny_flags("--steps 2 --eval-interval 2 --eval-batches 1000 --dtype bf16")) == 0
+    logged = next(r["val_loss"] for r in records(tmp_path / "run") if "val_loss" in r)
+    capsys.readouterr()
+    assert main(["evaluate", "--run", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["val_loss"] == pytest.approx(logged, rel=1e-7)
+
+
+def test_modes_are_not_chosen_for_a_device_that_the_plan_is_not_for(
+    tiny_flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shape = "--mamba-head-dim 64 --mamba-state-dim 16"
+    assert main(tiny_flags(f"--instant-mode auto --vram-gib 8 --device auto {shape}")) == 2
+    assert "--instant-mode auto plans a CUDA GPU's memory; this run is on cpu" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("optimizer", ["c3o", "adamw", "muon"])

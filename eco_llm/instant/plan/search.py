@@ -40,7 +40,7 @@ def job_of(config: TrainConfig) -> Job:
         modes=modes_of("none" if instant.instant_mode == "auto" else instant.instant_mode, config.model),
         grad_accum=t.grad_accum,
         optimizer=o.optimizer,
-        state_bytes=STATE_BYTES[config.c3o.c3o_state_dtype] if o.optimizer == "c3o" else 8.0,
+        state_bytes=STATE_BYTES[config.c3o.c3o_state_dtype],
         weight_bytes=2 if r.weights_dtype == "bf16" else 4,
         error_bytes=1 if config.c3o.c3o_error_bits else 0,
         compute_bytes=4 if r.dtype == "fp32" else 2,
@@ -122,19 +122,21 @@ def cheapest_modes(job: Job, gib: float) -> tuple[str, ...] | None:
 def scaled(model: SigmaConfig, size: int) -> SigmaConfig:
     """The model of the same proportions with `size` heads: the rule by which `largest_model` grows and shrinks.
 
-    The width of a head stays; D is heads times that. Depth, latents and a pinned MLP width follow D in proportion
-    (latents in multiples of 32, the MLP of 64). D stops where the kernels do (expand · D ≤ 8192); sizes beyond add
-    depth alone, as much as a head more would have added.
+    The width of a head stays; D is heads times that (without attention: times Mamba's heads, not expanded). Depth,
+    latents and a pinned MLP width follow D in proportion (latents in multiples of 32, the MLP of 64). D stops where the
+    kernels do (expand · D ≤ 8192); sizes beyond add depth alone, as much as a head more would have added.
     """
-    width = model.d_model // model.n_heads
+    attends = "mla" in model.mixer_pattern
+    width = model.d_model // model.n_heads if attends else model.mamba_head_dim
     widest = max(1, MAX_CHANNELS // model.mamba_expand // width)
     heads = min(size, widest) if "mamba" in model.mixer_pattern else size
-    ratio = heads / model.n_heads
+    now = model.d_model / width
+    ratio = heads / now
     return dataclasses.replace(
         model,
         d_model=heads * width,
-        n_heads=heads,
-        n_layers=max(1, round(model.n_layers * size / model.n_heads)),
+        n_heads=heads if attends else model.n_heads,
+        n_layers=max(1, round(model.n_layers * size / now)),
         kv_latent_dim=round_to(model.kv_latent_dim * ratio, 32),
         q_latent_dim=round_to(model.q_latent_dim * ratio, 32) if model.q_latent_dim else 0,
         mlp_hidden_dim=round_to(model.mlp_hidden_dim * ratio, 64) if model.mlp_hidden_dim else 0,
@@ -143,18 +145,20 @@ def scaled(model: SigmaConfig, size: int) -> SigmaConfig:
 
 def largest_model(job: Job, mode: str, gib: float) -> SigmaConfig | None:
     """The largest `scaled` model that fits at this job's batch with one mode for all blocks; None if none does."""
+    models = [model for size in range(1, 4096) if _can_be_built(model := scaled(job.model, size))]
 
-    def fit(size: int) -> bool:
-        model = scaled(job.model, size)
-        if model.n_layers > MAX_LAYERS or not _can_be_built(model):
-            return False
+    def fit(number: int) -> bool:
+        model = models[number - 1]
         return fits(job.replace(model=model, modes=modes_of(mode, model)), gib)
 
-    best = last_that_fits(fit, 4096)
-    return scaled(job.model, best) if best else None
+    best = last_that_fits(fit, len(models)) if models else 0
+    return models[best - 1] if best else None
 
 
 def _can_be_built(model: SigmaConfig) -> bool:
+    """Not all sizes can: Mamba's heads must divide its channels, and the kernels have limits."""
+    if model.n_layers > MAX_LAYERS:
+        return False
     try:
         model.validate()
     except UserError:
@@ -218,8 +222,12 @@ def make_plan(config: TrainConfig) -> Plan:
     return Plan(job, gib, wanted, tuple(candidates), chosen, models)
 
 
-def choose(config: TrainConfig) -> TrainConfig:
+def choose(config: TrainConfig, *, model: SigmaConfig | None = None, compute_bytes: int | None = None) -> TrainConfig:
     """The same settings, `--instant-mode auto` replaced by the modes that it comes to; others come back as they are.
+
+    Args:
+        model: the shape with the vocabulary of a given tokenizer, if that is known by now.
+        compute_bytes: of a number in a product, 2 or 4, likewise; else `--dtype auto` is taken for bf16.
 
     Raises:
         UserError: no `--vram-gib`, nothing fits, or a setting whose memory is not foretold.
@@ -227,6 +235,7 @@ def choose(config: TrainConfig) -> TrainConfig:
     if config.instant.instant_mode != "auto":
         return config
     gib, job = _budget(config), job_of(config)
+    job = job.replace(model=model or job.model, compute_bytes=compute_bytes or job.compute_bytes)
     modes = cheapest_modes(job, gib)
     if modes is None:
         least = min(estimate(job.replace(modes=modes_of(mode, job.model))).total for mode in ("recompute", "coupled"))

@@ -37,7 +37,7 @@ class Job:
     optimizer: str = "c3o"
     """Lays its state out tensor by tensor (adamw), or in buffers over a group or a unit of gradient release (c3o)."""
     state_bytes: float = 8.0
-    """Optimizer state, bytes a parameter."""
+    """C3O's state, bytes a parameter."""
     weight_bytes: int = 4
     """Of a number in a matrix."""
     error_bytes: int = 0

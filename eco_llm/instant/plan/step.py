@@ -152,8 +152,11 @@ class _Step:
         row = 1 if job.optimizer == "adamw" else STATE_ROW
         for arena in filter(None, arenas):
             numbers = sum(-(-n // row) * row for n, _ in arena)
+            moment = job.state_bytes / 2
+            if job.optimizer == "adamw":  # its moments have the type of their weight
+                moment = self.parts.w if arena[0][1] else F32
             for _ in range(2):
-                tape.take(numbers * job.state_bytes / 2, "optimizer")
+                tape.take(numbers * moment, "optimizer")
             if job.error_bytes and arena[0][1]:
                 tape.take(numbers * job.error_bytes, "optimizer")
         tape.take(2 * 8 * job.tokens * job.grad_accum)
