@@ -55,7 +55,7 @@ def run(args: Sequence[str]) -> int:
 
 def _compare(settings: CompareConfig, common: list[str], checkouts: contextlib.ExitStack) -> int:
     from eco_llm.proof.compare import Comparison
-    from eco_llm.proof.gate import NotComparable, check_same_learning, check_same_tokens
+    from eco_llm.proof.gate import NotComparable, check_same_learning, check_same_network, check_same_tokens
     from eco_llm.proof.revisions import Revision, turns_protocol
     from eco_llm.proof.runs import Stopped
     from eco_llm.proof.turns import PROTOCOL, RunFailed
@@ -78,6 +78,7 @@ def _compare(settings: CompareConfig, common: list[str], checkouts: contextlib.E
         raise UserError("--output-dir is the comparison's, not a side's: name it once, outside --a and --b")
     check_same_tokens(a.settings, b.settings)
     check_same_learning(a.settings, b.settings, settings.gate_steps)
+    check_same_network(a.settings, b.settings, settings.gate_tolerance)
     console, progress = _display()
     with progress as bar:
         task = bar.add_task("pairs", total=None)

@@ -18,7 +18,8 @@ def sample_token(
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    ranked, order = (logits.float() / temperature).sort(dim=-1, descending=True)
+    ranked, order = logits.float().sort(dim=-1, descending=True)
+    ranked = (ranked - ranked[:, :1]) / temperature  # the largest is 0: no temperature makes it infinite
     if top_k > 0:
         ranked[:, top_k:] = -torch.inf
     probabilities = ranked.softmax(dim=-1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 import statistics as simple
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,9 @@ for as long as they live, by 1.5% on our CPU machine (docs/compare.md), which mo
 """
 
 MIN_EFFECT = {"cpu": 2.0, "cuda": 1.0}
-"""Percent, where the user names none: what so many processes of one program can differ by on average, and more."""
+"""Percent, where the user names none: what so many processes of one program can differ by on average, and more. Of
+fewer the average differs by more (`least_effect`).
+"""
 
 _PAIRS_IN_TURNS, _MOST_PAIRS_IN_TURNS, _PAIRS_SEPARATE = 40, 400, 10
 _PAIRS_BETWEEN_LOOKS = 20
@@ -113,7 +116,7 @@ class Comparison:
         self._pairs: Callable[[], list[tuple[Records, Records]]] = list
         """The pairs of windows measured so far."""
         self.lives: list[int] = []
-        """Pairs of windows of each pair of processes, where sides take turns."""
+        """Pairs of windows of each pair of processes that has ended, where sides take turns."""
 
     def run(self) -> dict[str, Any]:
         """Measure, write the report, return it.
@@ -172,7 +175,7 @@ class Comparison:
                 if failure.ending not in ("out_of_memory", "killed"):
                     raise
                 self._why_separate = f"two live runs do not fit in memory ({failure})"
-        self._mode, self._pairs, self.gate = "separate processes", list, None
+        self._mode, self._pairs, self.gate, self.lives = "separate processes", list, None, []
         if self._why_separate != "--separate":
             self._say(f"{self._why_separate}: each window gets a process of its own, which takes longer")
         return self._separately()
@@ -392,14 +395,18 @@ class Comparison:
             }
         a, b = sides["a"], sides["b"]
         device = str(self._resolved(self._sides[1]).get("device", "cpu"))
-        min_effect = self._settings.min_effect or MIN_EFFECT.get(device.partition(":")[0], 1.0)
+        lives = [1] * len(windows)
+        if self._mode == "in turns":
+            cut_off = len(windows) - sum(self.lives)  # of a life that somebody ended
+            lives = [*self.lives, cut_off] if cut_off else self.lives
+        min_effect = self._settings.min_effect or least_effect(device, lives)
         verdict = found.verdict(min_effect)
         memory = [side["peak_memory_gib"] for side in (a, b)]
         return head | {
             "verdict": verdict,
             "sentence": sentence(found, min_effect),
             "min_effect_percent": min_effect,
-            "pairs_of_each_life": self.lives,
+            "pairs_of_each_life": lives if self._mode == "in turns" else [],
             "tail_throughput_a_tokens_per_s": a["tail_throughput_tokens_per_s"],
             "tail_throughput_b_tokens_per_s": b["tail_throughput_tokens_per_s"],
             "throughput_delta_tokens_per_s": b["tail_throughput_tokens_per_s"] - a["tail_throughput_tokens_per_s"],
@@ -422,6 +429,16 @@ class Comparison:
             "b": b,
             "samples": samples,
         }
+
+
+def least_effect(device: str, lives: Sequence[int]) -> float:
+    """Percent that a difference must exceed on this device, given the pairs of windows of each pair of processes.
+
+    MIN_EFFECT is for LIVES equal ones; the standard deviation of a mean over n is √(LIVES / n) times that, n being
+    (Σ pairs)² / Σ pairs² where they are not equal.
+    """
+    equal = sum(lives) ** 2 / sum(n * n for n in lives)
+    return MIN_EFFECT.get(device.partition(":")[0], 1.0) * math.sqrt(max(1.0, LIVES / equal))
 
 
 def sentence(found: Difference, min_effect: float) -> str:

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from eco_llm.config import BEFORE_THEM, TrainConfig, flag_of, flatten
+from eco_llm.config import BEFORE_THEM, SigmaConfig, TrainConfig, flag_of, flatten
 from eco_llm.errors import UserError
 
 Records = Sequence[dict[str, Any]]
@@ -33,6 +33,9 @@ _LEARNING = (
     "optimizer", "lr", "weight_decay", "beta1", "beta2", "eps", "grad_clip", "grad_clip_mode", "schedule",
     "decay_fraction", "min_lr_ratio", "c3o_trust_radius", "c3o_sphere", "c3o_credit_gain", "c3o_nesterov",
 )  # fmt: skip
+
+# Settings of the model that change how its function is computed, and nothing else.
+_SAME_FUNCTION = ("mamba_chunk", "loss_chunk_tokens")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,26 @@ def check_same_learning(a: dict[str, Any], b: dict[str, Any], steps: int) -> Non
             f"{flag_of(name)} is {_shown(a[name])} in A and {_shown(b[name])} in B: they would learn differently,"
             " which a comparison of speed cannot judge; --gate-steps 1 compares speed alone, with the gate not applied"
             " to the optimizer"
+        )
+
+
+def check_same_network(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> None:
+    """Refuse sides that are not the same function of the same weights, unless a tolerance was asked for.
+
+    The gate's limits are those of rounding: some such settings (`--rope-theta`) move a few steps' losses by less.
+
+    Raises:
+        UserError: naming the first such setting.
+    """
+    standing = flatten(TrainConfig()) | BEFORE_THEM
+    a, b = standing | a, standing | b
+    names = [f.name for f in fields(SigmaConfig) if f.name not in _SAME_FUNCTION]
+    differing = [name for name in names if a[name] != b[name]]
+    if differing and not tolerance:
+        name = differing[0]
+        raise UserError(
+            f"{flag_of(name)} is {_shown(a[name])} in A and {_shown(b[name])} in B: two networks, which the gate could"
+            " take for one; --gate-tolerance X says how much their first losses may differ"
         )
 
 

@@ -126,6 +126,7 @@ class Sweep:
                 except BaseException:
                     shutil.rmtree(self.folder / point.name, ignore_errors=True)
                     raise
+                self._check_machine(row.get("environment"))
                 self.rows[point.name] = row
                 self.write()
                 on_row(row)
@@ -186,6 +187,20 @@ class Sweep:
         else:
             return list(rows)
         raise UserError(f"{self.file} holds another sweep ({changed}); {anew}, or name another --output-dir")
+
+    def _check_machine(self, here: dict[str, Any] | None) -> None:
+        """Rates of two machines must not share a table.
+
+        Raises:
+            UserError: an earlier row was measured on another.
+        """
+        for row in self.rows.values():
+            if here and (there := row.get("environment")) and _machine(there) != _machine(here):
+                was, now = (", ".join(map(str, filter(None, _machine(x)))) for x in (there, here))
+                raise UserError(
+                    f"{self.file} was measured on {was}, and this is {now}; --no-resume sets it aside and starts anew,"
+                    " or name another --output-dir"
+                )
 
     def _set_aside(self) -> None:
         if not self.file.exists():
@@ -257,6 +272,12 @@ class Sweep:
             shutil.copy2(report, target)
             kept.append(target.relative_to(self._out).as_posix())
         return kept
+
+
+def _machine(about: dict[str, Any]) -> tuple[Any, ...]:
+    """What rates depend on, of an `environment.collect`."""
+    cpu, gpu = about.get("cpu") or {}, about.get("gpu") or {}
+    return gpu.get("name"), cpu.get("model"), cpu.get("logical_cores"), (about.get("versions") or {}).get("torch")
 
 
 def point_config(config: TrainConfig) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from eco_llm.errors import UserError
 from eco_llm.proof.report import document_of, html
-from eco_llm.proof.report.evidence import METRICS, WRITTEN_BY, Run, open_runs
+from eco_llm.proof.report.evidence import METRICS, WRITTEN_BY, Run, crash_reports, open_runs
 from eco_llm.proof.report.links import relative_to
 
 HOST = "127.0.0.1"
@@ -43,13 +44,13 @@ class LivePage:
     def _now(self) -> str:
         """A digest of names, sizes and times of change of all evidence."""
         digest = hashlib.sha256()
-        crashes = sorted((self.run.path / "errors").glob("crash_*.json"))
-        for path in [*(self.run.path / name for name in WRITTEN_BY), *crashes]:
+        names = (*WRITTEN_BY, "metrics.superseded.jsonl")
+        for path in [*(self.run.path / name for name in names), *crash_reports(self.run.path)]:
             try:
                 stat = path.stat()
             except OSError:
                 continue
-            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="backslashreplace"))
+            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="backslashreplace"))
         return f'"{digest.hexdigest()[:24]}"'
 
 
@@ -107,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The page at `/`; evidence of the run under its own name; nothing else."""
-        if self.headers.get("Host", "").rpartition(":")[0] not in _NAMES:
+        if re.sub(r":\d*$", "", self.headers.get("Host", "")) not in _NAMES:  # browsers leave out :80
             self._send(HTTPStatus.FORBIDDEN, b"this page is for this machine only\n", "text/plain")
             return
         path = unquote(urlsplit(self.path).path)
@@ -132,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             *WRITTEN_BY,
             METRICS,
             "metrics.superseded.jsonl",
-            *(f"errors/{file.path.name}" for file in run.crashes),
+            *(file.path.relative_to(run.path).as_posix() for file in run.crashes),
         }
         return run.path / name if name in known else None
 

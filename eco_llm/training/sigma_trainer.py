@@ -125,7 +125,7 @@ class SigmaTrainer:
     def _turn(self, step: int) -> None:
         """Do a step that the clock already counts as begun, and begin the next."""
         self._review()
-        self._step.prepare()  # compiling and capturing are in the first step's time, and not in its core
+        self._step.prepare()  # capturing, and compiling for it, are in the first step's time, and not in its core
         if self._is_save_due():  # here, so that the cost is inside a step and the step saved has its record written
             self._drain()
             self._save()
@@ -140,6 +140,8 @@ class SigmaTrainer:
 
         self._scalars.push(step, output.names, output.values)
         record = self._waiting[step] = {"step": step, "lr": lr, **self._model.stack.figures(), **self._probe(step)}
+        if self._timer.annotate:
+            record["traced"] = 1  # by a profiler, and slower for it
         is_last = step == self._training.steps
         if self._is_validation_due() and not is_last:
             record |= self._score()

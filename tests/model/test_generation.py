@@ -65,6 +65,13 @@ def test_greedy_generation_equals_repeated_full_forward(model: SigmaLLM, prompt:
     assert expected[:, prompt:].unique().numel() > 3  # a model that always says the same would prove little
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-4])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 5
+    for top_k, top_p in ((0, 1.0), (3, 0.9)):
+        assert torch.equal(sample_token(logits, temperature, top_k, top_p, None), logits.argmax(-1))
+
+
 def test_autocast_generation_is_close() -> None:
     torch.manual_seed(0)
     model = SigmaLLM(CONFIG)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from in_process import InProcess, Machine, Simulated
 
@@ -28,6 +29,7 @@ from eco_llm.proof.compare import REPORT_FILE, SETTLE_STEPS
 from eco_llm.proof.report import write_report
 from eco_llm.proof.revisions import Revision, turns_protocol
 from eco_llm.proof.runs import Program, Stopped, read_records
+from eco_llm.proof.statistics import difference
 from eco_llm.proof.turns import PROTOCOL, RunFailed
 from eco_llm.training.hooks import turns
 
@@ -145,7 +147,7 @@ def test_pairs_come_from_several_pairs_of_processes_that_start_in_turn(
 
     monkeypatch.setattr(in_process, "start", start)
     monkeypatch.setattr(in_process, "seconds", {"a": 1e-4, "b": 1e-4})
-    for pairs, lives in ((8, [8]), (17, [8, 9]), (40, [10, 10, 10, 10])):
+    for pairs, lives, effect in ((8, [8], 4.0), (17, [8, 9], 2.83), (40, [10, 10, 10, 10], 2.0)):
         started.clear()
         sides = ["--a", "", "--b", "", "--window-steps", "1", "--pairs", str(pairs)]
         assert main(["compare", *tiny_flags("--perf-warmup-steps 0"), *sides]) == 0
@@ -153,7 +155,24 @@ def test_pairs_come_from_several_pairs_of_processes_that_start_in_turn(
         assert found["pairs_of_each_life"] == lives
         assert len(found["samples"]) == pairs
         assert "".join(started) == ("abba" * len(lives))[: 2 * len(lives)]
-    assert found["min_effect_percent"] == 2.0
+        assert found["min_effect_percent"] == pytest.approx(effect, rel=0.01)  # few processes differ by more
+
+
+def test_fewer_processes_must_differ_by_more() -> None:
+    """One program against itself, two processes of which differ by 1.5% for life: seldom a verdict."""
+    generator = np.random.default_rng(0)
+    for lives in ([8], [10], [8, 8], [8, 8, 8], [10, 10, 10, 10], [10, 3]):
+        false = 0
+        for _ in range(300):
+            a, b = (
+                np.concatenate([0.1 * (1 + 0.015 / 2**0.5 * generator.normal()) * np.ones(n) for n in lives])
+                * (1 + 0.005 * generator.normal(size=sum(lives)))
+                for _ in range(2)
+            )
+            found = difference(a.tolist(), b.tolist())
+            false += found.verdict(compare.least_effect("cpu", lives)) != "no difference shown"
+        assert false <= 9, lives  # 3%
+    assert compare.least_effect("cuda", [20] * 7) == 1.0
 
 
 # -- stopping --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from eco_llm.cli.main import main
 from eco_llm.config import TrainConfig, flatten
 from eco_llm.errors import UserError
-from eco_llm.proof.gate import Allowed, Gate, check_same_learning, check_same_tokens
+from eco_llm.proof.gate import Allowed, Gate, check_same_learning, check_same_network, check_same_tokens
 from eco_llm.proof.runs import read_records
 
 Flags = Callable[..., list[str]]
@@ -103,6 +103,14 @@ def test_sides_that_learn_differently_by_intention_are_refused(own: dict[str, An
         check_same_learning(settings(), settings(**own), 10)
     check_same_learning(settings(), settings(**own), 1)
     check_same_learning(settings(), settings(c3o_trust_norm_refresh_drift=0.02, instant_mode="recompute"), 10)
+
+
+@pytest.mark.parametrize("own", [{"rope_theta": 5e5}, {"norm_eps": 2e-5}, {"n_layers": 5}, {"mamba_state_dim": 16}])
+def test_two_networks_are_refused_unless_a_tolerance_was_asked_for(own: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(own)).replace('_', '-')} is .*two networks"):
+        check_same_network(settings(), settings(**own), 0.0)
+    check_same_network(settings(), settings(**own), 0.1)
+    check_same_network(settings(), settings(mamba_chunk=64, loss_chunk_tokens=512, instant_mode="recompute"), 0.0)
 
 
 def test_a_side_of_an_earlier_version_has_what_it_did_of_what_it_lacks() -> None:

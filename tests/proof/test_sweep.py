@@ -153,6 +153,22 @@ def test_changed_code_is_refused(
     assert "code has changed" in capsys.readouterr().err
 
 
+def test_another_machine_does_not_add_to_a_table(
+    faked: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert faked("--batch-size 2,4") == 0
+    file = tmp_path / "out" / "perf" / "sweep.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for row in content["points"]:
+        row["environment"] = {"gpu": {"name": "NVIDIA H200"}, "cpu": {"model": "elsewhere"}, "versions": {"torch": "2"}}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    before = file.read_bytes()
+    assert faked("--batch-size 2,4,6") == 2
+    assert "was measured on NVIDIA H200, elsewhere, 2, and this is " in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert faked("--batch-size 2,4") == 0  # nothing to measure
+
+
 def test_nothing_but_failures_is_exit_code_1(faked: Callable[..., int], tmp_path: Path) -> None:
     assert faked("--batch-size 2,4", {2: "out_of_memory", 4: "out_of_memory"}) == 1
     assert result(tmp_path / "out")["largest_stable_batch"] is None

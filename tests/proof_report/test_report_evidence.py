@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +139,25 @@ def test_the_tail_is_the_last_fifth_without_the_first_steps(tmp_path: Path, rows
     assert log_of(tmp_path, b"".join(line(i) for i in range(1, rows + 1))).tail() == tail
 
 
+def test_traced_steps_are_not_of_the_tail_nor_of_its_times(tmp_path: Path) -> None:
+    text = [line(i, step_time_s=1.0, loss=float(i)) for i in range(1, 31)]
+    text += [line(i, step_time_s=9.0, loss=float(i), traced=1) for i in range(31, 36)]
+    text += [line(36, step_time_s=2.0, loss=36.0)]
+    log = log_of(tmp_path, b"".join(text))
+    assert log.tail() == (26, 36)  # 31 rows that were not traced, the last 6 of them
+    times, losses = (log.over(key, "max", (26, 36)) for key in ("step_time_s", "loss"))
+    assert times is not None
+    assert losses is not None
+    assert (times.value, losses.value) == (2.0, 36.0)
+    assert "6 rows" in times.source.what
+    assert "11 rows" in losses.source.what
+    only = log.over("step_time_s", "mean", (31, 35))
+    assert only is not None
+    assert only.value == 9.0
+    log = log_of(tmp_path, b"".join(line(i, traced=1) for i in range(1, 8)))
+    assert log.tail() == (6, 7)
+
+
 # -- JSON files ------------------------------------------------------------------------------------------------
 
 
@@ -259,9 +280,14 @@ SWEPT = {
 def test_a_comparison_a_sweep_and_a_ledger_are_shown(runs: Runs) -> None:
     (run,) = runs("before")
     ledger = {"weights_gib": 1.0, "steps": [{"activations_bytes": 2**29}], "peak_gib": 1.75}
-    for name, content in ((COMPARISON, COMPARED), (SWEEP, SWEPT), (MEMORY, ledger)):
+    about = {"date": "2099-01-01T00:00:00+00:00", "device": "cuda:0", "gpu": {"name": "NVIDIA H200"}, "dirty": False}
+    compared = {**COMPARED, "environment": about, "a": {**COMPARED["a"], "commit": "a1b2"}}
+    for name, content in ((COMPARISON, compared), (SWEEP, SWEPT), (MEMORY, ledger)):
         (run / name).write_text(json.dumps(content), encoding="utf-8")
     markdown, page = report([run])
+    assert "| `environment/gpu/name` | [NVIDIA H200](" in markdown
+    assert "| `a/commit` | [a1b2](" in markdown
+    assert "[2099-01-01T00:00:00+00:00](perf/latest_bottleneck_fix_report.json#/environment/date)" in markdown
     at = "perf/latest_bottleneck_fix_report.json"
     assert markdown.count("**Paired comparison: [B is faster: its throughput is +9.68% against A's") == 2
     assert f"| `--lr` | [0.001]({at}#/changed/lr/0) | [0.02]({at}#/changed/lr/1) |" in markdown
@@ -275,6 +301,14 @@ def test_a_comparison_a_sweep_and_a_ledger_are_shown(runs: Runs) -> None:
     assert "| gradients | – |" in markdown
     assert "| peak | [1.750](perf/memory.json#/peak_gib) |" in markdown
     assert Page(page).complaints == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8 are Linux's")
+def test_a_folder_whose_name_is_not_utf8(runs: Runs, tmp_path: Path) -> None:
+    one, other = runs("before", "after")
+    odd = one.rename(Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd-\xff")))
+    page = write_report([odd, other], tmp_path / "out")[1].read_text(encoding="utf-8")
+    assert "../odd-%FF/metrics.jsonl" in page
 
 
 def test_a_run_a_sweep_and_a_comparison_are_reported_together(runs: Runs, tmp_path: Path) -> None:

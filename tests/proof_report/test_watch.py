@@ -96,6 +96,20 @@ def test_another_sites_name_for_this_machine_is_refused(served: tuple[Path, int]
     _, port = served
     assert get(port, Host=f"evil.example:{port}")[0] == 403
     assert get(port, Host=f"localhost:{port}")[0] == 200
+    assert get(port, Host="127.0.0.1")[0] == 200  # as browsers write port 80
+    assert get(port, Host="evil.example")[0] == 403
+
+
+def test_crash_reports_of_a_comparisons_sides_are_served_and_noticed(served: tuple[Path, int]) -> None:
+    run, port = served
+    before = get(port)[1]["ETag"]
+    report = run / "perf" / "compare" / "a" / "errors" / "crash_20260101T000000.json"
+    report.parent.mkdir(parents=True)
+    report.write_text(json.dumps({"kind": "crash", "message": "a side's own"}), encoding="utf-8")
+    status, headers, page = get(port)
+    assert (status, headers["ETag"] != before) == (200, True)
+    assert "crash_20260101T000000.json" in page
+    assert get(port, f"/{report.relative_to(run).as_posix()}")[0] == 200
 
 
 def test_it_listens_on_this_machine_only(served: tuple[Path, int]) -> None:

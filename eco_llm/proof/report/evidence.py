@@ -126,7 +126,7 @@ class Run:
         """Read the files as they are now."""
         self.metrics.refresh()
         self.files = {name: self._json(name) for name in WRITTEN_BY if name != METRICS}
-        crashes = [p for place in _CRASHES for p in sorted(self.path.glob(place))]
+        crashes = crash_reports(self.path)
         self.crash_count = len(crashes)
         self.died = any((self.path / "errors").glob("crash_*.json"))
         self.crashes = [self._json(p.relative_to(self.path).as_posix()) for p in crashes[-CRASHES_SHOWN:]]
@@ -151,6 +151,11 @@ class Run:
             if self[name].data is not None and isinstance(self[name].data.get("environment"), dict):
                 return self[name], ("environment",)
         return None
+
+
+def crash_reports(run: Path) -> list[Path]:
+    """A run's own, oldest first, then those of its comparison's sides and its sweep's points."""
+    return [p for place in _CRASHES for p in sorted(run.glob(place))]
 
 
 def open_runs(paths: list[Path]) -> list[Run]:

@@ -21,7 +21,7 @@ def relative_to(folder: Path) -> Link:
             path = Path(os.path.relpath(source.path, here)).as_posix()
         except ValueError:  # Windows: on another drive
             return source.path.as_uri() + fragment(source)
-        return quote(path) + fragment(source)
+        return quote(os.fsencode(path)) + fragment(source)  # bytes: a name need not be UTF-8
 
     return link
 

@@ -171,21 +171,32 @@ class MetricsLog:
     def tail(self) -> tuple[int, int] | None:
         """First and last line of the rows that stand for the run's steady state; None where there are none.
 
-        The last fifth of the rows (at least 5, at most 1000), and never the first 5 where there are others.
+        The last fifth of the rows (at least 5, at most 1000), and never the first 5 where there are others; of steps
+        that no profiler traced, where there are such.
         """
-        n = len(self)
+        lines = self._not_traced(self.lines)
+        n = len(lines)
         if n == 0:
             return None
         take = min(_TAIL_AT_MOST, max(_TAIL_AT_LEAST, n // _TAIL_SHARE))
         first = max(n - take, min(_WARM_UP_ROWS, n - 1), 0)
-        return self._lines[first], self._lines[n - 1]
+        return int(lines[first]), int(lines[n - 1])
+
+    def _not_traced(self, lines: NDArray[np.int64]) -> NDArray[np.int64]:
+        """These lines but for traced steps; all of them if every one was traced."""
+        kept = lines[~np.isin(lines, self.column("traced").lines)]
+        return kept if kept.size else lines
 
     def over(self, key: str, how: str, lines: tuple[int, int] | None) -> Fact | None:
-        """`how` (median, mean, min, max) of a key's finite numbers on these lines, both included."""
+        """`how` (median, mean, min, max) of a key's finite numbers on these lines, both included; of times and rates
+        (`…_s`) not those of traced steps, where there are others.
+        """
         if lines is None:
             return None
         column = self.column(key)
         inside = (column.lines >= lines[0]) & (column.lines <= lines[1]) & np.isfinite(column.values)
+        if key.endswith("_s"):
+            inside &= np.isin(column.lines, self._not_traced(column.lines[inside]))
         if not inside.any():
             return None
         with np.errstate(over="ignore"):

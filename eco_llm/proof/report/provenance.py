@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from eco_llm.proof.report.document import Block, Cell, Fact, Section, Source, Table, clean, text
-from eco_llm.proof.report.evidence import CONFIG, METRICS, WRITTEN_BY, Run
+from eco_llm.proof.report.evidence import COMPARISON, CONFIG, METRICS, SWEEP, WRITTEN_BY, Run
 
 _ROWS = (
     ("GPU", ("gpu", "name")),
@@ -126,17 +127,27 @@ def _file_row(run: Run, name: str) -> tuple[Cell, ...]:
 
 def date_of(runs: Sequence[Run]) -> Cell:
     """When the newest evidence was measured, UTC; from the evidence, so that the same files give the same report."""
-    ends = [end for run in runs if (end := run.metrics.one("ended_at", "last")) is not None]
-    if ends:
-        newest = max(ends, key=lambda fact: float(fact.value))
-        try:
-            return Cell(datetime.fromtimestamp(newest.value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC"), (newest.source,))
-        except (ValueError, OverflowError, OSError):
-            return Cell("unknown: the log's last time is none", (newest.source,))
-    dates = [run[CONFIG].at("started", "date") for run in runs]
-    dates += [place[0].at(*place[1], "date") for run in runs if (place := run.environment) is not None]
-    known = [fact for fact in dates if fact is not None]
-    if known:
-        newest = max(known, key=lambda fact: str(fact.value))
-        return Cell(clean(newest.value), (newest.source,))
+    found: list[tuple[datetime, Cell]] = []
+    problem: Cell | None = None
+    for run in runs:
+        if (end := run.metrics.one("ended_at", "last")) is not None:
+            try:
+                when = datetime.fromtimestamp(end.value, UTC)
+            except (ValueError, OverflowError, OSError):
+                problem = Cell("unknown: the log's last time is none", (end.source,))
+            else:
+                found.append((when, Cell(when.strftime("%Y-%m-%d %H:%M:%S UTC"), (end.source,))))
+        dates = [run[CONFIG].at("started", "date")]
+        dates += [run[name].at(*path) for name in (COMPARISON, SWEEP) for path in (("date",), ("environment", "date"))]
+        if (place := run.environment) is not None:
+            dates.append(place[0].at(*place[1], "date"))
+        for fact in filter(None, dates):
+            with contextlib.suppress(ValueError):
+                when = datetime.fromisoformat(str(fact.value))
+                when = when if when.tzinfo else when.replace(tzinfo=UTC)
+                found.append((when, Cell(clean(fact.value), (fact.source,))))
+    if problem is not None:
+        return problem
+    if found:
+        return max(found, key=lambda pair: pair[0])[1]
     return Cell("unknown: no file has one")

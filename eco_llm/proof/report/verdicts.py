@@ -38,6 +38,17 @@ _POINTS = (
     "message",
 )
 _FOUND = ("largest_stable_batch", "fastest_point", "complete", "steps_per_point")
+_MEASURED_ON: tuple[tuple[str | int, ...], ...] = (
+    ("date",),
+    ("environment", "device"),
+    ("environment", "gpu", "name"),
+    ("environment", "cpu", "model"),
+    ("environment", "cpu", "logical_cores"),
+    ("environment", "versions", "torch"),
+    ("a", "commit"),
+    ("b", "commit"),
+    ("environment", "dirty"),
+)
 _LISTED = 80
 _BULKY = ("samples", "environment", "losses_a", "losses_b", "settings", "resolved")  # raw material: in the file
 
@@ -101,8 +112,9 @@ def _comparison(run: Run, file: JsonFile) -> list[Block]:
         blocks.append(Table(f"Measured comparison ({file.label})", header, tuple(sides), note))
     paths = [p for p in scalars(file.data) if not any(part in _BULKY for part in p)]
     known = [p for p in paths if p[0] in _HOW_SURE]
+    measured_on: list[tuple[str | int, ...]] = [path for path in _MEASURED_ON if file.at(*path) is not None]
     if known:
-        blocks.append(listing("How sure, and how it was measured", file, known))
+        blocks.append(listing("How sure, and how it was measured", file, known + measured_on))
     if not sides and not known:  # of another version: everything it says
         note = f"The first {_LISTED} of {len(paths)} entries." if len(paths) > _LISTED else ""
         blocks.append(listing(f"Measured comparison ({file.label})", file, paths[:_LISTED], note=note))
@@ -181,6 +193,7 @@ def sweeps(runs: Sequence[Run]) -> Section | None:
         found: list[tuple[str | int, ...]] = [(key,) for key in _FOUND if file.at(key) is not None]
         if not found:
             found.extend(path for path in scalars(file.data) if len(path) == 1)
+        found += [path for path in _MEASURED_ON if path[0] == "environment" and file.at(*path) is not None]
         if found:
             blocks.append(listing(f"Sweep ({file.label})", file, found[:_LISTED]))
         for name, value in file.data.items():
