@@ -165,38 +165,40 @@ def test_what_is_not_finite_spoils_its_own_tensor_only(where: str, bad: float, s
 @pytest.mark.parametrize("sphere", [0.0, 3.0])
 def test_nothing_is_divided_by_zero(kind: str, sphere: float, steps: list[int]) -> None:
     results = []
-    for foreach in (None, False):
-        params = large()
-        floor = {"trust_floor": 0.0} if kind == "no floor" else {}
-        optimizer = C3O(params, sphere=sphere, lr=0.0 if kind == "lr 0" else 1e-2, foreach=foreach, **floor)
+    for foreach, dtype in ((None, torch.float32), (False, torch.float64)):
+        params = [nn.Parameter(p.detach().to(dtype)) for p in large()]
+        settings: dict[str, Any] = {"sphere": sphere, "lr": 0.0 if kind == "lr 0" else 1e-2, "state_dtype": dtype}
+        settings |= {"trust_floor": 0.0} if kind == "no floor" else {}
+        optimizer = C3O(params, foreach=foreach, **settings)
         for step in range(3):
             set_gradients(params, step, scale=0.0 if kind == "zero gradients" else 1e-2)
             optimizer.step()
         results.append((tensors_of(optimizer), optimizer.metrics()["c3o_update_to_weight"]))
     assert steps == [5] * 3
-    for x, y in zip(*(found for found, _ in results), strict=True):
-        assert_alike(x, y, rounded=False)
+    compare(results[0][0], results[1][0], torch.float32)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)
 
 
 def test_gradients_of_any_strides_and_a_known_norm(steps: list[int]) -> None:
     """Transposed and expanded gradients, `grad_norm`; a transposed parameter is left to the multi-tensor path."""
     results = []
-    for foreach in (None, False):
+    for foreach, dtype in ((None, torch.float32), (False, torch.float64)):
         gen = torch.Generator().manual_seed(5)
-        params = [nn.Parameter(torch.randn(300, 400, generator=gen)) for _ in range(2)]
-        params.append(nn.Parameter(torch.randn(300, 400, generator=gen).t()))
-        optimizer = C3O(params, sphere=3.0, grad_clip=0.5, foreach=foreach)
+
+        def drawn(*shape: int, gen: torch.Generator = gen, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, generator=gen).to(dtype)
+
+        params = [nn.Parameter(drawn(300, 400)), nn.Parameter(drawn(300, 400)), nn.Parameter(drawn(300, 400).t())]
+        optimizer = C3O(params, sphere=3.0, grad_clip=0.5, state_dtype=dtype, foreach=foreach)
         for _ in range(3):
-            params[0].grad = torch.randn(400, 300, generator=gen).t()
-            params[1].grad = torch.randn(1, 400, generator=gen).expand(300, 400).contiguous()
-            params[2].grad = torch.randn(400, 300, generator=gen)
+            params[0].grad = drawn(400, 300).t()
+            params[1].grad = drawn(1, 400).expand(300, 400)
+            params[2].grad = drawn(400, 300)
             optimizer.grad_norm = torch.tensor(7.0)
             optimizer.step()
         results.append(tensors_of(optimizer))
     assert steps == [2] * 3
-    for x, y in zip(*results, strict=True):
-        assert_alike(x, y, rounded=False)
+    compare(*results, torch.float32)
 
 
 def test_the_gradient_scaler_skips_and_unscales(steps: list[int]) -> None:
