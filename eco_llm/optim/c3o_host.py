@@ -45,7 +45,7 @@ def host_step(bucket: Bucket, grads: list[Tensor], rule: Rule, clip: Tensor | No
     """One C3O step of a bucket, in place on its parameters and state.
 
     Args:
-        grads: one a parameter, unscaled, of any strides and type; clipped in place.
+        grads: one a parameter, unscaled, of any strides and type; those that lie row by row are clipped in place.
         rule: the bucket's group, now.
         clip: 0-dim, what gradients are multiplied by; None: they are clipped already.
 
@@ -61,9 +61,9 @@ def host_step(bucket: Bucket, grads: list[Tensor], rule: Rule, clip: Tensor | No
     settings = functools.cache(lambda age: adam_settings(age, rule))  # most tensors are of one age
     for i, (p, g, m, v, age) in enumerate(streams):
         u = scratch[: p.numel()].view(p.shape).zero_()  # the same memory for every tensor: it stays in the cache
+        g = g.to(u.dtype).contiguous()
         if clip is not None:
             g.mul_(clip)
-        g = g.to(u.dtype).contiguous()
         beta1, rate = settings(float(age))
         torch._fused_adam_(
             [u], [g], [m], [v], [], [age], lr=-rate, beta1=beta1, beta2=rule.beta2, weight_decay=0.0, eps=rule.eps,

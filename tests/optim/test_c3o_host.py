@@ -192,7 +192,8 @@ def test_gradients_of_any_strides_and_a_known_norm(steps: list[int]) -> None:
         optimizer = C3O(params, sphere=3.0, grad_clip=0.5, state_dtype=dtype, foreach=foreach)
         for _ in range(3):
             params[0].grad = drawn(400, 300).t()
-            params[1].grad = drawn(1, 400).expand(300, 400)
+            expanded = drawn(1, 400).expand(300, 400)
+            params[1].grad = expanded if foreach is None else expanded.clone()  # the for-loop clips in place
             params[2].grad = drawn(400, 300)
             optimizer.grad_norm = torch.tensor(7.0)
             optimizer.step()
