@@ -33,7 +33,9 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with two GPUs, of which the second is current; nothing is computed on them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    current = [torch.device("cuda", 1)]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0].index)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(runtime_module, "find_spec", lambda name: name)  # Triton is installed
@@ -68,11 +70,25 @@ def test_a_gpu_that_is_not_there_is_refused(device: str) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_is_chosen_by_number_or_is_the_current_one() -> None:
-    assert Runtime.detect(RuntimeConfig(device="cuda:0")).device == torch.device("cuda", 0)
     assert Runtime.detect(RuntimeConfig(device="cuda")).device == torch.device("cuda", 1)
     auto = Runtime.detect(RuntimeConfig())
     assert (auto.device, auto.compute_dtype) == (torch.device("cuda", 1), torch.bfloat16)
     assert auto.compile is COMPILE_PAYS["cuda"]
+    assert Runtime.detect(RuntimeConfig(device="cuda:0")).device == torch.device("cuda", 0)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_what_a_gpu_can_do_is_asked_of_the_chosen_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch answers for the current one; and Triton launches on it, in programs that never train."""
+
+    def supported(including_emulation: bool = True) -> bool:
+        return torch.cuda.current_device() == 1
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert Runtime.detect(RuntimeConfig(device="cuda:0")).compute_dtype == torch.float32
+    assert torch.cuda.current_device() == 0
+    assert Runtime.detect(RuntimeConfig(device="cuda:1")).compute_dtype == torch.bfloat16
+    assert torch.cuda.current_device() == 1
 
 
 @pytest.mark.usefixtures("two_gpus")
