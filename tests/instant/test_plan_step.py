@@ -144,9 +144,15 @@ def test_the_largest_batch_fits_and_one_more_does_not(mode: str) -> None:
 
 
 @pytest.mark.parametrize(("holes", "most"), [((), 70), ((71, 72, 73), 74), (range(71, 75), 75), (range(71, 76), 70)])
-def test_what_fits_is_looked_for_beyond_a_gap(holes: tuple[int, ...], most: int) -> None:
+def test_what_fits_is_looked_for_beyond_a_gap(
+    holes: tuple[int, ...], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bisection ends at 70, the number before the first that does not fit."""
     last = max(holes, default=69) + 1
+    monkeypatch.setattr(
+        "eco_llm.instant.plan.search.fits", lambda job, gib: job.batch <= last and job.batch not in holes
+    )
+    assert largest_batch(job(), 8.0) == most
     assert last_that_fits(lambda n: n <= last and n not in holes, 1000) == most
     assert last_that_fits(lambda n: n <= last and n not in holes, 72) == (72 if last >= 72 and 72 not in holes else 70)
 
